@@ -1,0 +1,47 @@
+"""The command `lattice`. Commands import torch and the like when they run, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from lattice_serve.clients.cli import bench, generate, init, serve
+from lattice_serve.clients.errors import ClientError
+from lattice_serve.engine.errors import LatticeError
+
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Turns this project's errors into one line and exit code 2. Anything else is a bug and shows its traceback."""
+        try:
+            return super().invoke(ctx)
+        except (LatticeError, ClientError) as error:
+            typer.secho(f"error: {' '.join(str(error).split())}", fg="red", err=True)
+            raise typer.Exit(2) from error
+
+
+main = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("lattice-serve"))
+        raise typer.Exit
+
+
+@main.callback()
+def lattice(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Serve Lattice language models: constant memory a request, whatever the length of its context."""
+
+
+main.command()(serve.serve)
+main.command()(generate.generate)
+main.command()(init.init)
+main.add_typer(bench.bench)

@@ -1,0 +1,147 @@
+"""`lattice bench`: the benchmarks of `bench_http` and `bench_offline` with a table, and JSON for machines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lattice_serve.clients.cli.options import DtypeOption, ModelArgument, ThreadsOption
+
+if TYPE_CHECKING:
+    from lattice_serve.clients.bench_http import Goal, Load, LoadReport
+
+bench = typer.Typer(name="bench", help="Measure the engine, or a running server.", no_args_is_help=True)
+
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", dir_okay=False, help="Also write the last line, which is JSON, to a file.")
+]
+
+
+@bench.command()
+def offline(
+    model: ModelArgument = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Sequences decoded together. May be repeated.", show_default="1, 8 and 32"),
+    ] = None,
+    decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded, each sequence.")] = 64,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt that is prefilled.")] = 512,
+    repeats: Annotated[int, typer.Option(min=1, help="The median of that many runs is shown.")] = 3,
+    dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Decode and prefill in this process, without a server.
+
+    `lattice bench offline --batch 1 --batch 64`
+    """
+    from lattice_serve.clients.bench_offline import GATE_PROMPTS, OfflineBench
+    from lattice_serve.clients.cli import report
+    from lattice_serve.engine.llm import LLM
+
+    batches = batch or [1, 8, 32]
+    llm = LLM(model, dtype=dtype or "auto", threads=threads, max_rows=max(*batches, GATE_PROMPTS))
+    runner = OfflineBench(llm, repeats=repeats)
+    with report.progress() as progress:
+        task = progress.add_task("check", total=len(batches) + 2)
+        runner.check()
+        progress.update(task, advance=1, description="prefill")
+        results = [runner.prefill(prefill_tokens)]
+        for size in batches:
+            progress.update(task, advance=1, description=f"decode, batch {size}")
+            results.append(runner.decode(size, decode_tokens))
+        progress.advance(task)
+
+    table = report.table("phase", "batch", "tokens", "tokens/s", "slowest", "fastest")
+    for run in results:
+        rates = (run.tokens_per_second, run.slowest, run.fastest)
+        table.add_row(run.phase, str(run.batch), str(run.tokens), *(f"{rate:,.0f}" for rate in rates))
+    report.finish(table, {"benchmark": "offline", "engine": llm.info, "repeats": repeats, "runs": results}, json)
+
+
+@bench.command()
+def http(
+    url: Annotated[str, typer.Option(help="Any OpenAI-compatible server.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Name of the model.", show_default="the first one served")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Key to send.", show_default="LATTICE_API_KEY")] = None,
+    concurrency: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Closed loop: clients at once. May be repeated.", show_default="1, 8 and 32"),
+    ] = None,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(min=1e-6, help="Open loop instead: requests a second, at random moments. May be repeated."),
+    ] = None,
+    requests: Annotated[
+        int | None,
+        typer.Option(min=1, help="Requests a load.", show_default="three a client, at least 8; 32 in an open loop"),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt.")] = 128,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 64,
+    vocab_size: Annotated[int, typer.Option(min=4, help="Prompts are random token ids below it.")] = 1000,
+    ttft_ms: Annotated[float | None, typer.Option(help="Goal for the time to the first token.")] = None,
+    itl_ms: Annotated[float | None, typer.Option(help="Goal for a request's mean inter-token latency.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed sends the same prompts at the same moments.")] = 0,
+    json: JsonOption = None,
+) -> None:
+    """Send load to a running server and report what its clients see.
+
+    `lattice bench http --concurrency 1 --concurrency 32`
+
+    `lattice bench http --rate 20 --requests 200 --ttft-ms 200 --itl-ms 20`
+    """
+    import asyncio
+
+    from rich.markup import escape
+
+    from lattice_serve.clients.bench_http import Goal, Load
+    from lattice_serve.clients.cli import report
+
+    shape = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "vocab_size": vocab_size, "seed": seed}
+    closed = concurrency or ([] if rate else [1, 8, 32])
+    loads = [Load(concurrency=clients, requests=requests or max(8, 3 * clients), **shape) for clients in closed]
+    loads += [Load(rate=each, requests=requests or 32, **shape) for each in rate or []]
+    goal = Goal(ttft_ms=ttft_ms, itl_ms=itl_ms)
+    model, reports = asyncio.run(_run_loads(url, model, api_key, loads, goal))
+
+    table = report.table("load", "failed", "tokens/s", "TTFT ms", "inter-token ms", "end to end ms", "goodput")
+    for run in reports:
+        table.add_row(
+            run.load.label,
+            f"{run.failed} of {run.load.requests}",
+            f"{run.output_tokens_per_second:,.0f}",
+            *map(report.spread, (run.ttft_ms, run.itl_ms, run.e2e_ms)),
+            "" if run.goodput is None else f"{run.goodput:.0%}",
+        )
+    table.caption = "latencies: mean / median / 99th percentile"
+    failures = [f"{count} x {error}" for run in reports for error, count in run.errors.items()]
+    table.caption += "".join(f"\nfailed: {escape(failure)}" for failure in failures)
+    report.finish(table, {"benchmark": "http", "url": url, "model": model, "goal": goal, "runs": reports}, json)
+
+
+async def _run_loads(
+    url: str, model: str | None, api_key: str | None, loads: Sequence[Load], goal: Goal
+) -> tuple[str, list[LoadReport]]:
+    import msgspec
+
+    from lattice_serve.clients.bench_http import run_load
+    from lattice_serve.clients.cli import report
+    from lattice_serve.clients.client import AsyncClient
+    from lattice_serve.clients.errors import ClientError
+
+    async with AsyncClient(url, api_key=api_key, model=model, max_retries=0) as client:
+        name = client.model = client.model or (await client.models())[0].id
+        with report.progress() as progress:
+            task = progress.add_task("warm-up", total=sum(load.requests for load in loads))
+            warm_up = msgspec.structs.replace(loads[0], requests=1, concurrency=1, rate=None, seed=~loads[0].seed)
+            tried = await run_load(client, warm_up, goal, lambda: None)
+            if tried.failed:
+                raise ClientError(f"the first request failed, nothing was measured: {next(iter(tried.errors))}")
+            reports = []
+            for load in loads:
+                progress.update(task, description=load.label)
+                reports.append(await run_load(client, load, goal, lambda: progress.advance(task)))
+        return name, reports

@@ -1,0 +1,85 @@
+"""`lattice serve`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import typer
+
+from lattice_serve.clients.cli.options import DtypeOption, ModelArgument, ThreadsOption
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `512M`, `2GiB` or `1000000`. Units are powers of 1024."""
+    match = re.fullmatch(r"(\d+)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no size: give bytes, or a number with K, M or G, such as 512M")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def serve(
+    model: ModelArgument = None,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Any address but loopback needs an API key.", show_default="127.0.0.1"),
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="0 lets the system choose.", show_default="8000")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="Key that clients must send. Better in LATTICE_API_KEY: others can read a command line."),
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What clients call the model.", show_default="the name of its folder")
+    ] = None,
+    dtype: DtypeOption = None,
+    device: Annotated[str | None, typer.Option(help="Where the model runs.", show_default="cpu")] = None,
+    threads: ThreadsOption = None,
+    max_rows: Annotated[
+        int | None, typer.Option(help="Requests that run at once.", show_default="as many as --state-memory holds")
+    ] = None,
+    state_memory: Annotated[
+        str | None, typer.Option(help="Memory for the states of requests, such as 512M.", show_default="1G")
+    ] = None,
+    max_step_tokens: Annotated[
+        int | None, typer.Option(help="Tokens a step, prompts and answers together.", show_default="512")
+    ] = None,
+    max_waiting: Annotated[
+        int | None, typer.Option(help="Requests that may wait; more are answered 429.", show_default="1024")
+    ] = None,
+    grace_period: Annotated[
+        float | None, typer.Option(help="Seconds that running requests have after SIGTERM.", show_default="30")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
+) -> None:
+    """Serve a model over an OpenAI-compatible API, until SIGTERM or Ctrl-C.
+
+    Every option is also read from the environment, as `LATTICE_PORT` and so on; the command line wins.
+
+    `lattice serve`
+
+    `LATTICE_API_KEY=secret lattice serve ./my-model --host 0.0.0.0 --max-rows 64`
+    """
+    from lattice_serve.server import app
+    from lattice_serve.server.settings import Settings
+
+    app.serve(
+        Settings.load(
+            model=model,
+            host=host,
+            port=port,
+            api_key=api_key,
+            served_model_name=served_model_name,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            max_rows=max_rows,
+            state_memory=None if state_memory is None else parse_size(state_memory),
+            max_step_tokens=max_step_tokens,
+            max_waiting=max_waiting,
+            grace_period=grace_period,
+            log_level=log_level,
+        )
+    )

@@ -1,0 +1,160 @@
+"""The protocol without the input and output: what to send, what an answer means, when to ask again.
+
+`Client` and `AsyncClient` differ only in how they wait; everything else is here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import httpx
+import msgspec
+
+from lattice_serve.clients.errors import APIError, ConnectionFailed
+from lattice_serve.clients.types import Completion
+
+Prompt: TypeAlias = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+T = TypeVar("T")
+
+RETRIED = (429, 503)
+LONGEST_WAIT = 30.0
+"""Seconds. A server that asks for more is not waited for: its error is raised."""
+
+
+class Call(NamedTuple):
+    method: str
+    path: str
+    body: dict[str, Any] | None = None
+
+
+def origin(base_url: str) -> httpx.URL:
+    """The address without the `/v1` that OpenAI clients are given. Raises `ConnectionFailed` where it is none."""
+    with transport_errors():
+        return httpx.URL(base_url.rstrip("/").removesuffix("/v1"))
+
+
+def headers(api_key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def completions(prompt: Prompt, model: str | None, stream: bool, params: Mapping[str, Any]) -> Call:
+    """`model` is left out where it is None; the server then takes the one it serves."""
+    named = {"model": model} if model is not None else {}
+    return Call("POST", "/v1/completions", {**named, "prompt": prompt, "stream": stream, **params})
+
+
+MODELS = Call("GET", "/v1/models")
+HEALTH = Call("GET", "/health")
+READY = Call("GET", "/ready")
+
+
+def tokenize(text: str) -> Call:
+    return Call("POST", "/tokenize", {"prompt": text})
+
+
+def detokenize(tokens: Sequence[int]) -> Call:
+    return Call("POST", "/detokenize", {"tokens": list(tokens)})
+
+
+def decode(body: bytes, kind: type[T]) -> T:
+    """Raises `ConnectionFailed` where `body` is not a `kind` in JSON: whatever answered is not a lattice server."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.MsgspecError as error:
+        raise ConnectionFailed(f"the answer is not a {kind.__name__}: {error}") from error
+
+
+class _Fault(msgspec.Struct):
+    message: str
+    code: int | str | None = None
+    param: str | None = None
+
+
+class _Failure(msgspec.Struct):
+    error: _Fault
+
+
+def error_of(status: int, body: bytes) -> APIError:
+    """The error that an answer, or an event of a stream, carries.
+
+    The code in the body wins over `status`: that of a stream was sent before it failed. What has another shape, such
+    as a proxy's page, is the message itself.
+    """
+    try:
+        fault = msgspec.json.decode(body, type=_Failure).error
+    except msgspec.MsgspecError:
+        return APIError(status, body.decode("utf-8", "replace").strip()[:500] or "no message")
+    return APIError(fault.code if isinstance(fault.code, int) else status, fault.message, fault.param)
+
+
+def retry_wait(response: httpx.Response, attempt: int, max_retries: int) -> float | None:
+    """Seconds to wait before asking again; None: take `response` as the answer. `attempt` counts from 0."""
+    if response.status_code not in RETRIED or attempt >= max_retries:
+        return None
+    asked = response.headers.get("retry-after", "")
+    # Its other form, a date, is sent by no server we know: it is treated as absent.
+    if asked.isdecimal():
+        return float(asked) if float(asked) <= LONGEST_WAIT else None
+    # Clients refused together must not come back together.
+    return float(min(0.5 * 2**attempt, LONGEST_WAIT)) * random.uniform(0.5, 1.0)
+
+
+@contextmanager
+def transport_errors() -> Iterator[None]:
+    """Turns what httpx raises into `ConnectionFailed`, naming the address."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        try:
+            where = f"{error.request.url}: "
+        except RuntimeError:
+            where = ""
+        raise ConnectionFailed(f"{where}{str(error) or type(error).__name__}") from error
+    except httpx.InvalidURL as error:
+        raise ConnectionFailed(f"the address is wrong: {error}") from error
+
+
+class ChunkDecoder:
+    """Bytes of a `text/event-stream` body in, chunks out.
+
+    Lines are split on the bytes CR and LF only: text may hold other characters that `str.splitlines` breaks at.
+    """
+
+    def __init__(self) -> None:
+        self._pending = b""
+        self._data: list[bytes] = []
+        self.done = False
+
+    def feed(self, block: bytes) -> Iterator[Completion]:
+        """Yields the chunks that `block` completes. Raises `APIError` at an error event, after the chunks before it."""
+        *lines, self._pending = (self._pending + block).split(b"\n")
+        for line in lines:
+            chunk = self._line(line.removesuffix(b"\r"))
+            if chunk is not None:
+                yield chunk
+            if self.done:
+                return
+
+    def finish(self) -> None:
+        """The body has ended. Raises `ConnectionFailed` where the stream had not."""
+        if not self.done:
+            raise ConnectionFailed("the stream broke off before its end")
+
+    def _line(self, line: bytes) -> Completion | None:
+        if line.startswith(b"data:"):
+            self._data.append(line[5:].removeprefix(b" "))
+        # A comment keeps the connection alive; other fields are not used. An empty line ends an event.
+        if line or not self._data:
+            return None
+        data = b"\n".join(self._data)
+        self._data.clear()
+        if data == b"[DONE]":
+            self.done = True
+            return None
+        try:
+            return msgspec.json.decode(data, type=Completion)
+        except msgspec.MsgspecError:
+            raise error_of(500, data) from None

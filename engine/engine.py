@@ -1,0 +1,249 @@
+"""The engine: requests in, tokens out, one step at a time. One model, one device, one thread."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from pathlib import Path
+
+import torch
+
+from lattice_serve.engine.config import EngineConfig
+from lattice_serve.engine.detokenizer import Detokenizer
+from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError
+from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit, TokenOutput
+from lattice_serve.engine.ops import serving_ops
+from lattice_serve.engine.runner import Runner
+from lattice_serve.engine.sampler import Sampled, SampleRow, TokenCounts, penalised
+from lattice_serve.engine.sampling import SamplingParams
+from lattice_serve.engine.scheduler import Batch, Scheduler
+from lattice_serve.engine.sequence import Sequence, Status
+from lattice_serve.engine.state_pool import StatePool
+from lattice_serve.engine.tokenizer import Tokenizer
+from lattice_serve.engine.weights import load_model, pick_dtype
+from lattice_serve.kernels.mixer import StateLayout
+
+MAX_ROWS = 256
+"""State rows when only their memory is bounded."""
+
+
+class Engine:
+    def __init__(self, config: EngineConfig, *, progress: bool = False) -> None:
+        """Load the model and reserve the state pool.
+
+        Raises `CheckpointError` for a bad model folder, `ConfigError` for settings that do not fit it.
+        """
+        began = time.monotonic()
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.config = config
+        self.tokenizer = Tokenizer.load(config.model)
+        dtype = pick_dtype(config.dtype, config.device)
+        self.model = load_model(config.model, device=config.device, dtype=dtype, progress=progress)
+        if self.tokenizer.vocab_size > self.model.config.vocab_size:
+            raise ConfigError(
+                f"{config.model}: the tokenizer has {self.tokenizer.vocab_size} pieces, the model a vocabulary of "
+                f"{self.model.config.vocab_size}: give the tokenizer that the model was trained with"
+            )
+        layout = StateLayout(self.model.shape, len(self.model.layers))
+        self.pool = StatePool.of(self.model, self._rows(layout.row_bytes), config.device)
+        ops = serving_ops(self.model, layout, config.max_step_tokens, config.device)
+        self.runner = Runner(self.model, ops, self.pool, config.device)
+        self.scheduler = Scheduler(
+            rows=self.pool.rows, max_step_tokens=config.max_step_tokens, max_waiting=config.max_waiting
+        )
+        self._sequences: dict[str, Sequence] = {}
+        self._seeds = random.Random(os.urandom(16))
+        self._prompt_tokens = self._generated = self._steps = self._step_tokens = 0
+        self._warm_up()
+        self.info = Ready(
+            model_name=Path(config.model).resolve().name,
+            pid=os.getpid(),
+            rows=self.pool.rows,
+            bytes_per_row=layout.row_bytes,
+            vocab_size=self.model.config.vocab_size,
+            device=f"{config.device} ({ops.name})",
+            dtype=str(dtype).removeprefix("torch."),
+            load_seconds=time.monotonic() - began,
+        )
+
+    def submit(self, request: Submit) -> None:
+        """Queue a request. Raises `InvalidParameter` or `Overloaded`; then nothing was queued."""
+        params, vocab_size = request.params, self.model.config.vocab_size
+        if request.request_id in self._sequences:
+            raise InvalidParameter(f"request {request.request_id} runs already: give every request an id of its own")
+        if not request.prompt_ids:
+            raise InvalidParameter("prompt is empty: give at least one token", param="prompt")
+        Tokenizer.check(request.prompt_ids, vocab_size)
+        Tokenizer.check(params.stop_token_ids, vocab_size, param="stop_token_ids")
+        Tokenizer.check(params.logit_bias, vocab_size, param="logit_bias")
+        if params.max_tokens == 0 and params.prompt_logprobs is None:
+            raise InvalidParameter("max_tokens is 0: give at least 1, or ask for prompt_logprobs", param="max_tokens")
+        sequence = Sequence.of(
+            request,
+            arrived=time.monotonic(),
+            sample_row=SampleRow(
+                params=params,
+                seed=params.seed if params.seed is not None else self._seeds.getrandbits(63),
+                index=0,
+                counts=TokenCounts(request.prompt_ids, vocab_size) if penalised(params) else None,
+                forbidden=self._ends(params.stop_token_ids) if params.min_tokens else (),
+            ),
+            detokenizer=Detokenizer(self.tokenizer.token_bytes, params.stop, params.include_stop, params.min_tokens),
+        )
+        self.scheduler.add(sequence)
+        self._sequences[request.request_id] = sequence
+
+    def abort(self, request_id: str) -> None:
+        """End a request in any phase, without a word; an unknown one is none of our business."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._finish(sequence)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def step(self) -> StepOutputs:
+        """Schedule, run, sample, advance, emit. At most `max_step_tokens` tokens."""
+        batch = self.scheduler.schedule()
+        self._move_states(batch)
+        results = self.runner.run(batch.pieces) if batch.pieces else []
+        self._steps += 1
+        self._step_tokens = batch.tokens
+        outputs: list[TokenOutput] = []
+        failures: list[RequestFailed] = []
+        for result in results:
+            if result.error is not None:
+                failures.append(failure(result.sequence.request_id, result.error))
+                self._finish(result.sequence)
+            elif result.sampled is not None:
+                outputs.append(self._advance(result.sequence, result.sampled))
+            elif result.sequence.decoding:
+                outputs.append(self._scored(result.sequence))
+        for piece in batch.pieces:
+            self._prompt_tokens += max(0, min(piece.end, len(piece.sequence.prompt_ids)) - piece.start)
+        if not self.has_work:
+            self.pool.check_integrity(())
+        return StepOutputs(outputs=outputs, failures=failures, stats=self.stats())
+
+    def stats(self) -> EngineStats:
+        waiting = self.scheduler.waiting
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(waiting),
+            rows=self.pool.rows,
+            rows_used=self.pool.used,
+            preempted=sum(sequence.status is Status.PARKED for sequence in waiting),
+            preemptions_total=self.scheduler.preemptions,
+            prompt_tokens_total=self._prompt_tokens,
+            generation_tokens_total=self._generated,
+            steps_total=self._steps,
+            step_tokens=self._step_tokens,
+        )
+
+    def _warm_up(self) -> None:
+        """Compile what compiles at its first call, on a row that is then scrubbed: no request waits for it."""
+        params = SamplingParams(max_tokens=1, temperature=0)
+        self.submit(Submit("warm-up", [0, 0], params))
+        self.step()
+        self._prompt_tokens = self._generated = self._steps = self._step_tokens = 0
+
+    def _rows(self, row_bytes: int) -> int:
+        if self.config.max_rows is not None:
+            return self.config.max_rows
+        rows = min(self.config.state_memory // row_bytes, MAX_ROWS, self.config.max_step_tokens)
+        if rows == 0:
+            raise ConfigError(
+                f"state_memory is {self.config.state_memory:,} bytes, but one state row takes {row_bytes:,}: "
+                "give at least that",
+                param="state_memory",
+            )
+        return rows
+
+    def _ends(self, stop_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        eos = self.model.config.eos_token_id
+        return stop_token_ids if eos is None else (*stop_token_ids, eos)
+
+    def _move_states(self, batch: Batch) -> None:
+        for sequence in batch.park:
+            assert sequence.row is not None, "a parked sequence had no state row"
+            sequence.parked = self.pool.park(sequence.row)
+            sequence.row = None
+        for sequence in batch.admit:
+            if sequence.parked is None:
+                sequence.row = self.pool.allocate()
+            else:
+                sequence.row, sequence.parked = self.pool.restore(sequence.parked), None
+            if sequence.started is None:
+                sequence.started = time.monotonic()
+
+    def _advance(self, sequence: Sequence, sampled: Sampled) -> TokenOutput:
+        """Take a sampled token into its sequence, and end that where it should."""
+        params, token_id = sequence.params, sampled.token_id
+        sequence.output_ids.append(token_id)
+        sequence.sample_row.index += 1
+        if sequence.sample_row.counts is not None:
+            sequence.sample_row.counts.add(token_id)
+        self._generated += 1
+        stop_reason: int | str | None = None
+        # Below min_tokens the sampler has not let any of these be chosen.
+        if token_id in params.stop_token_ids:
+            text, sequence.finish_reason, stop_reason = "", "stop", token_id
+        elif token_id == self.model.config.eos_token_id and not params.ignore_eos:
+            text, sequence.finish_reason = "", "stop"
+        else:
+            text, stop_reason = sequence.detokenizer.push(token_id)
+            if stop_reason is not None:
+                sequence.finish_reason = "stop"
+            elif len(sequence.output_ids) >= params.max_tokens:
+                sequence.finish_reason = "length"
+        if sequence.finish_reason is not None and not isinstance(stop_reason, str):
+            text += sequence.detokenizer.flush()
+        return self._output(sequence, token_id, text, stop_reason, sampled)
+
+    def _scored(self, sequence: Sequence) -> TokenOutput:
+        """The only output of a request for no tokens."""
+        sequence.finish_reason = "length"
+        return self._output(sequence, None, "", None, None)
+
+    def _output(
+        self,
+        sequence: Sequence,
+        token_id: int | None,
+        text: str,
+        stop_reason: int | str | None,
+        sampled: Sampled | None,
+    ) -> TokenOutput:
+        first = len(sequence.output_ids) <= 1
+        started = sequence.started or sequence.arrived
+        output = TokenOutput(
+            request_id=sequence.request_id,
+            token_id=token_id,
+            text=text,
+            finish_reason=sequence.finish_reason,
+            stop_reason=stop_reason,
+            logprob=None if sampled is None else sampled.logprob,
+            prompt_logprobs=sequence.prompt_logprobs if first else None,
+            queue_seconds=started - sequence.arrived if first else None,
+            prefill_seconds=time.monotonic() - started if first else None,
+        )
+        if sequence.finish_reason is not None:
+            self._finish(sequence)
+        return output
+
+    def _finish(self, sequence: Sequence) -> None:
+        """Take a sequence out of everything, and scrub its state."""
+        self.scheduler.remove(sequence)
+        if sequence.row is not None:
+            self.pool.free(sequence.row)
+            sequence.row = None
+        sequence.parked = None
+        sequence.status = Status.FINISHED
+        del self._sequences[sequence.request_id]
+
+
+def failure(request_id: str, error: LatticeError) -> RequestFailed:
+    """The message that says why a request failed."""
+    return RequestFailed(request_id, type(error).__name__, error.message, error.param)

@@ -1,0 +1,151 @@
+"""The engine in the caller's process: for scripts, notebooks and tests."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from lattice_serve.engine import errors
+from lattice_serve.engine.config import EngineConfig
+from lattice_serve.engine.engine import Engine
+from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError
+from lattice_serve.engine.messages import FinishReason, Ready, RequestFailed, Submit, TokenLogprob, TokenOutput
+from lattice_serve.engine.sampling import SamplingParams
+from lattice_serve.engine.tokenizer import Tokenizer
+from lattice_serve.engine.weights import resolve_model
+
+Prompt: TypeAlias = "str | Sequence[int]"
+
+
+@dataclass(slots=True)
+class Completion:
+    """The answer to one prompt."""
+
+    prompt_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """One a token, where `SamplingParams.logprobs` asks."""
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+    def add(self, output: TokenOutput) -> None:
+        """Take in the next output of this request."""
+        if output.token_id is not None:
+            self.token_ids.append(output.token_id)
+        self.text += output.text
+        if output.logprob is not None:
+            self.logprobs.append(output.logprob)
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
+        self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
+
+
+class LLM:
+    """A model and its engine; not thread-safe.
+
+    `model` is a model folder, None the bundled model; further settings are `EngineConfig`'s. Raises `ConfigError`
+    naming the setting, `CheckpointError` for a bad folder.
+    """
+
+    def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
+        try:
+            config = EngineConfig(model=resolve_model(model), **settings)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            name = ".".join(map(str, fault["loc"])) or "settings"
+            raise ConfigError(f"{name}: {fault['msg']}", param=name) from error
+        self._engine = Engine(config)
+        self._ids = itertools.count()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._engine.tokenizer
+
+    @property
+    def info(self) -> Ready:
+        """What runs, on what, and what a request costs."""
+        return self._engine.info
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[Completion]:
+        """Complete every prompt (text or token ids), batched; answers are in the order of the prompts.
+
+        `params` is for all or one for each. Raises `InvalidParameter` for a bad prompt before anything runs, and the
+        error of a request that fails.
+        """
+        encoded = self._encode_all(prompts)
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(encoded)
+        if len(each) != len(encoded):
+            raise InvalidParameter(f"{len(each)} params for {len(encoded)} prompts: give one for each", param="params")
+        completions = [Completion(ids) for ids in encoded]
+        with tqdm(total=len(encoded), desc="generate", unit="prompt", disable=not progress) as bar:
+            for place, output in self._run(encoded, each):
+                completions[place].add(output)
+                if output.finish_reason is not None:
+                    bar.update()
+        return completions
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenOutput]:
+        """Complete one prompt, an output a token. Dropping the iterator frees its state."""
+        for _, output in self._run([self._encode(prompt)], [params or SamplingParams()]):
+            yield output
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Natural-log probability of each token given those before it: one fewer than `token_ids`."""
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+        (completion,) = self.generate([list(token_ids)], params, progress=False)
+        return [entry.logprob for entry in completion.prompt_logprobs or [] if entry is not None]
+
+    def _encode_all(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+        if isinstance(prompts, str):
+            return [self._encode(prompts)]
+        ids = [item for item in prompts if isinstance(item, int)]
+        if ids:
+            return [ids]
+        return [self._encode(item) for item in prompts if not isinstance(item, int)]
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _run(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> Iterator[tuple[int, TokenOutput]]:
+        """(place of its prompt, output), as they come; no more in the queue than the engine takes."""
+        places: dict[str, int] = {}
+        waiting = iter(enumerate(zip(prompts, params, strict=True)))
+        try:
+            while True:
+                room = self._engine.pool.rows + self._engine.config.max_waiting - len(places)
+                for place, (ids, wanted) in itertools.islice(waiting, room):
+                    request_id = f"local-{next(self._ids)}"
+                    self._engine.submit(Submit(request_id, ids, wanted))
+                    places[request_id] = place
+                if not places:
+                    return
+                step = self._engine.step()
+                for failed in step.failures:
+                    raise _error(failed)
+                for output in step.outputs:
+                    place = places[output.request_id]
+                    if output.finish_reason is not None:
+                        del places[output.request_id]
+                    yield place, output
+        finally:
+            for request_id in places:
+                self._engine.abort(request_id)
+
+
+def _error(failed: RequestFailed) -> LatticeError:
+    kind: type[LatticeError] = getattr(errors, failed.error)
+    return kind(failed.message, param=failed.param)

@@ -1,0 +1,109 @@
+"""What the server and the engine process say to each other: msgpack, one frame a message.
+
+A frame is a four-byte big-endian length and that many bytes of msgpack. The server connects to the
+engine's Unix socket; the engine says `Ready` first. Every `Submit` is answered by `TokenOutput`s (in
+`StepOutputs`), the last of which has a `finish_reason`, or by one `RequestFailed`; an aborted request is
+answered by nothing more.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from lattice_serve.engine.sampling import SamplingParams
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """One token and its natural-log probability, with the most likely tokens at its place."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability), most likely first."""
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    """Lower runs first; equal ones in order of arrival."""
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The engine has loaded its model and takes requests."""
+
+    model_name: str
+    pid: int
+    rows: int
+    """State rows: sequences that can hold a state on the device at once."""
+    bytes_per_row: int
+    vocab_size: int
+    device: str
+    dtype: str
+    load_seconds: float
+
+
+class TokenOutput(msgspec.Struct, frozen=True, tag=True):
+    """One generated token (or, with `token_id` None, the end of a request without one)."""
+
+    request_id: str
+    token_id: int | None
+    text: str
+    """Text that became final with this token: often empty while a character or a possible stop string
+    is unfinished."""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop token id or stop string that ended the answer; None at end-of-text."""
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """With the first output of a request that asked for them: one a prompt token, None for the first."""
+    cached_tokens: int = 0
+    """Prompt tokens whose state was not computed for this request."""
+    queue_seconds: float | None = None
+    """With the first output: from submission to the first row."""
+    prefill_seconds: float | None = None
+    """With the first output: from the first row to the first token."""
+
+
+class RequestFailed(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+    error: str
+    """Class name in `engine.errors`, e.g. "NumericalError"."""
+    message: str
+    param: str | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """Gauges are as of now; `*_total` count since the engine process started."""
+
+    running: int = 0
+    waiting: int = 0
+    rows: int = 0
+    rows_used: int = 0
+    preempted: int = 0
+    """Sequences whose state is parked in host memory."""
+    preemptions_total: int = 0
+    prompt_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    steps_total: int = 0
+    step_tokens: int = 0
+    """Tokens in the step just run."""
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag=True):
+    outputs: list[TokenOutput]
+    failures: list[RequestFailed]
+    stats: EngineStats
+
+
+ToEngine: TypeAlias = Submit | Abort
+FromEngine: TypeAlias = Ready | StepOutputs

@@ -1,0 +1,192 @@
+"""The Lattice language model: one definition for training and for serving.
+
+Block: RMSNorm -> input projection -> mixer (short convolution, gates, Lattice recurrence, output norm and gate) ->
+output projection -> residual; RMSNorm -> SwiGLU -> residual. What runs each operation, and where the memory of the
+sequences lives, is the business of the `Ops` that a forward pass is given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lattice_serve import kernels
+from lattice_serve.engine.config import ModelConfig
+from lattice_serve.kernels.mixer import MixerShape, MixerState, MixerWeights, mix
+
+
+class Ops(Protocol):
+    """The operations of one forward pass; activations are [..., width], whatever the leading dimensions."""
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor: ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def swiglu(self, gate_up: Tensor) -> Tensor: ...
+
+    def mix(self, layer: int, z: Tensor) -> Tensor:
+        """Run layer `layer`'s mixer over its projection z [..., in_width], reading and writing its memory."""
+        ...
+
+
+class ModelState:
+    """Memory of a batch of B sequences in every layer, for dense (equally long) sequences."""
+
+    def __init__(self, layers: list[MixerState]) -> None:
+        self.layers = layers
+
+    def detach(self) -> ModelState:
+        return ModelState([layer.detach() for layer in self.layers])
+
+    def where(self, rows: Tensor, other: ModelState) -> ModelState:
+        """Rows of `other` where `rows` [B] bool is true, of this state elsewhere."""
+        return ModelState([a.where(rows, b) for a, b in zip(self.layers, other.layers, strict=True)])
+
+    def split(self, parts: int) -> list[ModelState]:
+        """This batch as `parts` batches of equal size, sharing its storage."""
+        return [ModelState(list(layers)) for layers in zip(*(s.split(parts) for s in self.layers), strict=True)]
+
+    @classmethod
+    def join(cls, states: Sequence[ModelState]) -> ModelState:
+        """One batch of all `states`, which are at one position; a copy."""
+        return cls([MixerState.join(layers) for layers in zip(*(s.layers for s in states), strict=True)])
+
+
+class DenseOps:
+    """Differentiable torch operations over [B, T, width]; `state` is the memory after the pass."""
+
+    def __init__(self, model: LatticeForCausalLM, state: ModelState) -> None:
+        self.model = model
+        self.state = ModelState(list(state.layers))
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return kernels.rms_norm(x, weight, eps)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        return kernels.swiglu(gate_up)
+
+    def mix(self, layer: int, z: Tensor) -> Tensor:
+        weights = self.model.layers[layer].mixer.weights()
+        y, self.state.layers[layer] = mix(z, weights, self.model.shape, self.state.layers[layer])
+        return y
+
+
+class Mixer(nn.Module):
+    def __init__(self, config: ModelConfig, shape: MixerShape) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(config.hidden_size, shape.in_width, bias=False)
+        self.conv = nn.Parameter(torch.empty(shape.conv_width, shape.taps))
+        self.gate_bias = nn.Parameter(torch.empty(2 * shape.H))
+        self.anchor = nn.Parameter(torch.empty(shape.H, shape.d, shape.m))
+        self.norm = nn.Parameter(torch.empty(shape.d))
+        self.out_proj = nn.Linear(shape.out_width, config.hidden_size, bias=False)
+
+    def weights(self) -> MixerWeights:
+        return MixerWeights(conv=self.conv, gate_bias=self.gate_bias, norm=self.norm, anchor=self.anchor)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, shape: MixerShape, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.eps = config.norm_eps
+        self.mixer_norm = nn.Parameter(torch.empty(config.hidden_size))
+        self.mixer = Mixer(config, shape)
+        self.mlp_norm = nn.Parameter(torch.empty(config.hidden_size))
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:
+        z = ops.linear(ops.rms_norm(x, self.mixer_norm, self.eps), self.mixer.in_proj.weight)
+        x = x + ops.linear(ops.mix(self.index, z), self.mixer.out_proj.weight)
+        gate_up = ops.linear(ops.rms_norm(x, self.mlp_norm, self.eps), self.mlp.gate_up_proj.weight)
+        return x + ops.linear(ops.swiglu(gate_up), self.mlp.down_proj.weight)
+
+
+class LatticeForCausalLM(nn.Module):
+    """Parameters are float32 on the default device until loaded or moved; see `engine.weights`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.shape = MixerShape(
+            H=config.num_heads,
+            d=config.head_dim,
+            m=config.num_slots,
+            C=config.chunk_size,
+            taps=config.conv_kernel_size,
+            objective=config.objective,
+            use_forget_gate=config.use_forget_gate,
+            norm_eps=config.norm_eps,
+        )
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.layers: list[Layer] = nn.ModuleList(  # type: ignore[assignment]
+            Layer(config, self.shape, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = nn.Parameter(torch.empty(config.hidden_size))
+        if not config.tie_word_embeddings:
+            self.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Random parameters: normal of standard deviation ``1 / sqrt(fan in)``, residual outputs smaller by depth.
+
+        The forget gate opens near 1 and the step size near 0.5, so a new model keeps what it sees.
+        """
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        scale = 1 / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            leaf = name.rsplit(".", 1)[-1]
+            if leaf in ("norm", "mixer_norm", "mlp_norm"):
+                parameter.fill_(1)
+            elif leaf == "gate_bias":
+                H = self.shape.H
+                parameter[:H], parameter[H:] = 0.0, 4.0
+            elif leaf == "embedding":
+                parameter.normal_(std=1 / math.sqrt(parameter.shape[1]), generator=generator)
+            else:
+                fan_in = parameter.shape[-2] if leaf == "anchor" else parameter.shape[-1]
+                std = 1 / math.sqrt(fan_in)
+                if name.endswith(("out_proj.weight", "down_proj.weight")):
+                    std *= scale
+                parameter.normal_(std=std, generator=generator)
+
+    def initial_state(self, batch: int) -> ModelState:
+        """Memory of `batch` sequences before their first token; differentiable in the learned initial memory."""
+        return ModelState([MixerState.initial(self.shape, layer.mixer.weights(), batch) for layer in self.layers])
+
+    def hidden(self, tokens: Tensor, ops: Ops) -> Tensor:
+        """tokens [...] int64 -> final hidden states [..., hidden_size] after the last norm."""
+        x = F.embedding(tokens, self.embedding)
+        for layer in self.layers:
+            x = layer(x, ops)
+        return ops.rms_norm(x, self.norm, self.config.norm_eps)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab_size, hidden_size]"""
+        return self.embedding if self.config.tie_word_embeddings else self.head
+
+    def forward(self, tokens: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
+        """tokens [B, T] int64 -> logits [B, T, vocab_size] and the memory after them. `state` is left as it was."""
+        ops = DenseOps(self, state or self.initial_state(tokens.shape[0]))
+        return ops.linear(self.hidden(tokens, ops), self.head_weight), ops.state
+
+    def loss(self, tokens: Tensor, targets: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
+        """Mean cross entropy in nats of targets [B, T] given tokens [B, T], and the memory after them."""
+        logits, state = self(tokens, state)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), state

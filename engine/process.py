@@ -1,0 +1,121 @@
+"""The engine as a process of its own: `python -m lattice_serve.engine.process --socket PATH --config JSON`.
+
+It binds a Unix socket at PATH, takes one connection, says `Ready` and speaks the messages of `engine.messages`. The
+connection is its life line: when the server closes it, or the server's end of stdin goes, the process ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from lattice_serve.engine.config import EngineConfig
+from lattice_serve.engine.engine import Engine, failure
+from lattice_serve.engine.errors import LatticeError
+from lattice_serve.engine.messages import Abort, FromEngine, StepOutputs, Submit, ToEngine
+
+
+class Connection:
+    """Messages over a socket, read and written by threads of its own: the engine's never waits for the server."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link = link
+        self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[FromEngine] = queue.SimpleQueue()
+        for target in (self._read, self._write):
+            threading.Thread(target=target, daemon=True).start()
+
+    def send(self, message: FromEngine) -> None:
+        self._outbox.put(message)
+
+    def receive(self, *, wait: bool) -> list[ToEngine]:
+        """What has come since the last call; with `wait`, at least one message. Raises EOFError at the end."""
+        messages: list[ToEngine] = []
+        with suppress(queue.Empty):
+            while True:
+                message = self._inbox.get(block=wait and not messages)
+                if message is None:
+                    raise EOFError
+                messages.append(message)
+        return messages
+
+    def _read(self) -> None:
+        decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(Submit | Abort)
+        try:
+            with self._link.makefile("rb") as stream:
+                while header := stream.read(4):
+                    self._inbox.put(decoder.decode(stream.read(int.from_bytes(header, "big"))))
+        except (OSError, msgspec.MsgspecError) as error:
+            print(f"engine: connection lost: {error}", file=sys.stderr)
+        finally:
+            self._inbox.put(None)
+
+    def _write(self) -> None:
+        encoder = msgspec.msgpack.Encoder()
+        with suppress(OSError):  # The server has gone: the reader sees it too.
+            while True:
+                data = encoder.encode(self._outbox.get())
+                self._link.sendall(len(data).to_bytes(4, "big") + data)
+
+
+def serve(engine: Engine, connection: Connection) -> None:
+    """Take requests and run steps until the connection ends."""
+    connection.send(engine.info)
+    with suppress(EOFError):
+        while True:
+            failures = []
+            for message in connection.receive(wait=not engine.has_work):
+                if isinstance(message, Abort):
+                    engine.abort(message.request_id)
+                    continue
+                try:
+                    engine.submit(message)
+                except LatticeError as error:
+                    failures.append(failure(message.request_id, error))
+            if engine.has_work:
+                step = engine.step()
+                connection.send(msgspec.structs.replace(step, failures=failures + step.failures))
+            else:
+                connection.send(StepOutputs(outputs=[], failures=failures, stats=engine.stats()))
+
+
+def _end_with_parent() -> None:
+    """Exit when stdin ends: its other end is the server's, and goes with it however it dies."""
+    while os.read(0, 1024):
+        pass
+    os._exit(0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0 when the server has gone, 1 when the engine could not start."""
+    parser = argparse.ArgumentParser(prog="python -m lattice_serve.engine.process", description=__doc__)
+    parser.add_argument("--socket", type=Path, required=True, help="path of the Unix socket to bind")
+    parser.add_argument("--config", required=True, help="EngineConfig as JSON")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(options.socket))
+        listener.listen(1)
+        try:
+            engine = Engine(EngineConfig.model_validate_json(options.config), progress=True)
+        except LatticeError as error:
+            print(f"error: {error.message}", file=sys.stderr)
+            return 1
+        link, _ = listener.accept()
+        with link:
+            serve(engine, Connection(link))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""What a request asks of the sampler, validated once and shared by every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from lattice_serve.engine.errors import InvalidParameter
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+MAX_LOGIT_BIAS = 1024
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the tokens of one sequence are chosen and when it ends.
+
+    Raises `InvalidParameter`, naming the field, when a value is out of its range; this holds for
+    keyword construction and for decoding from a message alike.
+    """
+
+    max_tokens: int = 16
+    """Tokens to generate at most. 0 only scores the prompt."""
+    temperature: float = 1.0
+    """0 is greedy: the most likely token, the lowest id on a tie."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    """Tokens less likely than `min_p` times the most likely one are dropped."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens seen in prompt or answer."""
+    logit_bias: dict[int, float] = {}
+    """Token id -> amount added to its logit, -100 to 100."""
+    seed: int | None = None
+    """None draws one; any integer gives the same tokens for the same prompt, whatever the batch."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer; the text stops before the first of them."""
+    include_stop: bool = False
+    """Keep the stop string in the text."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    """Until that many tokens are out, neither end-of-text nor stop tokens can be chosen."""
+    logprobs: int | None = None
+    """None: none. k: the chosen token's log-probability and the k most likely ones'."""
+    prompt_logprobs: int | None = None
+    """The same for every prompt token (the first has none)."""
+
+    def __post_init__(self) -> None:
+        check = _Checker(self)
+        check("max_tokens", lambda x: x >= 0, "at least 0")
+        check("temperature", lambda x: 0 <= x <= 100, "between 0 and 100")
+        check("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1")
+        check("top_k", lambda x: x >= 0, "at least 0 (0 is off)")
+        check("min_p", lambda x: 0 <= x <= 1, "between 0 and 1")
+        check("presence_penalty", lambda x: -2 <= x <= 2, "between -2 and 2")
+        check("frequency_penalty", lambda x: -2 <= x <= 2, "between -2 and 2")
+        check("repetition_penalty", lambda x: 0 < x <= 100, "above 0 and at most 100")
+        check("min_tokens", lambda x: 0 <= x <= self.max_tokens, "between 0 and max_tokens")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check(name, lambda x: 0 <= x <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
+        if self.seed is not None:
+            check("seed", lambda x: -(2**63) <= x < 2**63, "a 64-bit integer")
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidParameter(
+                f"logit_bias has {len(self.logit_bias)} entries: give at most {MAX_LOGIT_BIAS}",
+                param="logit_bias",
+            )
+        for token_id, bias in self.logit_bias.items():
+            if not (0 <= token_id < 2**63 and -100 <= bias <= 100):
+                raise InvalidParameter(
+                    f"logit_bias[{token_id}] is {bias}: give token ids from 0 and amounts from -100 to 100",
+                    param="logit_bias",
+                )
+        if len(self.stop) > MAX_STOP_STRINGS or any(not 0 < len(s) <= MAX_STOP_LENGTH for s in self.stop):
+            raise InvalidParameter(
+                f"stop takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters",
+                param="stop",
+            )
+        if any(not 0 <= token_id < 2**63 for token_id in self.stop_token_ids):
+            raise InvalidParameter("stop_token_ids holds what is no token id: give ids from 0", param="stop_token_ids")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+class _Checker:
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+
+    def __call__(self, name: str, holds: Callable[[float], bool], remedy: str) -> None:
+        value = getattr(self.params, name)
+        # The bounds of a message's integers; NaN and the infinities are outside, too.
+        if not (-(2**63) <= value < 2**63 and holds(value)):
+            raise InvalidParameter(f"{name} is {value}: give {remedy}", param=name)

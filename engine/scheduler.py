@@ -1,0 +1,140 @@
+"""Which sequences run in a step, and which of them hold a state row.
+
+Every sequence has a deadline, a step number: when it came plus `AGING` steps for each unit of priority. The earliest
+goes first, so a lower number of priority is served sooner, and nothing waits for ever: the deadlines of what comes
+later are later. A sequence that has held its row for `quantum` steps gets a new deadline, as if it had just come, so
+that rows go round among long answers. When rows are short, a waiting sequence takes the row of the running one with
+the latest deadline, if that is later than its own; the state is parked, one copy to host memory, and nothing is
+computed twice.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from lattice_serve.engine.errors import Overloaded
+from lattice_serve.engine.sequence import Sequence, Status
+
+AGING = 1000
+"""Steps that one unit of priority is worth."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens `start` to `end` of one sequence, to be run in a step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the sequence's next token is chosen after this piece."""
+        return self.end == self.sequence.length and self.sequence.params.max_tokens > 0
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step: rows to give and to take first, then tokens to run."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    park: list[Sequence] = field(default_factory=list)
+    """Lose their rows, their states parked, before `admit` gets them."""
+    admit: list[Sequence] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(piece.end - piece.start for piece in self.pieces)
+
+
+class Scheduler:
+    """Deterministic: the same calls in the same order give the same batches."""
+
+    def __init__(self, *, rows: int, max_step_tokens: int, max_waiting: int, quantum: int = 256) -> None:
+        self.rows = rows
+        self.max_step_tokens = max_step_tokens
+        self.max_waiting = max_waiting
+        self.quantum = quantum
+        self.running: list[Sequence] = []
+        """In order of admission."""
+        self.waiting: list[Sequence] = []
+        """Earliest deadline first; WAITING and PARKED."""
+        self.preemptions = 0
+        self._step = 0
+        self._tickets = 0
+        self._since: dict[str, int] = {}
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence. Raises `Overloaded` when `max_waiting` beyond the free rows wait already."""
+        free = self.rows - len(self.running)
+        if len(self.waiting) >= self.max_waiting + free:
+            raise Overloaded(f"{len(self.waiting)} requests wait already: come back later, or raise max_waiting")
+        self._enqueue(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence in any phase; its row is the caller's to free."""
+        (self.running if sequence.status is Status.RUNNING else self.waiting).remove(sequence)
+        self._since.pop(sequence.request_id, None)
+
+    def schedule(self) -> Batch:
+        """Choose the next step. Sequences change their status here; rows and states are the caller's to move."""
+        self._step += 1
+        batch = Batch()
+        self._refresh_deadlines()
+        self._assign_rows(batch)
+        left = self.max_step_tokens
+        # Decode goes first: a long prompt may delay the others' next token by one step's budget, never more.
+        for decoding in (True, False):
+            for sequence in self.running:
+                if sequence.decoding is decoding and left:
+                    count = min(sequence.uncomputed, left)
+                    batch.pieces.append(Piece(sequence, sequence.computed, sequence.computed + count))
+                    left -= count
+        return batch
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """Every sequence that is not finished."""
+        yield from self.running
+        yield from self.waiting
+
+    def __len__(self) -> int:
+        return len(self.running) + len(self.waiting)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        self._tickets += 1
+        sequence.ticket = self._tickets
+        sequence.deadline = self._step + AGING * sequence.priority
+        insort(self.waiting, sequence, key=_order)
+
+    def _refresh_deadlines(self) -> None:
+        for sequence in self.running:
+            if self._step - self._since[sequence.request_id] >= self.quantum:
+                self._since[sequence.request_id] = self._step
+                sequence.deadline = self._step + AGING * sequence.priority
+
+    def _assign_rows(self, batch: Batch) -> None:
+        while self.waiting:
+            first = self.waiting[0]
+            if len(self.running) == self.rows:
+                last = max(self.running, key=_order)
+                if first.deadline >= last.deadline:
+                    return
+                self._park(last, batch)
+            self.waiting.remove(first)
+            first.status = Status.RUNNING
+            self._since[first.request_id] = self._step
+            self.running.append(first)
+            batch.admit.append(first)
+
+    def _park(self, sequence: Sequence, batch: Batch) -> None:
+        self.running.remove(sequence)
+        sequence.status = Status.PARKED
+        self.preemptions += 1
+        batch.park.append(sequence)
+        insort(self.waiting, sequence, key=_order)
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.deadline, sequence.ticket

@@ -1,0 +1,88 @@
+"""One sequence in the engine: what was asked, how far it is, and what has come out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from lattice_serve.engine.messages import FinishReason, Submit, TokenLogprob
+from lattice_serve.engine.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from lattice_serve.engine.detokenizer import Detokenizer
+    from lattice_serve.engine.sampler import SampleRow
+    from lattice_serve.engine.state_pool import ParkedState
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    PARKED = "parked"
+    """Waiting for a row with its state in host memory."""
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Owned by the engine; the scheduler moves it between its queues."""
+
+    request_id: str
+    prompt_ids: AbstractSequence[int]
+    params: SamplingParams
+    priority: int
+    arrived: float
+    """Monotonic seconds."""
+    sample_row: SampleRow
+    detokenizer: Detokenizer
+    status: Status = Status.WAITING
+    computed: int = 0
+    """Tokens of prompt and answer that its state has seen."""
+    row: int | None = None
+    """State row, while RUNNING."""
+    parked: ParkedState | None = None
+    deadline: int = 0
+    """Step before which the scheduler would like to run it; earlier goes first."""
+    ticket: int = 0
+    """Order of arrival, which parts equal deadlines."""
+    output_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    started: float | None = None
+    """Monotonic seconds of its first step."""
+    finish_reason: FinishReason | None = None
+
+    @classmethod
+    def of(cls, request: Submit, *, arrived: float, sample_row: SampleRow, detokenizer: Detokenizer) -> Sequence:
+        scored: list[TokenLogprob | None] | None = None if request.params.prompt_logprobs is None else [None]
+        return cls(
+            request_id=request.request_id,
+            prompt_ids=request.prompt_ids,
+            params=request.params,
+            priority=request.priority,
+            arrived=arrived,
+            sample_row=sample_row,
+            detokenizer=detokenizer,
+            prompt_logprobs=scored,
+        )
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def uncomputed(self) -> int:
+        """Tokens that its state has yet to see; 1 in decode."""
+        return self.length - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        return self.computed >= len(self.prompt_ids)
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Ids at places `start` to `end` of prompt and answer together."""
+        prompt = len(self.prompt_ids)
+        if end <= prompt:
+            return list(self.prompt_ids[start:end])
+        return [*self.prompt_ids[start:prompt], *self.output_ids[max(0, start - prompt) : end - prompt]]

@@ -1,0 +1,104 @@
+"""Rows of state, one a running sequence, all allocated at the start.
+
+A row is everything that a sequence remembers, in all layers (`kernels.mixer.layout`). It is initialised when it is
+given out and scrubbed when it comes back, so that nothing of one request can reach the next.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lattice_serve.engine.errors import ConfigError
+from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.kernels.mixer import MixerState, StateLayout
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedState:
+    """A sequence's whole past, outside the pool."""
+
+    row: Tensor
+    """[row_size] float32 in host memory."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.row.nbytes
+
+
+class StatePool:
+    """`memory` is [rows, row_size] float32 on the device."""
+
+    def __init__(self, layout: StateLayout, initial: Tensor, rows: int, device: str) -> None:
+        self.layout = layout
+        self.rows = rows
+        try:
+            # zeros, not empty: pages of rows that were never used are never touched, and cost nothing.
+            self.memory = torch.zeros(rows, layout.row_size, dtype=torch.float32, device=device)
+        except RuntimeError as error:
+            need = rows * layout.row_bytes
+            raise ConfigError(
+                f"no room for {rows} state rows of {layout.row_bytes:,} bytes ({need:,} in all): "
+                "lower max_rows or state_memory",
+                param="max_rows",
+            ) from error
+        self._initial = initial.to(device)
+        self._free = list(range(rows))
+        self._used_once: set[int] = set()
+
+    @classmethod
+    def of(cls, model: LatticeForCausalLM, rows: int, device: str) -> StatePool:
+        """A pool for `model`, rows initialised to its learned memory."""
+        layout = StateLayout(model.shape, len(model.layers))
+        initial = torch.zeros(layout.row_size)
+        for i, layer in enumerate(model.layers):
+            state = MixerState.initial(model.shape, layer.mixer.weights(), 1)
+            layout.store(initial, i, state.to("cpu"))
+        return cls(layout, initial, rows, device)
+
+    @property
+    def used(self) -> int:
+        return self.rows - len(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        return self.memory.nbytes
+
+    def allocate(self) -> int:
+        """A row that holds the initial state. The scheduler hands out no more than there are."""
+        row = heapq.heappop(self._free)
+        self._used_once.add(row)
+        self.memory[row].copy_(self._initial)
+        return row
+
+    def free(self, row: int) -> None:
+        """Scrub a row and take it back."""
+        self.memory[row].zero_()
+        heapq.heappush(self._free, row)
+
+    def park(self, row: int) -> ParkedState:
+        """Copy a row to host memory, then free it."""
+        parked = ParkedState(self.memory[row].to("cpu", copy=True))
+        self.free(row)
+        return parked
+
+    def restore(self, parked: ParkedState) -> int:
+        """A row with a parked state in it."""
+        row = heapq.heappop(self._free)
+        self._used_once.add(row)
+        self.memory[row].copy_(parked.row)
+        return row
+
+    def check_integrity(self, held: Collection[int]) -> None:
+        """Assert that the rows not in `held` are exactly the free ones, and that they hold nothing."""
+        free = set(self._free)
+        assert len(free) == len(self._free), "a state row is free twice"
+        assert free.isdisjoint(held), "a state row is free and held"
+        assert len(free) + len(held) == self.rows, "a state row is neither free nor held"
+        assert not any(bool(self.memory[row].any()) for row in free & self._used_once), (
+            "a free state row is not scrubbed"
+        )

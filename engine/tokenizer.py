@@ -1,0 +1,112 @@
+"""Text to token ids and back, over a sentencepiece model, without loss."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from lattice_serve.engine.errors import CheckpointError, InvalidParameter
+
+SPACE = "\u2581"
+"""How sentencepiece writes a space inside a piece."""
+_PROBE = " a  b\r\n\n\ufb01 \u1e9b\u0323 e\u0301 <unk> \U0001f600\0 "
+"""What a tokenizer that normalises, trims or adds spaces, or lacks byte pieces, does not give back."""
+
+
+class Tokenizer:
+    """`decode(encode(text)) == text` for every text that is valid Unicode.
+
+    Pieces such as `<|endoftext|>` are never made from text: only ids name them.
+    """
+
+    def __init__(self, processor: SentencePieceProcessor) -> None:
+        """`processor` must have a piece for each byte, keep the text as it is and add no prefix (see `load`)."""
+        self._processor = processor
+        self._bytes = tuple(_piece_bytes(processor, token_id) for token_id in range(processor.vocab_size()))
+        self._space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self.vocab_size: int = len(self._bytes)
+        eos = processor.eos_id()
+        self.eos_token_id: int | None = eos if eos >= 0 else None
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read `tokenizer.model` of a model folder.
+
+        Raises `CheckpointError` when it is missing, is no sentencepiece model, or would lose or change text.
+        """
+        path = folder / "tokenizer.model"
+        try:
+            serialized = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}: give a folder that holds a Lattice model") from error
+        processor = SentencePieceProcessor()
+        try:
+            processor.LoadFromSerializedProto(serialized)
+        except RuntimeError as error:
+            raise CheckpointError(f"{path}: not a sentencepiece model: copy the file again") from error
+        tokenizer = cls(processor)
+        if tokenizer.decode(tokenizer.encode(_PROBE)) != _PROBE:
+            raise CheckpointError(
+                f"{path}: does not give a text back as it was: train it with byte_fallback, "
+                "normalization_rule_name=identity, add_dummy_prefix=false and remove_extra_whitespaces=false"
+            )
+        return tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`. Raises `InvalidParameter` (param "prompt") on a lone surrogate."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidParameter(
+                f"prompt holds a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}: "
+                "give text that is valid Unicode",
+                param="prompt",
+            ) from error
+        # A SPACE sign in the text itself would come back as a space: it is spelled in byte pieces.
+        first, *rest = text.split(SPACE)
+        ids: list[int] = self._processor.encode(first)
+        for part in rest:
+            ids += self._space_ids
+            ids += self._processor.encode(part)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, each within the vocabulary; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(map(self._bytes.__getitem__, ids)).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to the text, as UTF-8: often part of a character; nothing for a control piece."""
+        return self._bytes[token_id]
+
+    def token_text(self, token_id: int) -> str:
+        r"""The token as logprobs show it: its text, `bytes:\xNN` for part of a character, or a control piece's name."""
+        data = self._bytes[token_id]
+        if not data:
+            return str(self._processor.id_to_piece(token_id))
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    @staticmethod
+    def check(ids: Collection[int], vocab_size: int, *, param: str = "prompt") -> None:
+        """Raises `InvalidParameter` naming `param` and the first of `ids` that is not in 0 .. vocab_size - 1."""
+        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+            wrong = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
+            raise InvalidParameter(
+                f"{param} holds token id {wrong}: give ids from 0 to {vocab_size - 1}, the vocabulary of the model",
+                param=param,
+            )
+
+
+def _piece_bytes(processor: SentencePieceProcessor, token_id: int) -> bytes:
+    if processor.is_control(token_id) or processor.is_unused(token_id):
+        return b""
+    if processor.is_unknown(token_id):
+        return "\ufffd".encode()
+    piece: str = processor.id_to_piece(token_id)
+    if processor.is_byte(token_id):
+        return bytes([int(piece[1:-1], 16)])
+    return piece.replace(SPACE, " ").encode()

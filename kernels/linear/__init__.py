@@ -1,0 +1,5 @@
+"""Matrix products whose rows have the same bits at any number of rows."""
+
+from lattice_serve.kernels.linear.invariant import RowInvariantLinear
+
+__all__ = ["RowInvariantLinear"]

@@ -1,0 +1,38 @@
+"""Which tokens of a ragged batch belong to which state row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+IntArray: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """n segments, one after another, each of one sequence."""
+
+    rows: IntArray
+    """[n] state rows, no two equal."""
+    positions: IntArray
+    """[n] tokens that each sequence has seen before."""
+    starts: IntArray
+    """[n + 1] segment i is tokens starts[i] to starts[i + 1] of the batch."""
+
+    @classmethod
+    def of(cls, segments: Sequence[tuple[int, int, int]]) -> Segments:
+        """From (row, position, length) of each segment. Raises ValueError for a row named twice or an empty segment."""
+        rows, positions, lengths = (np.array(column, dtype=np.int64) for column in zip(*segments, strict=True))
+        if len(np.unique(rows)) != len(rows):
+            raise ValueError("a state row stands in two segments of a batch")
+        if (lengths < 1).any():
+            raise ValueError("a segment of a batch holds no token")
+        return cls(rows, positions, np.concatenate(([0], np.cumsum(lengths))))
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
+        """(row, position, start, end) of each segment."""
+        starts = self.starts.tolist()
+        return zip(self.rows.tolist(), self.positions.tolist(), starts[:-1], starts[1:], strict=True)

@@ -1,0 +1,5 @@
+"""SwiGLU: ``silu(gate) * up``."""
+
+from lattice_serve.kernels.swiglu.reference import swiglu
+
+__all__ = ["swiglu"]

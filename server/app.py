@@ -1,0 +1,149 @@
+"""The application, and `serve`, which runs it until it is told to stop."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from types import FrameType
+
+import msgspec
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lattice_serve.engine.errors import ConfigError, Draining
+from lattice_serve.engine.messages import Ready
+from lattice_serve.engine.tokenizer import Tokenizer
+from lattice_serve.server import logs
+from lattice_serve.server.access import AccessLog
+from lattice_serve.server.engine_client import EngineClient
+from lattice_serve.server.errors import install_handlers
+from lattice_serve.server.limits import Limits
+from lattice_serve.server.metrics import Metrics
+from lattice_serve.server.routes import completions, health, models, tokenize
+from lattice_serve.server.services import Services
+from lattice_serve.server.settings import Settings
+from lattice_serve.server.supervisor import ENGINE_COMMAND, Supervisor
+
+log = structlog.get_logger(__name__)
+
+_FLUSH_SECONDS = 2
+_BACKLOG = 2048
+_IDLE_CONNECTION_SECONDS = 75
+"""Longer than common clients keep an idle connection, so that they do not send into one that just closed."""
+
+
+def create_app(services: Services) -> FastAPI:
+    """The application. Its lifespan is that of the supervised engine."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with services.supervisor:
+            yield
+
+    app = FastAPI(title="lattice-serve", lifespan=lifespan, redirect_slashes=False, openapi_url=None)
+    app.state.services = services
+    for module in (completions, models, health, tokenize):
+        app.include_router(module.router)
+    install_handlers(app)
+    settings = services.settings
+    app.add_middleware(Limits, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(AccessLog)  # Added last, so outermost.
+    return app
+
+
+def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> None:
+    """Serve until SIGTERM or SIGINT, then drain and return.
+
+    Raises `ConfigError` when the address cannot be bound, the model folder lacks its tokenizer, or the
+    engine does not start.
+    """
+    logs.configure(settings.log_level)
+    tokenizer = Tokenizer.load(settings.model)
+    metrics = Metrics(settings.model_name)
+    client = EngineClient(metrics)
+    supervisor = Supervisor(settings.engine_config(), client, engine_command)
+    services = Services(settings, client, supervisor, tokenizer, metrics)
+    with _listen(settings) as listener:
+        address = _url(listener)
+        client.on_ready = lambda ready: _announce(ready, settings.model_name, address)
+        log.info("starting", model=str(settings.model), address=address)
+        _Server(services).run([listener])
+    if supervisor.failure is not None:
+        raise supervisor.failure
+
+
+class _Server(uvicorn.Server):
+    """Drains on the first signal: /ready says 503, new requests are refused, running ones go on until the
+    grace period is over. A second signal ends it at once."""
+
+    def __init__(self, services: Services) -> None:
+        config = uvicorn.Config(
+            create_app(services),
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_IDLE_CONNECTION_SECONDS,
+            timeout_graceful_shutdown=_FLUSH_SECONDS,
+        )
+        super().__init__(config)
+        self._services = services
+        self._deadline: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._deadline is None:
+            self._services.draining = True
+            self._deadline = now + self._services.settings.grace_period
+            log.info("draining", signal=signal.Signals(sig).name, running=self._services.client.live)
+        else:
+            self._deadline = now
+
+    async def on_tick(self, counter: int) -> bool:
+        # Tasks are the requests not yet answered in full, those with a slow client among them.
+        if self._deadline is not None and (not self.server_state.tasks or time.monotonic() >= self._deadline):
+            self._services.client.fail_all(lambda: Draining("the server is shutting down: the grace period is over"))
+            self.should_exit = True
+        if self._services.supervisor.failure is not None:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}: choose another host or port",
+            param="port",
+        ) from error
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _announce(ready: Ready, model_name: str, address: str) -> None:
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        facts = msgspec.structs.asdict(ready) | {"model_name": model_name}
+        log.info("ready", address=address, **facts)
+        return
+    block = Table.grid(padding=(0, 2))
+    block.add_row("  [dim]model[/dim]", escape(model_name))
+    block.add_row("  [dim]engine[/dim]", f"{ready.device}, {ready.dtype}, loaded in {ready.load_seconds:.1f} s")
+    block.add_row("  [dim]rows[/dim]", f"{ready.rows} requests at once, {ready.bytes_per_row:,} bytes each")
+    block.add_row("  [dim]address[/dim]", address)
+    console.print("[bold green]ready[/bold green]", block)

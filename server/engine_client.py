@@ -1,0 +1,194 @@
+"""The server's end of the socket to the engine process (see `engine.messages` for what is said)."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+import structlog
+
+from lattice_serve.engine import errors
+from lattice_serve.engine.errors import EngineDied, EngineUnavailable, LatticeError
+from lattice_serve.engine.messages import (
+    Abort,
+    FromEngine,
+    Ready,
+    RequestFailed,
+    StepOutputs,
+    Submit,
+    ToEngine,
+    TokenOutput,
+)
+from lattice_serve.engine.sampling import SamplingParams
+from lattice_serve.server.metrics import Metrics, SequenceMeter
+
+log = structlog.get_logger(__name__)
+
+_CONNECT_SECONDS = 0.05
+
+
+class EngineClient:
+    """Requests to the engine and its answers, matched by id. Lives on one event loop.
+
+    `run` holds the connection; between two connections there is no engine and `generate` refuses.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.ready: Ready | None = None
+        """What the engine said of itself; None while there is none."""
+        self.ever_ready = False
+        self.on_ready: Callable[[Ready], None] = lambda ready: None
+        self._metrics = metrics
+        self._live: dict[str, _Live] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(Ready | StepOutputs)
+
+    @property
+    def live(self) -> int:
+        """Sequences submitted and not ended."""
+        return len(self._live)
+
+    def generate(self, prompts: Sequence[tuple[list[int], SamplingParams]], *, priority: int = 0) -> Generation:
+        """Submit one sequence for each of `prompts`; lower `priority` runs first.
+
+        Raises `EngineUnavailable` when no engine is ready.
+        """
+        if self.ready is None:
+            raise EngineUnavailable("the engine is starting: try again in a few seconds")
+        generation = Generation(self)
+        for index, (prompt_ids, params) in enumerate(prompts):
+            request_id = uuid.uuid4().hex
+            generation.open_ids.add(request_id)
+            self._live[request_id] = _Live(index, generation, self._metrics.sequence(len(prompt_ids)))
+            self._send(Submit(request_id, prompt_ids, params, priority))
+        return generation
+
+    def abort(self, request_id: str) -> None:
+        self._take(request_id).meter.stopped("abort")
+        self._send(Abort(request_id))
+
+    def fail_all(self, make_error: Callable[[], LatticeError]) -> None:
+        """End every live sequence with an error of its own and have the engine forget it."""
+        for request_id in list(self._live):
+            self._fail(request_id, make_error())
+            self._send(Abort(request_id))
+
+    async def run(self, socket: Path) -> None:
+        """Connect to `socket` as soon as an engine listens there, and carry messages until it is gone."""
+        reader, self._writer = await _connect(socket)
+        try:
+            while True:
+                size = int.from_bytes(await reader.readexactly(4), "big")
+                self._receive(self._decoder.decode(await reader.readexactly(size)))
+        except (OSError, asyncio.IncompleteReadError):
+            log.warning("engine connection closed")
+        except msgspec.DecodeError as error:
+            log.error("engine sent a message that cannot be read", error=str(error))
+        finally:
+            self.ready = None
+            self._writer.close()
+            self._writer = None
+            self._metrics.engine_started(rows=0)
+            self.fail_all(lambda: EngineDied("the engine stopped while it worked on this request: send it again"))
+
+    def _receive(self, message: FromEngine) -> None:
+        if isinstance(message, Ready):
+            self._metrics.engine_started(message.rows)
+            self.ready = message
+            self.ever_ready = True
+            self.on_ready(message)
+            return
+        self._metrics.step(message.stats)
+        for output in message.outputs:
+            self._deliver(output)
+        for failure in message.failures:
+            self._fail(failure.request_id, _as_error(failure))
+
+    def _deliver(self, output: TokenOutput) -> None:
+        live = self._live.get(output.request_id)
+        if live is None:
+            return  # Aborted while the token was on its way.
+        live.meter.output(output)
+        if output.finish_reason is not None:
+            self._take(output.request_id)
+        live.generation.put((live.index, output))
+
+    def _fail(self, request_id: str, error: LatticeError) -> None:
+        if request_id in self._live:
+            live = self._take(request_id)
+            live.meter.stopped("error")
+            live.generation.put(error)
+
+    def _take(self, request_id: str) -> _Live:
+        live = self._live.pop(request_id)
+        live.generation.open_ids.discard(request_id)
+        return live
+
+    def _send(self, message: ToEngine) -> None:
+        if self._writer is not None:
+            data = self._encoder.encode(message)
+            self._writer.write(len(data).to_bytes(4, "big") + data)
+
+
+@dataclass(frozen=True)
+class _Live:
+    index: int
+    generation: Generation
+    meter: SequenceMeter
+
+
+class Generation:
+    """The sequences of one request. Iterating gives (index of the sequence, output) until all have ended.
+
+    Iterating raises the error of the first sequence that fails. Leaving the `with` block aborts whatever
+    has not ended.
+    """
+
+    def __init__(self, client: EngineClient) -> None:
+        self.open_ids: set[str] = set()
+        self._client = client
+        self._queue: asyncio.Queue[tuple[int, TokenOutput] | LatticeError] = asyncio.Queue()
+
+    def put(self, item: tuple[int, TokenOutput] | LatticeError) -> None:
+        self._queue.put_nowait(item)
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> tuple[int, TokenOutput]:
+        if not self.open_ids and self._queue.empty():
+            raise StopAsyncIteration
+        item = await self._queue.get()
+        if isinstance(item, LatticeError):
+            raise item
+        return item
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for request_id in sorted(self.open_ids):
+            self._client.abort(request_id)
+
+
+async def _connect(socket: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    while True:
+        with suppress(FileNotFoundError, ConnectionRefusedError):
+            return await asyncio.open_unix_connection(socket)
+        await asyncio.sleep(_CONNECT_SECONDS)
+
+
+def _as_error(failure: RequestFailed) -> LatticeError:
+    kind = getattr(errors, failure.error, None)
+    if not (isinstance(kind, type) and issubclass(kind, LatticeError)):
+        kind = LatticeError
+    return kind(failure.message, param=failure.param)

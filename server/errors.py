@@ -1,0 +1,78 @@
+"""Errors as HTTP: the leaves of `engine.errors` that only a server raises, and the shape clients see.
+
+RequestError (engine.errors)
+├── Unauthorized   401  no API key, or a wrong one
+└── BodyTooLarge   413  the body is larger than the server takes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from lattice_serve.engine.errors import InvalidParameter, LatticeError, RequestError
+
+_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+
+
+class Unauthorized(RequestError):
+    status = 401
+
+
+class BodyTooLarge(RequestError):
+    status = 413
+
+
+def error_json(message: str, status: int, param: str | None = None) -> bytes:
+    """The OpenAI error object."""
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": status}})
+
+
+def error_response(error: Exception) -> Response:
+    """`error` as an answer; what is not a `LatticeError` is a 500 that tells nothing about it."""
+    if not isinstance(error, LatticeError):
+        return _respond(error_json("internal error: see the server's log", 500), 500, {})
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+    if isinstance(error, Unauthorized | BodyTooLarge):
+        headers["connection"] = "close"  # The rest of the body is not wanted.
+    return _respond(error_json(error.message, error.status, error.param), error.status, headers)
+
+
+def _respond(content: bytes, status: int, headers: Mapping[str, str]) -> Response:
+    return Response(content, status, headers, media_type="application/json")
+
+
+def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return _respond(error_json(message, error.status_code), error.status_code, error.headers or {})
+
+
+def _on_invalid_request(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    fault = error.errors()[0]
+    name = str(fault["loc"][-1])
+    return error_response(InvalidParameter(f"{name}: {fault['msg']}", param=name))
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Give every error that a route raises the OpenAI shape."""
+    app.add_exception_handler(LatticeError, lambda _, error: error_response(error))
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)

@@ -1,0 +1,64 @@
+"""What a request must pass before any route sees it: the API key and the size of its body."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lattice_serve.engine.errors import LatticeError
+from lattice_serve.server.errors import BodyTooLarge, Unauthorized, error_response
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
+"""Probes ask these without a key."""
+
+
+class Limits:
+    """ASGI middleware: 401 without a key that is in `api_keys` (none: no key needed), 413 for large bodies.
+
+    A body that says it is too large is not read at all; one that does not say is read up to the limit.
+    """
+
+    def __init__(self, app: ASGIApp, *, api_keys: Sequence[bytes], max_body_bytes: int) -> None:
+        self._app = app
+        self._api_keys = api_keys
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        try:
+            if scope["path"] not in OPEN_PATHS:
+                self._check_key(headers)
+            self._check_size(int(headers.get("content-length", 0)))
+        except LatticeError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            self._check_size(size)
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _check_key(self, headers: Headers) -> None:
+        if not self._api_keys:
+            return
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = key.strip().encode("latin-1")
+        # Every key is compared, so that the time taken does not say which one came close.
+        matches = [hmac.compare_digest(given, known) for known in self._api_keys]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise Unauthorized("give a valid API key in the header `Authorization: Bearer KEY`")
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_body_bytes:
+            raise BodyTooLarge(f"the body has more than {self._max_body_bytes} bytes: send less in one request")

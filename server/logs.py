@@ -1,0 +1,29 @@
+"""Where log lines go: stderr, coloured for a person at a terminal, else one JSON object a line."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+from structlog.typing import Processor
+
+
+def configure(level: str) -> None:
+    """Set up structlog, and the standard library's loggers for the libraries below, for this process."""
+    renderer: list[Processor]
+    if sys.stderr.isatty():
+        # The plain traceback, for the rich one shows local variables, which hold prompts.
+        renderer = [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+    else:
+        renderer = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    logging.basicConfig(level=logging.WARNING)

@@ -1,0 +1,52 @@
+"""What probes, dashboards and people ask: alive, ready, metrics, version."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from lattice_serve.engine.errors import Draining, EngineUnavailable
+from lattice_serve.server.services import Injected
+
+router = APIRouter()
+
+
+@router.api_route("/health", methods=["GET", "HEAD"])
+async def health(services: Injected) -> dict[str, Any]:
+    """200 while this process lives; the body says how the engine is."""
+    try:
+        services.check_ready()
+        engine = "ready"
+    except EngineUnavailable:
+        engine = "restarting" if services.supervisor.restarts else "starting"
+    except Draining:
+        engine = "draining"
+    return {"status": "ok", "engine": engine, "restarts": services.supervisor.restarts}
+
+
+@router.api_route("/ready", methods=["GET", "HEAD"])
+async def ready(services: Injected) -> dict[str, Any]:
+    """200 while requests are taken, else 503."""
+    engine = services.check_ready()
+    return {"status": "ready", "rows": engine.rows, "bytes_per_row": engine.bytes_per_row, "device": engine.device}
+
+
+@router.api_route("/ping", methods=["GET", "HEAD"])
+async def ping() -> Response:
+    """200, as /health."""
+    return Response()
+
+
+@router.get("/metrics")
+async def metrics(services: Injected) -> Response:
+    """Prometheus text."""
+    return Response(services.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/version")
+async def get_version() -> dict[str, str]:
+    """The version of this package."""
+    return {"version": version("lattice-serve")}

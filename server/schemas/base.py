@@ -1,0 +1,40 @@
+"""What all request bodies share."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lattice_serve.engine.errors import InvalidParameter
+
+R = TypeVar("R", bound="RequestModel")
+
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+# Without fail_fast a list of a million wrong elements makes a million error objects.
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+Strings = Annotated[list[str], Field(fail_fast=True)]
+
+
+class RequestModel(BaseModel):
+    """A JSON body. Types are exact (no `true` for 1, no "1", no 1.0 for an integer) and numbers finite.
+
+    Unknown fields are ignored, for clients send many.
+    """
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
+
+    remedies: ClassVar[dict[str, str]] = {}
+    """Field -> what to give, where pydantic explains a type poorly."""
+
+    @classmethod
+    def parse(cls: type[R], body: bytes) -> R:
+        """Raises `InvalidParameter` that names the first wrong field."""
+        try:
+            return cls.model_validate_json(body)
+        except ValidationError as error:
+            fault = error.errors(include_url=False, include_input=False)[0]
+        if not fault["loc"]:
+            raise InvalidParameter(f"the body is not a JSON object of this route: {fault['msg']}")
+        name = str(fault["loc"][0])
+        raise InvalidParameter(f"{name}: {cls.remedies.get(name, fault['msg'])}", param=name)

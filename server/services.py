@@ -1,0 +1,93 @@
+"""What routes work with: the settings, the engine, the tokenizer, the metrics, and who may come in."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, TypeVar
+
+from fastapi import Depends, Request
+
+from lattice_serve.engine.errors import Draining, EngineUnavailable, InvalidParameter, ModelNotFound, Overloaded
+from lattice_serve.engine.messages import Ready
+from lattice_serve.engine.tokenizer import Tokenizer
+from lattice_serve.server.engine_client import EngineClient
+from lattice_serve.server.metrics import Metrics
+from lattice_serve.server.settings import Settings
+from lattice_serve.server.supervisor import Supervisor
+
+MAX_MODEL_LEN = 2**31 - 1
+"""A recurrent state has no longest context; clients want a number all the same."""
+_INLINE_LENGTH = 4096
+"""Longer texts are tokenized in a thread, so that other requests go on."""
+
+A = TypeVar("A", bound=Sequence[object])
+R = TypeVar("R")
+
+
+@dataclass
+class Services:
+    settings: Settings
+    client: EngineClient
+    supervisor: Supervisor
+    tokenizer: Tokenizer
+    metrics: Metrics
+    draining: bool = False
+    started: int = field(default_factory=lambda: int(time.time()))
+    """Unix time."""
+
+    def check_ready(self) -> Ready:
+        """What the engine said of itself. Raises `Draining` or `EngineUnavailable` where requests are not taken."""
+        if self.draining:
+            raise Draining("the server is shutting down: send the request to another one")
+        if self.client.ready is None:
+            raise EngineUnavailable("the engine is starting: try again in a few seconds")
+        return self.client.ready
+
+    def admit(self, sequences: int) -> None:
+        """Let a request with that many sequences in, or raise the error that says why not, and count it."""
+        try:
+            capacity = self.check_ready().rows + self.settings.max_waiting
+            if sequences > capacity:
+                raise InvalidParameter(
+                    f"n times the number of prompts is {sequences}: give at most {capacity} in one request", param="n"
+                )
+            if self.client.live + sequences > capacity:
+                raise Overloaded(f"{self.client.live} sequences run or wait, of at most {capacity}: try again later")
+        except (Draining, EngineUnavailable, Overloaded) as error:
+            self.metrics.rejected(_REASONS[type(error)])
+            raise
+
+    def check_model(self, name: str | None) -> None:
+        """Raises `ModelNotFound` unless `name` is the served model's, or absent."""
+        if name is not None and name != self.settings.model_name:
+            raise ModelNotFound(
+                f"there is no model {name[:100]!r} here: use {self.settings.model_name!r}", param="model"
+            )
+
+    async def encode(self, text: str) -> list[int]:
+        return await _offload(self.tokenizer.encode, text)
+
+    async def decode(self, ids: list[int]) -> str:
+        return await _offload(self.tokenizer.decode, ids)
+
+
+_REASONS = {Draining: "draining", EngineUnavailable: "engine_unavailable", Overloaded: "queue_full"}
+
+
+async def _offload(function: Callable[[A], R], argument: A) -> R:
+    if len(argument) <= _INLINE_LENGTH:
+        return function(argument)
+    return await asyncio.to_thread(function, argument)
+
+
+def _services(request: Request) -> Services:
+    services = request.app.state.services
+    assert isinstance(services, Services)
+    return services
+
+
+Injected = Annotated[Services, Depends(_services)]
+"""The type of a route's parameter that receives the services."""

@@ -1,0 +1,84 @@
+"""Settings of the server. This is the one module that reads the environment (`LATTICE_*`)."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from lattice_serve.engine import config as engine_config
+from lattice_serve.engine.config import EngineConfig
+from lattice_serve.engine.errors import ConfigError
+
+BUNDLED_MODEL = Path(engine_config.__file__).parent / "bundled"
+
+
+class Settings(EngineConfig, BaseSettings):
+    """Everything `serve` is told: the engine's fields and the server's own.
+
+    A keyword wins over the environment: `port=9000` over `LATTICE_PORT=9000`. Use `Settings.load`, which
+    turns every fault into a `ConfigError`.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="LATTICE_", env_ignore_empty=True, extra="forbid", frozen=True)
+
+    model: Path = BUNDLED_MODEL
+    served_model_name: str | None = None
+    """What clients call the model. None: the name of its folder, "lattice" for the bundled one."""
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    """0 lets the system choose."""
+    api_key: SecretStr | None = None
+    """One key, or several with commas between them. None: no key is asked for."""
+    grace_period: float = Field(default=30.0, ge=0, allow_inf_nan=False)
+    """Seconds that running streams have to finish after SIGTERM."""
+    max_body_bytes: int = Field(default=8 << 20, ge=1)
+    keep_alive_seconds: float = Field(default=15.0, gt=0, allow_inf_nan=False)
+    """Silence on a stream after which a comment is sent, so that proxies keep it open."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @classmethod
+    def load(cls, **fields: Any) -> Settings:
+        """Settings from `fields` (None: not given), then the environment, then the defaults.
+
+        Raises `ConfigError` that names each wrong field.
+        """
+        try:
+            return cls(**{name: value for name, value in fields.items() if value is not None})
+        except ValidationError as error:
+            faults = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
+            text = "; ".join(f"{name}: {message}" if name else message for name, message in faults)
+            raise ConfigError(text, param=faults[0][0] or None) from error
+
+    @model_validator(mode="after")
+    def _check_exposure(self) -> Settings:
+        if not _is_loopback(self.host) and not self.api_keys:
+            raise ConfigError(
+                f"host is {self.host!r}, which others can reach: set an API key (LATTICE_API_KEY), or use 127.0.0.1",
+                param="host",
+            )
+        return self
+
+    @property
+    def model_name(self) -> str:
+        if self.served_model_name is not None:
+            return self.served_model_name
+        return "lattice" if self.model == BUNDLED_MODEL else self.model.resolve().name
+
+    @property
+    def api_keys(self) -> tuple[bytes, ...]:
+        secret = "" if self.api_key is None else self.api_key.get_secret_value()
+        return tuple(key.strip().encode() for key in secret.split(",") if key.strip())
+
+    def engine_config(self) -> EngineConfig:
+        return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.model_fields})
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,110 @@
+"""Keeps one engine process running: starts it, restarts it when it dies, ends it with the server."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+import structlog
+
+from lattice_serve.engine.config import EngineConfig
+from lattice_serve.engine.errors import ConfigError
+from lattice_serve.server.engine_client import EngineClient
+
+log = structlog.get_logger(__name__)
+
+ENGINE_COMMAND = (sys.executable, "-m", "lattice_serve.engine.process")
+
+_FIRST_DELAY_SECONDS = 0.1
+_LONGEST_DELAY_SECONDS = 10.0
+_STABLE_SECONDS = 60.0
+"""An engine that lived that long is restarted without the delays that earlier deaths have added."""
+_STOP_SECONDS = 3.0
+_STDERR = 2
+
+
+class Supervisor:
+    """`async with` it to have an engine: `command --socket PATH --config JSON`, PATH in a folder with mode 0700.
+
+    The engine writes to the server's stderr; it is out of reach of the terminal's Ctrl-C, so that the server
+    can drain first; and its stdin ends when the server does, however that happens.
+    """
+
+    def __init__(self, config: EngineConfig, client: EngineClient, command: Sequence[str] = ENGINE_COMMAND) -> None:
+        self.restarts = 0
+        self.failure: ConfigError | None = None
+        """Set when the engine ended before it was ever ready: starting it again would not help."""
+        self._config = config
+        self._client = client
+        self._command = command
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Supervisor:
+        self._task = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _run(self) -> None:
+        deaths = 0
+        with tempfile.TemporaryDirectory(prefix="lattice-") as folder:
+            while True:
+                started = time.monotonic()
+                status = await self._live_once(Path(folder, f"engine-{self.restarts}.sock"))
+                if not self._client.ever_ready:
+                    self.failure = ConfigError(f"the engine did not start (exit status {status}): its messages say why")
+                    return
+                deaths = 0 if time.monotonic() - started > _STABLE_SECONDS else deaths
+                delay = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**deaths)
+                log.error("engine died, starting it again", exit_status=status, delay_seconds=delay)
+                deaths += 1
+                self.restarts += 1
+                await asyncio.sleep(delay)
+
+    async def _live_once(self, socket: Path) -> int:
+        """Run one engine process to its end. Returns its exit status."""
+        process = await asyncio.create_subprocess_exec(
+            *self._command,
+            *("--socket", str(socket), "--config", self._config.model_dump_json()),
+            stdin=subprocess.PIPE,
+            stdout=_STDERR,
+            start_new_session=True,
+        )
+        log.info("engine started", pid=process.pid)
+        link = asyncio.create_task(self._client.run(socket))
+        exited = asyncio.create_task(process.wait())
+        try:
+            # Without its connection an engine is of no use: what it worked on is lost to the server.
+            await asyncio.wait({link, exited}, return_when=asyncio.FIRST_COMPLETED)
+            if link.done() and link.exception() is not None:
+                log.error("engine connection failed", exc_info=link.exception())
+        finally:
+            link.cancel()
+            await asyncio.gather(link, return_exceptions=True)
+            await _stop(process)
+        return await exited
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    with suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+    except asyncio.TimeoutError:
+        process.kill()
+        await process.wait()

@@ -1,0 +1,196 @@
+"""A stand-in for the engine process: the same messages over the same socket, without a model.
+
+Answers are letters drawn from a hash of prompt, seed and place. What a prompt says steers it:
+
+- `!slow`        50 ms a token
+- `!stall`       never a token
+- `!eos`         end-of-text after 3 tokens
+- `!stop`        the first stop string after 2 tokens
+- `!utf8`        the two bytes of one character first
+- `!fail X`      the error X of `engine.errors` instead of a token; `!fail-late X` after 2 tokens
+- `!exit`        the process ends; `!exit-late` after 2 tokens
+- `!garbage`     a frame that is no message
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lattice_serve.engine.config import EngineConfig
+from lattice_serve.engine.messages import (
+    Abort,
+    EngineStats,
+    Ready,
+    RequestFailed,
+    StepOutputs,
+    Submit,
+    ToEngine,
+    TokenLogprob,
+    TokenOutput,
+)
+from lattice_serve.engine.tokenizer import Tokenizer
+
+
+class FakeEngine:
+    def __init__(self, config: EngineConfig, record: Path) -> None:
+        self.config = config
+        self.tokenizer = Tokenizer.load(config.model)
+        vocabulary = range(self.tokenizer.vocab_size)
+        self.words = [token_id for token_id in vocabulary if self.tokenizer.token_bytes(token_id).isalpha()]
+        self.pieces = {self.tokenizer.token_bytes(token_id): token_id for token_id in vocabulary}
+        self.rows = asyncio.Semaphore(config.max_rows or 8)
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.counts = {"rows_used": 0, "prompt_tokens_total": 0, "generation_tokens_total": 0, "steps_total": 0}
+        self.record_path = record
+
+    def record(self, event: str, **fields: Any) -> None:
+        with self.record_path.open("a") as file:
+            file.write(json.dumps({"event": event, **fields}) + "\n")
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writer = writer
+        rows = self.config.max_rows or 8
+        self.send(Ready("fake", os.getpid(), rows, 1000, self.tokenizer.vocab_size, "cpu", "float32", 0.0))
+        decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(Submit | Abort)
+        while True:
+            size = int.from_bytes(await reader.readexactly(4), "big")
+            message = decoder.decode(await reader.readexactly(size))
+            if isinstance(message, Submit):
+                params = message.params
+                self.record("submit", id=message.request_id, tokens=len(message.prompt_ids), seed=params.seed)
+                self.tasks[message.request_id] = asyncio.create_task(self.answer(message))
+            else:
+                self.record("abort", id=message.request_id)
+                if message.request_id in self.tasks:  # It may have ended meanwhile.
+                    self.tasks.pop(message.request_id).cancel()
+
+    def send(self, message: Ready | StepOutputs) -> None:
+        data = msgspec.msgpack.encode(message)
+        self.writer.write(len(data).to_bytes(4, "big") + data)
+
+    def step(self, *outputs: TokenOutput, failures: list[RequestFailed] | None = None) -> None:
+        used = self.counts["rows_used"]
+        stats = EngineStats(
+            running=used, waiting=len(self.tasks) - used, rows=self.config.max_rows or 8, step_tokens=1, **self.counts
+        )
+        self.send(StepOutputs(list(outputs), failures or [], stats))
+
+    async def answer(self, request: Submit) -> None:
+        try:
+            async with self.rows:
+                self.counts["rows_used"] += 1
+                try:
+                    await self.generate(request)
+                finally:
+                    self.counts["rows_used"] -= 1
+        finally:
+            self.tasks.pop(request.request_id, None)
+            self.step()
+
+    async def generate(self, request: Submit) -> None:
+        params = request.params
+        text = self.tokenizer.decode(request.prompt_ids)
+        self.counts["prompt_tokens_total"] += len(request.prompt_ids)
+        order, _, error = text.partition(" ")
+        if order == "!stall":
+            await asyncio.sleep(3600)
+        if params.max_tokens == 0:
+            self.step(self.output(request, 0, None, "", "length"))
+        for place in range(params.max_tokens):
+            if order == "!slow":
+                await asyncio.sleep(0.05)
+            if order in ("!fail", "!fail-late") and place == 2 * (order == "!fail-late"):
+                self.step(failures=[RequestFailed(request.request_id, error, f"told to: {error}", "prompt")])
+                return
+            if order in ("!exit", "!exit-late") and place == 2 * (order == "!exit-late"):
+                await self.writer.drain()
+                os._exit(3)
+            if order == "!garbage":
+                self.writer.write(b"\x00\x00\x00\x01\xc1")
+            last = place == params.max_tokens - 1
+            token_id, delta, reason, stop = self.word(request, place), None, "length" if last else None, None
+            if order == "!utf8" and place < 2:
+                token_id, delta = self.pieces["é".encode()[place : place + 1]], "é" * place
+            if order == "!eos" and place == 3:
+                token_id, delta, reason = self.tokenizer.eos_token_id or 0, "", "stop"
+            if order == "!stop" and place == 2:
+                delta, reason, stop = "", "stop", params.stop[0]
+            delta = self.tokenizer.token_text(token_id) if delta is None else delta
+            self.counts["generation_tokens_total"] += 1
+            self.counts["steps_total"] += 1
+            self.step(self.output(request, place, token_id, delta, reason, stop))
+            if reason == "stop":
+                return
+            await asyncio.sleep(0)
+
+    def word(self, request: Submit, place: int) -> int:
+        digest = hashlib.sha256(repr((request.prompt_ids, request.params.seed, place)).encode()).digest()
+        return self.words[int.from_bytes(digest[:4], "big") % len(self.words)]
+
+    def output(
+        self,
+        request: Submit,
+        place: int,
+        token_id: int | None,
+        text: str,
+        reason: Any = None,
+        stop: str | None = None,
+    ) -> TokenOutput:
+        params = request.params
+        prompt_logprobs = None
+        if params.prompt_logprobs is not None and place == 0:
+            rest = [self.logprob(token, params.prompt_logprobs) for token in request.prompt_ids[1:]]
+            prompt_logprobs = [None, *rest]
+        return TokenOutput(
+            request.request_id,
+            token_id,
+            text,
+            reason,
+            stop,
+            self.logprob(token_id, params.logprobs) if token_id is not None and params.logprobs is not None else None,
+            prompt_logprobs,
+            queue_seconds=0.25 if place == 0 else None,
+            prefill_seconds=0.5 if place == 0 else None,
+        )
+
+    def logprob(self, token_id: int, count: int) -> TokenLogprob:
+        """The token is the most likely one, the others are impossible."""
+        others = [other for other in self.words[:count] if other != token_id]
+        top = [(token_id, -0.5), *((other, float("-inf")) for other in others)]
+        return TokenLogprob(token_id, -0.5, tuple(top[:count]))
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--record", type=Path, required=True)
+    parser.add_argument("--fail", action="store_true")
+    parser.add_argument("--socket", required=True)
+    parser.add_argument("--config", required=True)
+    options = parser.parse_args()
+    if options.fail:
+        sys.exit("the fake engine was told not to start")
+    engine = FakeEngine(EngineConfig.model_validate_json(options.config), options.record)
+    engine.record("start", pid=os.getpid(), mode=oct(Path(options.socket).parent.stat().st_mode & 0o777))
+    gone = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await engine.serve(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            gone.set()
+
+    async with await asyncio.start_unix_server(serve, options.socket):
+        await gone.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

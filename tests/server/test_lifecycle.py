@@ -1,0 +1,193 @@
+"""Starting, overload, the death of the engine, draining."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.server.harness import ServerProcess, events, wait_for
+
+StartServer = Callable[..., ServerProcess]
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as pool:
+        yield pool
+
+
+def submitted(server: ServerProcess, count: int) -> None:
+    wait_for(lambda: len(server.records("submit")) >= count)
+
+
+def test_the_socket_is_in_a_private_folder(server: ServerProcess) -> None:
+    assert server.records("start")[0]["mode"] == "0o700"
+
+
+def test_full_queue_is_a_429_before_any_200(start_server: StartServer, pool: ThreadPoolExecutor) -> None:
+    server = start_server(max_rows=1, max_waiting=1)
+    running = [pool.submit(server.post, prompt="!slow", max_tokens=20) for _ in range(2)]
+    submitted(server, 2)
+    for stream in (True, False):
+        response = server.post(prompt="a", stream=stream)
+        assert response.status_code == 429
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.json()["error"]["type"] == "rate_limit_error"
+    assert [future.result().status_code for future in running] == [200, 200]
+    assert server.complete("a")
+    assert server.metrics()['admission_rejections_total{reason="queue_full"}'] == 2
+
+
+def test_an_engine_that_does_not_start_ends_the_server(start_server: StartServer) -> None:
+    server = start_server(ready=False, engine_options=("--fail",))
+    assert server.process.wait(20) == 1
+    log = server.log_path.read_text()
+    assert "the fake engine was told not to start" in log
+    assert "ConfigError: the engine did not start (exit status 1)" in log
+
+
+def test_a_port_in_use_is_told(server: ServerProcess, start_server: StartServer) -> None:
+    port = httpx.URL(server.url).port
+    second = start_server(ready=False, port=port)
+    assert second.process.wait(20) == 1
+    assert f"ConfigError: cannot listen on 127.0.0.1 port {port}" in second.log_path.read_text()
+
+
+def test_a_public_address_needs_a_key(start_server: StartServer) -> None:
+    server = start_server(ready=False, host="0.0.0.0")
+    assert server.process.wait(20) == 1
+    assert "ConfigError: host is '0.0.0.0'" in server.log_path.read_text()
+
+
+@pytest.mark.parametrize("how", ["kill", "exit", "garbage"])
+def test_the_engine_dies_and_comes_back(start_server: StartServer, pool: ThreadPoolExecutor, how: str) -> None:
+    server = start_server()
+    first_pid = server.engine_pid
+    streams = [pool.submit(server.post, prompt="!slow", max_tokens=400, stream=True) for _ in range(3)]
+    whole = pool.submit(server.post, prompt="!stall")
+    submitted(server, 4)
+    time.sleep(0.2)
+    died = time.monotonic()
+    if how == "kill":
+        os.kill(first_pid, signal.SIGKILL)
+    else:
+        assert server.post(prompt=f"!{how}").status_code == 500
+    for future in streams:
+        response = future.result(timeout=2)
+        assert response.status_code == 200
+        *chunks, last = events(response.text)
+        assert chunks
+        assert last["error"]["code"] == 500
+    assert whole.result(timeout=2).status_code == 500
+    assert time.monotonic() - died < 2
+    wait_for(lambda: server.http.get("/ready").status_code == 200, seconds=10)
+    assert server.engine_pid != first_pid
+    assert server.complete("a")
+    assert server.http.get("/health").json()["restarts"] == 1
+    assert server.metrics()['request_success_total{finished_reason="error"}'] == (4 if how == "kill" else 5)
+
+
+def test_without_an_engine_requests_are_503(start_server: StartServer) -> None:
+    server = start_server()
+    for _ in range(3):
+        server.post(prompt="!exit")
+        response = wait_for(lambda: (answer := server.http.get("/ready")).status_code == 503 and answer)
+        assert int(response.headers["retry-after"]) >= 1
+        response = server.post(prompt="a")
+        if response.status_code == 503:
+            break
+        wait_for(lambda: server.http.get("/ready").status_code == 200)
+    assert response.status_code == 503
+    assert int(response.headers["retry-after"]) >= 1
+    assert server.http.get("/health").json()["engine"] == "restarting"
+
+
+def test_sigterm_drains(start_server: StartServer, pool: ThreadPoolExecutor) -> None:
+    server = start_server()
+    streaming = pool.submit(server.post, prompt="!slow", max_tokens=30, stream=True)
+    whole = pool.submit(server.post, prompt="!slow", max_tokens=30)
+    submitted(server, 2)
+    server.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: server.http.get("/ready").status_code == 503)
+    for stream in (True, False):
+        refused = server.post(prompt="a", stream=stream)
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+    assert server.http.get("/health").json()["engine"] == "draining"
+    *chunks, done = events(streaming.result().text)
+    assert len(chunks) == 30
+    assert done == "[DONE]"
+    assert whole.result().json()["usage"]["completion_tokens"] == 30
+    assert server.process.wait(5) == 0
+    wait_for(lambda: not alive(server.engine_pid))
+    assert "Traceback" not in server.log_path.read_text()
+
+
+def test_streams_end_with_the_grace_period(start_server: StartServer, pool: ThreadPoolExecutor) -> None:
+    server = start_server(grace_period=0.5)
+    streaming = pool.submit(server.post, prompt="!slow", max_tokens=10_000, stream=True)
+    stalled = pool.submit(server.post, prompt="!stall")
+    submitted(server, 2)
+    time.sleep(0.2)
+    server.process.send_signal(signal.SIGTERM)
+    *_, last = events(streaming.result(timeout=5).text)
+    assert last["error"]["code"] == 503
+    assert stalled.result(timeout=5).status_code == 503
+    assert server.process.wait(5) == 0
+
+
+def test_a_second_signal_ends_it_at_once(start_server: StartServer, pool: ThreadPoolExecutor) -> None:
+    server = start_server()
+    stalled = pool.submit(server.post, prompt="!stall")
+    submitted(server, 1)
+    server.process.send_signal(signal.SIGINT)
+    wait_for(lambda: server.http.get("/ready").status_code == 503)
+    server.process.send_signal(signal.SIGINT)
+    assert stalled.result(timeout=5).status_code == 503
+    assert server.process.wait(5) == 0
+
+
+def test_the_engine_ends_with_a_server_that_is_killed(start_server: StartServer) -> None:
+    server = start_server()
+    server.process.kill()
+    wait_for(lambda: not alive(server.engine_pid))
+
+
+def test_many_streams_a_third_of_them_cut_off(start_server: StartServer, pool: ThreadPoolExecutor) -> None:
+    server = start_server()
+    alone = {length: server.complete("!slow", max_tokens=length, seed=1)["choices"][0]["text"] for length in (2, 5)}
+
+    def ask(number: int) -> str | None:
+        body = {"prompt": "!slow", "max_tokens": 2 + 3 * (number % 2), "seed": 1, "stream": True}
+        with server.http.stream("POST", "/v1/completions", json=body) as response:
+            if number % 3 == 0:
+                next(response.iter_raw())
+                return None
+            *chunks, done = events(response.read().decode())
+        assert done == "[DONE]"
+        return "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+    for number, text in enumerate(pool.map(ask, range(48))):
+        assert text == (None if number % 3 == 0 else alone[2 + 3 * (number % 2)])
+    wait_for(lambda: server.metrics()["state_pool_usage_ratio"] == 0)
+    metrics = server.metrics()
+    assert metrics["num_requests_running"] == metrics["num_requests_waiting"] == 0
+    length, abort = (metrics[f'request_success_total{{finished_reason="{name}"}}'] for name in ("length", "abort"))
+    assert length + abort == 2 + 48
+    assert abort == len(server.records("abort")) > 0
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # A killed server leaves its engine to init, which may not have reaped it yet.
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]

@@ -1,0 +1,66 @@
+"""Settings: defaults, environment, keywords, faults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lattice_serve.engine.config import EngineConfig
+from lattice_serve.engine.errors import ConfigError
+from lattice_serve.server.settings import Settings
+
+
+def test_defaults() -> None:
+    settings = Settings.load()
+    assert (settings.host, settings.port, settings.api_keys) == ("127.0.0.1", 8000, ())
+    assert settings.model_name == "lattice"
+    assert settings.engine_config() == EngineConfig(model=settings.model)
+
+
+def test_a_keyword_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATTICE_PORT", "9000")
+    monkeypatch.setenv("LATTICE_MAX_ROWS", "3")
+    monkeypatch.setenv("LATTICE_API_KEY", "a,b")
+    monkeypatch.setenv("LATTICE_THREADS", "")
+    settings = Settings.load(max_rows=5, port=None)
+    assert (settings.port, settings.max_rows, settings.threads) == (9000, 5, None)
+    assert settings.api_keys == (b"a", b"b")
+    assert settings.engine_config().max_rows == 5
+
+
+def test_the_key_is_not_shown() -> None:
+    assert "hunter2" not in repr(Settings.load(api_key="hunter2"))
+
+
+def test_the_model_is_named_for_its_folder(tmp_path: Path) -> None:
+    assert Settings.load(model=tmp_path / "small").model_name == "small"
+    assert Settings.load(model=tmp_path / "small", served_model_name="mine").model_name == "mine"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_loopback_needs_no_key(host: str) -> None:
+    assert Settings.load(host=host).host == host
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "example.org"])
+def test_any_other_address_needs_one(host: str) -> None:
+    with pytest.raises(ConfigError, match="LATTICE_API_KEY") as caught:
+        Settings.load(host=host, api_key=" , ")
+    assert caught.value.param == "host"
+    assert Settings.load(host=host, api_key="key").host == host
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("port", 70000), ("port", "x"), ("max_rows", 0), ("grace_period", float("nan")), ("log_level", "loud"), ("no", 1)],
+)
+def test_a_fault_names_its_field(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}: ") as caught:
+        Settings.load(**{name: value})
+    assert caught.value.param == name
+
+
+def test_faults_across_fields_are_told_too() -> None:
+    with pytest.raises(ConfigError, match="max_step_tokens"):
+        Settings.load(max_rows=600, max_step_tokens=100)

@@ -1,0 +1,137 @@
+"""`POST /v1/completions` as server-sent events, over a real connection."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from tests.server.harness import ServerProcess, events, wait_for
+
+
+def test_a_chunk_for_each_token_then_done(server: ServerProcess) -> None:
+    *chunks, done = server.stream("hello", max_tokens=5, seed=1)
+    assert done == "[DONE]"
+    assert len(chunks) == 5
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert [choice["finish_reason"] for choice in choices] == [None] * 4 + ["length"]
+    whole = server.complete("hello", max_tokens=5, seed=1)["choices"][0]["text"]
+    assert "".join(choice["text"] for choice in choices) == whole
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+def test_headers(server: ServerProcess) -> None:
+    response = server.post(prompt="a", stream=True)
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["x-request-id"]
+
+
+def test_a_token_without_text_has_a_chunk(server: ServerProcess) -> None:
+    *chunks, _ = server.stream("!utf8", max_tokens=3)
+    assert [chunk["choices"][0]["text"] for chunk in chunks][:2] == ["", "é"]
+    *chunks, _ = server.stream("!eos", max_tokens=9)
+    assert len(chunks) == 4
+    assert chunks[-1]["choices"][0] == {
+        "index": 0,
+        "text": "",
+        "logprobs": None,
+        "finish_reason": "stop",
+        "stop_reason": None,
+    }
+
+
+def test_usage_has_a_chunk_of_its_own(server: ServerProcess) -> None:
+    *chunks, last, _ = server.stream("hello", max_tokens=3, stream_options={"include_usage": True})
+    assert [chunk["usage"] for chunk in chunks] == [None] * 3
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 3
+
+
+def test_continuous_usage_counts_up(server: ServerProcess) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, _ = server.stream("hello", max_tokens=3, stream_options=options)
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 3]
+
+
+def test_every_choice_streams_under_its_index(server: ServerProcess) -> None:
+    fields = {"n": 2, "seed": 5, "max_tokens": 4, "echo": True, "logprobs": 1}
+    whole = server.complete(["one", "two"], **fields)["choices"]
+    *chunks, _ = server.stream(["one", "two"], **fields)
+    assert len(chunks) == 16
+    for choice in whole:
+        parts = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == choice["index"]]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        for name, entries in choice["logprobs"].items():
+            assert [entry for part in parts for entry in part["logprobs"][name]] == entries
+
+
+def test_scoring_alone_is_one_chunk(server: ServerProcess) -> None:
+    chunk, done = server.stream("hello", max_tokens=0, echo=True)
+    assert chunk["choices"][0]["text"] == "hello"
+    assert done == "[DONE]"
+
+
+def test_a_failure_before_the_first_token_has_its_status(server: ServerProcess) -> None:
+    response = server.post(prompt="!fail Overloaded", stream=True)
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "1"
+    assert server.post(prompt="!fail NumericalError", stream=True).status_code == 500
+    assert server.post(prompt="!fail InvalidParameter").json()["error"]["param"] == "prompt"
+
+
+def test_a_failure_after_it_is_an_event_that_ends_the_stream(server: ServerProcess) -> None:
+    *chunks, last = server.stream("!fail-late NumericalError")
+    assert len(chunks) == 2
+    assert last["error"]["code"] == 500
+    assert last["error"]["message"] == "told to: NumericalError"
+
+
+def test_one_failed_sequence_ends_the_others(server: ServerProcess) -> None:
+    assert server.post(prompt=["!stall", "!fail NumericalError"]).status_code == 500
+    wait_until_idle(server)
+
+
+def test_silence_is_filled_with_comments(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server(keep_alive_seconds=0.02)
+    text = server.post(prompt="!slow", max_tokens=3, stream=True).text
+    assert ": keep-alive\n\n" in text
+    assert len(events(text)) == 4
+
+
+def test_tokens_are_sent_as_they_come(server: ServerProcess) -> None:
+    arrivals = []
+    body = {"prompt": "!slow", "stream": True, "max_tokens": 6}
+    with server.http.stream("POST", "/v1/completions", json=body) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                arrivals.append(time.monotonic())
+    assert arrivals[-1] - arrivals[0] > 0.15
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("prompt", ["!slow", "!stall"])
+def test_a_client_that_goes_away_frees_its_row(server: ServerProcess, prompt: str, stream: bool) -> None:
+    submits, aborts = len(server.records("submit")), len(server.records("abort"))
+    body = json.dumps({"prompt": [prompt, prompt], "stream": stream, "max_tokens": 1000})
+    with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port or 0)) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        connection.sendall((head + body).encode())
+        wait_for(lambda: len(server.records("submit")) == submits + 2)
+        if stream and prompt == "!slow":
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+    wait_for(lambda: len(server.records("abort")) == aborts + 2, seconds=1)
+    wait_until_idle(server)
+
+
+def wait_until_idle(server: ServerProcess) -> None:
+    def idle() -> bool:
+        metrics = server.metrics()
+        return metrics["num_requests_running"] == metrics["num_requests_waiting"] == 0
+
+    wait_for(idle, seconds=1)

@@ -1,0 +1,1 @@
+"""How a Lattice model is made: tokenizer, data, optimizers, the training loop, the curves."""
