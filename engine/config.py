@@ -64,7 +64,7 @@ class EngineConfig(BaseModel):
     model: Path
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """"auto": bfloat16 weights where the device multiplies them in hardware, float32 elsewhere."""
+    """Of the weights; "auto": as they are stored. Sums are float32 either way."""
     max_rows: int | None = Field(default=None, ge=1)
     """State rows. None: as many as `state_memory` holds, at most 256."""
     state_memory: int = Field(default=1 << 30, ge=1)

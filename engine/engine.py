@@ -7,9 +7,10 @@ import random
 import time
 from pathlib import Path
 
+import numba
 import torch
 
-from lattice_serve.engine.config import EngineConfig
+from lattice_serve.engine.config import EngineConfig, ModelConfig
 from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit, TokenOutput
@@ -37,9 +38,10 @@ class Engine:
         began = time.monotonic()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+            numba.set_num_threads(min(config.threads, numba.config.NUMBA_NUM_THREADS))
         self.config = config
         self.tokenizer = Tokenizer.load(config.model)
-        dtype = pick_dtype(config.dtype, config.device)
+        dtype = pick_dtype(config.dtype, ModelConfig.load(config.model))
         self.model = load_model(config.model, device=config.device, dtype=dtype, progress=progress)
         if self.tokenizer.vocab_size > self.model.config.vocab_size:
             raise ConfigError(

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numba
 import torch
 from torch import Tensor
 
 from lattice_serve import kernels
 from lattice_serve.engine.models.lattice import LatticeForCausalLM, Ops
 from lattice_serve.kernels.linear import RowInvariantLinear
+from lattice_serve.kernels.linear.cpu import PackedWeight
 from lattice_serve.kernels.mixer import Segments, StateLayout, mix
 from lattice_serve.kernels.mixer.cpu import CpuMixer
 from lattice_serve.kernels.norm import cpu as norm_cpu
 from lattice_serve.kernels.swiglu import cpu as swiglu_cpu
+
+REGIONS_PER_LAYER = 8
+"""Kernels a layer that share their work out over threads."""
+PARALLEL_PRODUCTS = 1_000_000
+"""Multiply-adds of a kernel, about 40 microseconds, from which on threads are worth it."""
 
 
 class ServingOps(Ops, Protocol):
@@ -31,17 +38,26 @@ class ServingOps(Ops, Protocol):
 
 
 class CpuOps:
-    """Numba kernels, and torch for the matrix products: every row's bits depend on its own sequence alone."""
+    """Numba kernels: every token's bits depend on its own sequence alone."""
 
-    def __init__(self, model: LatticeForCausalLM, layout: StateLayout, max_tokens: int) -> None:
-        weights = [parameter for parameter in model.parameters() if parameter.ndim == 2]
-        self.linear = RowInvariantLinear(weights, max_tokens)
-        self.name = f"cpu: numba, products at multiples of {self.linear.row_multiple or 'fixed blocks of'} rows"
-        self._mixers = [CpuMixer(layout, i, layer.mixer.weights()) for i, layer in enumerate(model.layers)]
+    name = "numba"
+
+    def __init__(self, model: LatticeForCausalLM, layout: StateLayout) -> None:
+        weights = {parameter for parameter in model.parameters() if parameter.ndim == 2}
+        self._packed = {weight: PackedWeight(weight) for weight in weights}
         self._out_width = model.shape.out_width
+        self._threads = numba.get_num_threads()
+        products = sum(weight.numel() for weight in weights)
+        self._parallel_from = REGIONS_PER_LAYER * len(model.layers) * PARALLEL_PRODUCTS / products
+        self._mixers = [CpuMixer(layout, i, layer.mixer.weights()) for i, layer in enumerate(model.layers)]
 
     def begin(self, pool: Tensor, segments: Segments) -> None:
         self._pool, self._segments = pool, segments
+        # Threads that meet after a few microseconds of work cost more than they bring, and on a busy machine far more.
+        numba.set_num_threads(self._threads if segments.starts[-1] >= self._parallel_from else 1)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._packed[weight](x)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm_cpu.rms_norm(x, weight, eps, torch.empty_like(x))
@@ -84,5 +100,6 @@ class TorchOps:
 
 def serving_ops(model: LatticeForCausalLM, layout: StateLayout, max_tokens: int, device: str) -> ServingOps:
     """The fastest operations there are for `device`; passes of up to `max_tokens` tokens."""
-    kind = CpuOps if torch.device(device).type == "cpu" else TorchOps
-    return kind(model, layout, max_tokens)
+    if torch.device(device).type == "cpu":
+        return CpuOps(model, layout)
+    return TorchOps(model, layout, max_tokens)

@@ -23,7 +23,6 @@ from tqdm import tqdm
 from lattice_serve.engine.config import DType, ModelConfig
 from lattice_serve.engine.errors import CheckpointError, ConfigError
 from lattice_serve.engine.models.lattice import LatticeForCausalLM
-from lattice_serve.kernels.cpu_features import has_bf16
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -149,16 +148,14 @@ def resolve_model(name: str | Path | None) -> Path:
     return folder
 
 
-def pick_dtype(name: Literal["auto", "float32", "bfloat16"], device: str) -> torch.dtype:
-    """What to load the matrices in; "auto" is bfloat16 where `device` multiplies it in hardware, else float32.
+def pick_dtype(name: Literal["auto", "float32", "bfloat16"], config: ModelConfig) -> torch.dtype:
+    """What to load the matrices in; "auto" is what they are stored in, so that nothing is rounded.
 
-    Raises `ConfigError` for another name, and for a device that is not there.
+    Raises `ConfigError` for another name.
     """
-    kind = _device(device).type
-    if name == "auto":
-        return torch.bfloat16 if kind == "cuda" or (kind == "cpu" and has_bf16()) else torch.float32
+    wanted = config.torch_dtype if name == "auto" else name
     for dtype, known in _NAMES.items():
-        if name == known:
+        if wanted == known:
             return dtype
     raise ConfigError(f"dtype {name!r} is not known: give auto, float32 or bfloat16", param="dtype")
 

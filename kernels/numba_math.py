@@ -23,6 +23,21 @@ def _float_of_bits(typingctx: Any, bits: Any) -> Any:
     return types.float32(types.int32), codegen
 
 
+@intrinsic
+def as_float32(typingctx: Any, value: Any) -> Any:
+    """float32 of a float32, or of the bits of a bfloat16 in a uint16; a function of one argument in a kernel."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if signature.args[0] == types.float32:
+            return args[0]
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.zext(args[0], word), ir.Constant(word, 16)), ir.FloatType())
+
+    if value not in (types.float32, types.uint16):
+        return None
+    return types.float32(value), codegen
+
+
 @njit(fastmath={"contract"}, cache=True)
 def exp(x: Any) -> Any:
     """e^x in float32, within 2 units in the last place for x in [-87, 88], held at the ends outside; NaN stays NaN.

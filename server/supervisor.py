@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,7 @@ class Supervisor:
         process = await asyncio.create_subprocess_exec(
             *self._command,
             *("--socket", str(socket), "--config", self._config.model_dump_json()),
+            env={"OMP_WAIT_POLICY": "passive"} | os.environ,  # threads that spin while they wait slow each other down
             stdin=subprocess.PIPE,
             stdout=_STDERR,
             start_new_session=True,

@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("clients", "engine", "kernels", "server", "training")
-READY_SECONDS = 60.0
+READY_SECONDS = 120.0  # the first start compiles kernels
 STOP_SECONDS = 30.0
 
 

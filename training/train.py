@@ -22,6 +22,7 @@ from lattice_serve.engine.errors import ConfigError, LatticeError
 from lattice_serve.engine.models.lattice import LatticeForCausalLM
 from lattice_serve.training.data import Books, Streams, encode_files, training_files, validation_files
 from lattice_serve.training.evaluate import bits_per_byte
+from lattice_serve.training.export import export_model
 from lattice_serve.training.tokenizer import load_tokenizer
 from lattice_serve.training.trainer import Interrupted, Trainer, TrainOptions
 
@@ -113,11 +114,8 @@ def train(arguments: argparse.Namespace) -> float:
     trainer.run()
     books = Books(held_out, tokenizer)
     score = bits_per_byte(model, books, length=options.seq, dtype=trainer.dtype, bar=True)
-    from lattice_serve.engine.weights import save_model
-
     folder = arguments.out / "model"
-    save_model(model, folder, torch.bfloat16)
-    (folder / "tokenizer.model").write_bytes(arguments.tokenizer.read_bytes())
+    export_model(model, arguments.tokenizer, folder)
     results = {
         "validation_bits_per_byte": score,
         "validation_bytes": books.bytes,

@@ -172,6 +172,7 @@ class LatticeForCausalLM(nn.Module):
     def hidden(self, tokens: Tensor, ops: Ops) -> Tensor:
         """tokens [...] int64 -> final hidden states [..., hidden_size] after the last norm."""
         x = F.embedding(tokens, self.embedding)
+        x = x.float() if x.element_size() < 4 else x  # the residual stream stays wide, whatever the weights are
         for layer in self.layers:
             x = layer(x, ops)
         return ops.rms_norm(x, self.norm, self.config.norm_eps)

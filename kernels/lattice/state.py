@@ -44,7 +44,7 @@ class LatticeState:
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
         norm = anchor.norm(dim=2, keepdim=True)
-        if not bool((norm > 0).all()):
+        if not bool(((norm > 0) & norm.isfinite()).all()):
             raise ValueError("anchor has a column of zeros, or one that is not finite: every column needs a direction")
         return cls.at_chunk_start(anchor / norm, chunk_size, position=0)
 

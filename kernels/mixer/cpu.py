@@ -29,113 +29,151 @@ _DECODING, _ENCODING = 0, 2
 
 
 @njit(fastmath=REDUCE, cache=True)
-def _dot(x: Any, o_x: int, y: Any, o_y: int, n: int) -> Any:
+def _dot(x: Any, y: Any) -> Any:
     total = np.float32(0)
-    for i in range(n):
-        total += x[o_x + i] * y[o_y + i]
+    for i in range(len(x)):
+        total += x[i] * y[i]
     return total
 
 
-@njit(fastmath=REDUCE, cache=True)
-def _recur(S: Any, o: Any, slot: int, C: int, d: int, m: int, objective: int, gamma: float, mu: float, x: Any) -> None:
-    """One token of one head. S: the head's block of the state row, o: `StateLayout.offsets`.
-
-    x: q [m] | k [m] | v [d] | h [d] | c [m] | w [m] | sums [m] | qn [m] | y [d]; the first three are given, y is made.
-    """
-    o_h, o_c, o_b, o_e, o_a = o[1], o[2], o[3], o[4], o[5]
-    q, k, v, h = 0, m, 2 * m, 2 * m + d
-    c = h + d
-    w, sums, qn, y = c + m, c + 2 * m, c + 3 * m, c + 4 * m
-    for j in range(m):
-        x[w + j] = 0
-        x[sums + j] = 0
-    for i in range(d):
-        h_i = x[v + i]
-        if objective == _DECODING:
-            h_i -= _dot(S, i * m, x, k, m)
-        x[h + i] = h_i
-        for j in range(m):
-            x[w + j] += h_i * S[i * m + j]
-    for j in range(m):
-        x[c + j] = gamma * (x[k + j] - x[w + j]) if objective == _ENCODING else gamma * x[k + j]
-    for s in range(slot):
-        g = _dot(S, o_h + s * d, x, h, d)
-        c_s = o_c + s * m
-        for j in range(m):
-            S[c_s + j] *= mu
-            x[sums + j] += g * S[c_s + j]
-    g = _dot(x, h, x, h, d)
-    a = mu * S[o_a] if slot > 0 else mu
-    S[o_a] = a
-    for j in range(m):
-        b_j = mu * S[o_b + j] if slot > 0 else np.float32(0)
-        e_j = mu * mu * S[o_e + j] if slot > 0 else np.float32(0)
-        c_j, w_j = x[c + j], x[w + j]
-        e_j += 2 * c_j * (x[sums + j] - w_j * b_j) + c_j * c_j * (g - w_j * w_j)
-        e_j = max(e_j, np.float32(0))
-        b_j += c_j * w_j
-        S[o_b + j] = b_j
-        S[o_e + j] = e_j
-        x[qn + j] = x[q + j] / np.sqrt(a * a + e_j)
-        x[sums + j] = x[qn + j] * (a - b_j)
-    for i in range(d):
-        x[y + i] = _dot(S, i * m, x, sums, m)
-    for s in range(slot):
-        g = _dot(S, o_c + s * m, x, qn, m)
-        for i in range(d):
-            x[y + i] += g * S[o_h + s * d + i]
-    g = _dot(x, c, x, qn, m)
-    for i in range(d):
-        x[y + i] += g * x[h + i]
-    if slot < C - 1:
-        for i in range(d):
-            S[o_h + slot * d + i] = x[h + i]
-        for j in range(m):
-            S[o_c + slot * m + j] = x[c + j]
-        return
-    for j in range(m):
-        x[sums + j] = a - S[o_b + j]
-        x[w + j] = 0
-    for i in range(d):
-        for j in range(m):
-            S[i * m + j] = S[i * m + j] * x[sums + j] + x[h + i] * x[c + j]
-        for s in range(slot):
-            g = S[o_h + s * d + i]
-            for j in range(m):
-                S[i * m + j] += g * S[o_c + s * m + j]
-        for j in range(m):
-            x[w + j] += S[i * m + j] * S[i * m + j]
-    for j in range(m):
-        x[w + j] = 1 / np.sqrt(x[w + j])
-    for i in range(d):
-        for j in range(m):
-            S[i * m + j] *= x[w + j]
+# Loops run over slices, not over an offset and an index: where Numba must allow for a negative index, LLVM does not
+# vectorise.
 
 
 @njit(fastmath=REDUCE, cache=True)
-def _convolve(
-    S: Any, o_tail: int, taps: int, n: int, weight: Any, z: Any, o_z: int, to: int, width: int, x: Any
+def _recur(
+    S: Any,
+    o: Any,
+    slot: int,
+    C: int,
+    m: int,
+    objective: int,
+    gamma: float,
+    mu: float,
+    q: Any,
+    k: Any,
+    v: Any,
+    x: Any,
+    y: Any,
 ) -> None:
-    """Channels `to` to `to + width` of a head's n: x = silu(conv(z)), and z moves into the tail."""
-    last = (taps - 1) * n + to
-    for i in range(width):
-        total = weight[last + i] * z[o_z + i]
-        for j in range(taps - 1):
-            total += weight[j * n + to + i] * S[o_tail + j * n + to + i]
-        x[to + i] = silu(total)
-    for j in range(taps - 2):
-        at = o_tail + j * n + to
-        for i in range(width):
-            S[at + i] = S[at + n + i]
-    for i in range(width):
-        S[o_tail + last - n + i] = z[o_z + i] if taps > 1 else S[o_tail + last - n + i]
+    """One token of one head: q, k [m], v [d] -> y [d]. S: the head's block of the state row, o: `StateLayout.offsets`.
+
+    x is scratch: h [d] | c [m] | w [m] | sums [m] | qn [m].
+    """
+    d = len(v)
+    A, h_rows, c_rows, b, e = S[: d * m], S[o[1] : o[2]], S[o[2] : o[3]], S[o[3] : o[4]], S[o[4] : o[5]]
+    h, c, w = x[:d], x[d : d + m], x[d + m : d + 2 * m]
+    sums, qn = x[d + 2 * m : d + 3 * m], x[d + 3 * m : d + 4 * m]
+    for j in range(m):
+        w[j] = 0
+        sums[j] = 0
+    for i in range(d):
+        A_i = A[i * m : (i + 1) * m]
+        h_i = v[i]
+        if objective == _DECODING:
+            h_i -= _dot(A_i, k)
+        h[i] = h_i
+        for j in range(m):
+            w[j] += h_i * A_i[j]
+    if objective == _ENCODING:
+        for j in range(m):
+            c[j] = gamma * (k[j] - w[j])
+    else:
+        for j in range(m):
+            c[j] = gamma * k[j]
+    for s in range(slot):
+        g = _dot(h_rows[s * d : (s + 1) * d], h)
+        c_s = c_rows[s * m : (s + 1) * m]
+        for j in range(m):
+            c_s[j] *= mu
+            sums[j] += g * c_s[j]
+    a = mu
+    if slot > 0:
+        a = mu * S[o[5]]
+    else:
+        for j in range(m):
+            b[j] = 0
+            e[j] = 0
+    S[o[5]] = a
+    g = _dot(h, h)
+    for j in range(m):
+        b_j = mu * b[j]
+        e_j = mu * mu * e[j] + 2 * c[j] * (sums[j] - w[j] * b_j) + c[j] * c[j] * (g - w[j] * w[j])
+        e_j = max(e_j, np.float32(0))
+        b_j += c[j] * w[j]
+        b[j] = b_j
+        e[j] = e_j
+        qn[j] = q[j] / np.sqrt(a * a + e_j)
+        sums[j] = qn[j] * (a - b_j)
+    for i in range(d):
+        y[i] = _dot(A[i * m : (i + 1) * m], sums)
+    for s in range(slot):
+        g = _dot(c_rows[s * m : (s + 1) * m], qn)
+        h_s = h_rows[s * d : (s + 1) * d]
+        for i in range(d):
+            y[i] += g * h_s[i]
+    g = _dot(c, qn)
+    for i in range(d):
+        y[i] += g * h[i]
+    if slot < C - 1:
+        h_rows[slot * d : (slot + 1) * d] = h
+        c_rows[slot * m : (slot + 1) * m] = c
+    else:
+        _close(A, h_rows, c_rows, slot, a, b, h, c, w, sums)
 
 
 @njit(fastmath=REDUCE, cache=True)
-def _normalize(x: Any, o_x: int, n: int) -> None:
-    scale = 1 / np.sqrt(_dot(x, o_x, x, o_x, n) + np.float32(L2_EPS))
-    for i in range(n):
-        x[o_x + i] *= scale
+def _close(A: Any, h_rows: Any, c_rows: Any, slot: int, a: float, b: Any, h: Any, c: Any, w: Any, p: Any) -> None:
+    """End of a chunk: A <- R = A (a - b) + sum_s h_s c_s + h c with columns normalised. w and p are scratch [m]."""
+    d, m = len(h), len(c)
+    for j in range(m):
+        p[j] = a - b[j]
+        w[j] = 0
+    for i in range(d):
+        A_i = A[i * m : (i + 1) * m]
+        for j in range(m):
+            A_i[j] = A_i[j] * p[j] + h[i] * c[j]
+        for s in range(slot):
+            g = h_rows[s * d + i]
+            c_s = c_rows[s * m : (s + 1) * m]
+            for j in range(m):
+                A_i[j] += g * c_s[j]
+        for j in range(m):
+            w[j] += A_i[j] * A_i[j]
+    for j in range(m):
+        w[j] = 1 / np.sqrt(w[j])
+    for i in range(d):
+        A_i = A[i * m : (i + 1) * m]
+        for j in range(m):
+            A_i[j] *= w[j]
+
+
+@njit(fastmath=REDUCE, cache=True)
+def _convolve(tail: Any, n: int, weight: Any, z: Any, to: int, x: Any) -> None:
+    """Channels `to` to `to + len(z)` of a head's n: x = silu(conv(z)), and z moves into the tail [taps - 1, n]."""
+    width = len(z)
+    before = len(tail) // n
+    last = weight[before * n + to : before * n + to + width]
+    for i in range(width):
+        x[i] = last[i] * z[i]
+    for j in range(before):
+        weight_j = weight[j * n + to : j * n + to + width]
+        tail_j = tail[j * n + to : j * n + to + width]
+        for i in range(width):
+            x[i] += weight_j[i] * tail_j[i]
+        if j + 1 < before:
+            tail_j[:] = tail[(j + 1) * n + to : (j + 1) * n + to + width]
+        else:
+            tail_j[:] = z
+    for i in range(width):
+        x[i] = silu(x[i])
+
+
+@njit(fastmath=REDUCE, cache=True)
+def _normalize(x: Any) -> None:
+    scale = 1 / np.sqrt(_dot(x, x) + np.float32(L2_EPS))
+    for i in range(len(x)):
+        x[i] *= scale
 
 
 @njit(fastmath=REDUCE, cache=True)
@@ -145,33 +183,27 @@ def _head(
 ) -> None:  # fmt: skip
     """Tokens `start` to `end` of z through one head. floor < 0: no forget gate."""
     n = 2 * m + d
-    x = np.empty(n + 2 * d + 4 * m, dtype=np.float32)
-    y = n + d + 4 * m
+    scratch = np.empty(n + 2 * d + 4 * m, dtype=np.float32)
+    q, k, v, y, x = scratch[:m], scratch[m : 2 * m], scratch[2 * m : n], scratch[n : n + d], scratch[n + d :]
+    tail = S[o[6] : o[6] + (taps - 1) * n]
     weight = conv[head]
     gates = H * (n + d)
     for t in range(start, end):
-        z_t = z[t]
-        if taps > 1:
-            _convolve(S, o[6], taps, n, weight, z_t, head * m, 0, m, x)
-            _convolve(S, o[6], taps, n, weight, z_t, H * m + head * m, m, m, x)
-            _convolve(S, o[6], taps, n, weight, z_t, 2 * H * m + head * d, 2 * m, d, x)
-        else:
-            for i in range(m):
-                x[i] = silu(weight[i] * z_t[head * m + i])
-                x[m + i] = silu(weight[m + i] * z_t[H * m + head * m + i])
-            for i in range(d):
-                x[2 * m + i] = silu(weight[2 * m + i] * z_t[2 * H * m + head * d + i])
-        _normalize(x, 0, m)
-        _normalize(x, m, m)
+        z_t, out_t = z[t], out[t, head * d : (head + 1) * d]
+        _convolve(tail, n, weight, z_t[head * m : (head + 1) * m], 0, q)
+        _convolve(tail, n, weight, z_t[(H + head) * m : (H + head + 1) * m], m, k)
+        _convolve(tail, n, weight, z_t[2 * H * m + head * d : 2 * H * m + (head + 1) * d], 2 * m, v)
+        _normalize(q)
+        _normalize(k)
         gamma = sigmoid(z_t[gates + head] + gate_bias[head])
         mu = np.float32(1)
         if floor >= 0:
             mu = floor + (1 - floor) * sigmoid(z_t[gates + H + head] + gate_bias[H + head])
-        _recur(S, o, (position + t - start) % C, C, d, m, objective, gamma, mu, x)
-        scale = 1 / np.sqrt(_dot(x, y, x, y, d) / np.float32(d) + eps)
-        gate = H * n + head * d
+        _recur(S, o, (position + t - start) % C, C, m, objective, gamma, mu, q, k, v, x, y)
+        scale = 1 / np.sqrt(_dot(y, y) / np.float32(d) + eps)
+        gate = z_t[H * n + head * d : H * n + (head + 1) * d]
         for i in range(d):
-            out[t, head * d + i] = x[y + i] * scale * norm[i] * silu(z_t[gate + i])
+            out_t[i] = y[i] * scale * norm[i] * silu(gate[i])
 
 
 @njit(parallel=True, fastmath=REDUCE, cache=True)

@@ -439,19 +439,20 @@ def test_resolve_model_wants_a_config(folder: Path, monkeypatch: pytest.MonkeyPa
         assert caught.value.param == "model"
 
 
-def test_dtype_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pick_dtype("float32", "cpu") == torch.float32
-    assert pick_dtype("bfloat16", "cpu") == torch.bfloat16
-    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(weights, "has_bf16", lambda has=has: has)
-        assert pick_dtype("auto", "cpu") == dtype
+def test_dtype_is_as_stored_unless_named() -> None:
+    for stored, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        config = _config().model_copy(update={"torch_dtype": stored})
+        assert pick_dtype("auto", config) == dtype
+        assert pick_dtype("float32", config) == torch.float32
+        assert pick_dtype("bfloat16", config) == torch.bfloat16
     with pytest.raises(ConfigError, match="give auto, float32 or bfloat16"):
-        pick_dtype("float16", "cpu")  # type: ignore[arg-type]
-    if torch.cuda.is_available():
-        assert pick_dtype("auto", "cuda") == torch.bfloat16
-    else:
-        with pytest.raises(ConfigError, match="give cpu, or cuda with a GPU"):
-            pick_dtype("auto", "cuda")
+        pick_dtype("float16", _config())  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="give cpu, or cuda with a GPU"):
+        load_model(tmp_path, device="cuda", dtype=torch.float32)
 
 
 @pytest.mark.parametrize(

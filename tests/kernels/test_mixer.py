@@ -49,13 +49,9 @@ def plain_mix(z: Tensor, weights: MixerWeights, shape: MixerShape) -> Tensor:
             if t - taps + 1 + j >= 0:
                 u[:, t] += weights.conv.numpy()[:, j] * conv_in[:, t - taps + 1 + j]
     u *= sigmoid(u)
-    q, k, v = (
-        x.reshape(B, T, H, n) for x, n in zip(np.split(u, [H * m, 2 * H * m], axis=-1), (m, m, d), strict=True)
-    )
+    q, k, v = (x.reshape(B, T, H, n) for x, n in zip(np.split(u, [H * m, 2 * H * m], axis=-1), (m, m, d), strict=True))
     q, k = (x / np.sqrt((x**2).sum(axis=-1, keepdims=True) + 1e-6) for x in (q, k))
-    gamma, mu = (
-        sigmoid(x + bias) for x, bias in zip(columns[4:], np.split(weights.gate_bias.numpy(), 2), strict=True)
-    )
+    gamma, mu = (sigmoid(x + bias) for x, bias in zip(columns[4:], np.split(weights.gate_bias.numpy(), 2), strict=True))
     f = 10 ** (-12 / shape.C)
     mu = f + (1 - f) * mu if shape.use_forget_gate else np.ones_like(mu)
     anchor = weights.anchor / weights.anchor.norm(dim=1, keepdim=True)
