@@ -84,14 +84,17 @@ class Scheduler:
         batch = Batch()
         self._refresh_deadlines()
         self._assign_rows(batch)
+        # Decode goes first: a long prompt may delay the others' next token by one step's budget, never more. Prompts
+        # share the rest evenly, what the short ones leave going to the long: none waits for another's to end.
+        decoding = [sequence for sequence in self.running if sequence.decoding]
+        prompts = sorted((s for s in self.running if not s.decoding), key=lambda sequence: sequence.uncomputed)
         left = self.max_step_tokens
-        # Decode goes first: a long prompt may delay the others' next token by one step's budget, never more.
-        for decoding in (True, False):
-            for sequence in self.running:
-                if sequence.decoding is decoding and left:
-                    count = min(sequence.uncomputed, left)
-                    batch.pieces.append(Piece(sequence, sequence.computed, sequence.computed + count))
-                    left -= count
+        for place, sequence in enumerate(decoding + prompts):
+            share = 1 if place < len(decoding) else max(1, left // (len(self.running) - place))
+            count = min(sequence.uncomputed, share, left)
+            if count:
+                batch.pieces.append(Piece(sequence, sequence.computed, sequence.computed + count))
+                left -= count
         return batch
 
     def __iter__(self) -> Iterator[Sequence]:
