@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +29,16 @@ TOLERANCE = 1e-5
 PRODUCT = 512
 
 
-def inputs() -> tuple[list[Tensor], Tensor]:
-    """q, k, v, gamma, mu and the initial memory, float64."""
+class Tokens(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gamma: Tensor
+    mu: Tensor
+
+
+def inputs() -> tuple[Tokens, Tensor]:
+    """Random tokens and an initial memory, float64."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -38,7 +47,7 @@ def inputs() -> tuple[list[Tensor], Tensor]:
     q, k = (normalize(silu(normal(B, T, H, M)), dim=-1) for _ in range(2))
     floor = 10 ** (-12 / C)
     mu = floor + (1 - floor) * (normal(B, T, H) + 4).sigmoid()
-    return [q, k, normal(B, T, H, D), normal(B, T, H).sigmoid(), mu], normal(B, H, D, M)
+    return Tokens(q, k, normal(B, T, H, D), normal(B, T, H).sigmoid(), mu), normal(B, H, D, M)
 
 
 def flop() -> int:
@@ -63,7 +72,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     exact, anchor = inputs()
-    narrow = [x.float() for x in exact]
+    narrow = Tokens(*(x.float() for x in exact))
     state = LatticeState.initial(anchor.float(), C)
     square = torch.randn(PRODUCT, PRODUCT)
     calls: dict[str, Callable[[], object]] = {
@@ -82,7 +91,7 @@ def main() -> None:
         if not all(error <= TOLERANCE for error in errors.values()):
             sys.exit(f"correctness gate: error against float64 is {errors}, above {TOLERANCE}")
         times: dict[str, list[float]] = {name: [] for name in calls}
-        for name, call in calls.items():
+        for call in calls.values():
             call()
         for _ in range(args.rounds):
             for name, call in calls.items():

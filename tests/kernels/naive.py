@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
-from lattice_serve.kernels import LatticeState, lattice_recurrent
+from lattice_serve.kernels import LatticeState
 
 Array = NDArray[np.float64]
 
@@ -107,20 +107,6 @@ def error(actual: Tensor, truth: Tensor) -> float:
     if difference.numel() == 0:
         return 0.0
     return float(difference.max() / truth.double().abs().max().clamp_min(1e-30))
-
-
-def sensitivity(tokens: Tokens, anchor: Tensor, truth: Tensor, C: int, objective: str) -> float:
-    """How far the exact y moves from `truth` when its inputs are rounded as float32 would round them."""
-    generator = torch.Generator().manual_seed(1)
-
-    def rounded(x: Tensor) -> Tensor:
-        x = x.double()
-        noise = 2 * torch.rand(x.shape, generator=generator, dtype=torch.float64) - 1
-        return x * (1 + 2**-24 * noise)
-
-    state = LatticeState.initial(rounded(anchor), C)
-    y, _ = lattice_recurrent(*map(rounded, tokens), state, chunk_size=C, objective=objective)
-    return error(y, truth)
 
 
 def state_error(actual: LatticeState, truth: LatticeState) -> float:

@@ -23,7 +23,6 @@ from tests.kernels.naive import (
     lengths,
     naive,
     random_tokens,
-    sensitivity,
     state_error,
     step,
 )
@@ -75,19 +74,24 @@ def test_whole_chunks_are_the_same_function(C: int, objective: str, gate: str, d
 def test_narrow_inputs_with_a_float32_state(
     C: int, objective: str, gate: str, dtype: torch.dtype, tolerance: float
 ) -> None:
-    """Where the function itself magnifies a rounding, as "encoding" does for long v, no form can be closer than that."""
+    """The steps of "encoding" are as long as |v|^2: with long ones, or gates that shrink what they are added to, it is
+    chaotic, and rounding its inputs in float64 moves it as far. So v is short, and 100 tokens have no forget gate.
+    """
     for T in lengths(C):
         tokens, anchor = random_tokens(T, C=C, d=33, m=12, gate=gate, seed=T)
+        if objective == "encoding":
+            if T > C + 1 and gate != "none":
+                continue
+            tokens = tokens._replace(v=tokens.v / (4 * tokens.v.norm(dim=-1, keepdim=True)))
         tokens, anchor = tokens.cast(dtype), anchor.float()
-        exact, start = tokens.cast(torch.float64), LatticeState.initial(anchor.double(), C)
-        y, truth = lattice_recurrent(*exact, start, chunk_size=C, objective=objective)
-        reachable = 10 * sensitivity(exact, anchor, y, C, objective) if objective == "encoding" else 0.0
+        exact = LatticeState.initial(anchor.double(), C)
+        y, truth = lattice_recurrent(*tokens.cast(torch.float64), exact, chunk_size=C, objective=objective)
         for form in FORMS:
             mine, state = form(*tokens, LatticeState.initial(anchor, C), chunk_size=C, objective=objective)
             assert mine.dtype == dtype
             assert {x.dtype for x in state.tensors()} == {torch.float32}
-            assert error(mine, y) <= max(tolerance, reachable), (T, form)
-            assert error(state.memory(), truth.memory()) <= max(1e-5, reachable), (T, form)
+            assert error(mine, y) <= tolerance, (T, form)
+            assert error(state.memory(), truth.memory()) <= 1e-5, (T, form)
 
 
 @every_form
@@ -199,7 +203,7 @@ def test_gradients_are_those_of_the_token_by_token_form(C: int, objective: str, 
     for form in FORMS:
         inputs = [x.clone().requires_grad_() for x in (*tokens, anchor)]
         state = LatticeState.initial(inputs[5], C)
-        y, end = form(*inputs[:5], state, chunk_size=C, objective=objective)
+        y, end = form(*Tokens(*inputs[:5]), state, chunk_size=C, objective=objective)
         gradients.append(torch.autograd.grad((y * weight).sum() + end.memory().square().sum(dim=3).sum(), inputs))
     # As a share of the largest of all: at the floor with C = 1 only a direction matters, so that of gamma is all but 0.
     truth, mine = (torch.cat([x.flatten() for x in grads]) for grads in gradients)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lattice_serve.kernels import LatticeState, lattice_chunk, lattice_recurrent
-from tests.kernels.naive import CHUNK_SIZES, error, random_tokens
+from tests.kernels.naive import CHUNK_SIZES, Tokens, error, random_tokens
 
 Form = Callable[..., tuple[Tensor, LatticeState]]
 
@@ -84,7 +84,7 @@ def test_a_batch_splits_joins_and_selects_rows() -> None:
     _, whole = lattice_chunk(*tokens, LatticeState.initial(anchor, 4), chunk_size=4)
     parts = []
     for b in range(4):
-        row = [x[b : b + 1] for x in tokens]
+        row = Tokens(*(x[b : b + 1] for x in tokens))
         parts.append(lattice_chunk(*row, LatticeState.initial(anchor[b : b + 1], 4), chunk_size=4)[1])
     joined = LatticeState.join(parts)
     assert joined.position == whole.position == 6
@@ -130,7 +130,7 @@ def test_an_argument_that_does_not_fit_is_named(form: Form) -> None:
                 form(**{**given, name: wrong}, state=state, chunk_size=4)
         with pytest.raises(ValueError, match=f"^{name} must be a float tensor"):
             form(**{**given, name: x.long()}, state=state, chunk_size=4)
-    with pytest.raises(ValueError, match="^chunk_size is 8, but the state was made for 4"):
+    with pytest.raises(ValueError, match=r"^chunk_size is 8, but the state was made for 4"):
         form(*tokens, state, chunk_size=8)
-    with pytest.raises(ValueError, match="^objective is 'recall'"):
+    with pytest.raises(ValueError, match=r"^objective is 'recall'"):
         form(*tokens, state, chunk_size=4, objective="recall")
