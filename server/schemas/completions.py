@@ -83,6 +83,8 @@ class CompletionRequest(RequestModel):
     def _check(self) -> CompletionRequest:
         if self.best_of not in (None, self.choices):
             raise InvalidParameter(f"best_of is {self.best_of}: leave it out, or give the value of n", param="best_of")
+        if self._max_tokens == 0 and not self.echo:
+            raise InvalidParameter("max_tokens is 0: give at least 1, or echo: true", param="max_tokens")
         if self.stream_options is not None and not self.stream:
             raise InvalidParameter("stream_options: give it only with stream: true", param="stream_options")
         return self
@@ -106,7 +108,7 @@ class CompletionRequest(RequestModel):
         """Parameters of the `choice`-th answer to a prompt. Raises `InvalidParameter` as `SamplingParams` does."""
         same = self.model_dump(include=set(SamplingParams.__struct_fields__), exclude_none=True)
         fields = same | {
-            "max_tokens": self.max_tokens if self.max_tokens is not None else self.max_completion_tokens,
+            "max_tokens": self._max_tokens,
             "top_k": None if self.top_k == -1 else self.top_k,
             "logit_bias": self.biases,
             # Answers to one prompt differ also when a seed is given, each reproducibly.
@@ -114,7 +116,7 @@ class CompletionRequest(RequestModel):
             "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             "include_stop": self.include_stop_str_in_output,
             "stop_token_ids": tuple(self.stop_token_ids or ()),
-            "prompt_logprobs": self.logprobs if self.echo else None,
+            "prompt_logprobs": self._prompt_logprobs,
         }
         return SamplingParams(**{name: value for name, value in fields.items() if value is not None})
 
@@ -125,6 +127,17 @@ class CompletionRequest(RequestModel):
             return {int(token_id): bias for token_id, bias in (self.logit_bias or {}).items()}
         except ValueError as error:
             raise InvalidParameter("logit_bias: give token ids as keys", param="logit_bias") from error
+
+    @property
+    def _max_tokens(self) -> int | None:
+        return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
+
+    @property
+    def _prompt_logprobs(self) -> int | None:
+        if not self.echo:
+            return None
+        # To the engine, a request for no tokens is one that scores its prompt.
+        return 0 if self.logprobs is None and self._max_tokens == 0 else self.logprobs
 
 
 class Usage(msgspec.Struct):

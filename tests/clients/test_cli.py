@@ -221,22 +221,6 @@ def test_what_is_no_size(text: str) -> None:
     assert "such as 512M" in result.stderr
 
 
-@pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ModelConfig, int]]:
-    """Configs and seeds of the models that were asked for; only the weights are not made."""
-    made: list[tuple[ModelConfig, int]] = []
-
-    def init_model(config: ModelConfig, folder: Path, *, seed: int, dtype: str) -> None:
-        assert dtype == config.torch_dtype
-        folder.mkdir(exist_ok=True)
-        made.append((config, seed))
-
-    module = ModuleType("lattice_serve.engine.weights")
-    module.__dict__.update(init_model=init_model, bundled_model=lambda: BUNDLED_MODEL)
-    monkeypatch.setitem(sys.modules, "lattice_serve.engine.weights", module)
-    return made
-
-
 class TestInit:
     def _config(self, folder: Path, **fields: Any) -> Path:
         sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_heads": 1, "head_dim": 4, "num_slots": 2}
@@ -246,19 +230,27 @@ class TestInit:
         return path
 
     @pytest.mark.parametrize("name", ["config.json", "."])
-    def test_a_model_with_the_bundled_tokenizer(
-        self, written: list[tuple[ModelConfig, int]], tmp_path: Path, name: str
-    ) -> None:
+    def test_a_model_with_the_bundled_tokenizer(self, tmp_path: Path, name: str) -> None:
         self._config(tmp_path)
-        result = _run("init", str(tmp_path / name), str(tmp_path / "out"), "--seed", "5", "--dtype", "float32")
+        out = tmp_path / "out"
+        result = _run("init", str(tmp_path / name), str(out), "--seed", "5", "--dtype", "float32")
         assert result.exit_code == 0, result.output
-        [(config, seed)] = written
-        assert (config.num_slots, config.torch_dtype, seed) == (2, "float32", 5)
-        assert (tmp_path / "out/tokenizer.model").read_bytes() == (BUNDLED_MODEL / "tokenizer.model").read_bytes()
+        config = ModelConfig.load(out)
+        assert (config.num_slots, config.torch_dtype) == (2, "float32")
+        assert (out / "tokenizer.model").read_bytes() == (BUNDLED_MODEL / "tokenizer.model").read_bytes()
 
-    def test_the_dtype_of_the_config(self, written: list[tuple[ModelConfig, int]], tmp_path: Path) -> None:
+    def test_the_seed_decides_the_weights(self, tmp_path: Path) -> None:
+        config = str(self._config(tmp_path))
+        weights = []
+        for place, seed in enumerate("556"):
+            out = tmp_path / str(place)
+            assert _run("init", config, str(out), "--seed", seed).exit_code == 0
+            weights.append((out / "model.safetensors").read_bytes())
+        assert weights[0] == weights[1] != weights[2]
+
+    def test_the_dtype_of_the_config(self, tmp_path: Path) -> None:
         assert _run("init", str(self._config(tmp_path)), str(tmp_path / "out")).exit_code == 0
-        assert written[0][0].torch_dtype == "bfloat16"
+        assert ModelConfig.load(tmp_path / "out").torch_dtype == "bfloat16"
 
     @pytest.mark.parametrize(
         ("fields", "message"),
@@ -267,19 +259,17 @@ class TestInit:
             ({"hidden_size": 0, "color": 1}, "hidden_size: Input should be greater than or equal to 1; color: Extra"),
         ],
     )
-    def test_what_does_not_fit(
-        self, written: list[tuple[ModelConfig, int]], tmp_path: Path, fields: dict[str, int], message: str
-    ) -> None:
+    def test_what_does_not_fit(self, tmp_path: Path, fields: dict[str, int], message: str) -> None:
         result = _run("init", str(self._config(tmp_path, **fields)), str(tmp_path / "out"))
         assert result.exit_code == 2
         assert message in result.stderr
-        assert written == []
+        assert not (tmp_path / "out").exists()
 
-    def test_a_folder_in_use(self, written: list[tuple[ModelConfig, int]], tmp_path: Path) -> None:
+    def test_a_folder_in_use(self, tmp_path: Path) -> None:
         result = _run("init", str(self._config(tmp_path)), str(tmp_path))
         assert result.exit_code == 2
         assert "new or empty" in result.stderr
-        assert written == []
+        assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 class TestBenchHttp:

@@ -9,15 +9,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 RUN_SERVER = Path(__file__).with_name("run_server.py")
 
+S = TypeVar("S", bound="ServerProcess")
+
 
 class ServerProcess:
     """Started on entering `with`, ready there; killed on leaving it if it still runs."""
+
+    start_seconds = 20.0
 
     def __init__(self, folder: Path, *, ready: bool = True, engine_options: tuple[str, ...] = (), **settings: Any):
         self.record_path = folder / "record.jsonl"
@@ -28,14 +32,14 @@ class ServerProcess:
         self._command = [sys.executable, str(RUN_SERVER), json.dumps(options)]
         self._command += ["--record", str(self.record_path), *engine_options]
 
-    def __enter__(self) -> ServerProcess:
+    def __enter__(self: S) -> S:
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stderr=log, env=_environment())
         if self._ready:
-            self.url = wait_for(lambda: self._logged("starting"))["address"]
+            self.url = wait_for(lambda: self._logged("starting"), self.start_seconds)["address"]
             # A connection a request: none is left over from before a restart.
             self.http = httpx.Client(base_url=self.url, timeout=20, limits=httpx.Limits(max_keepalive_connections=0))
-            wait_for(lambda: self.http.get("/ready").status_code == 200)
+            wait_for(lambda: self.http.get("/ready").status_code == 200, self.start_seconds)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -108,6 +112,15 @@ def wait_for(ask: Callable[[], Any], seconds: float = 20) -> Any:
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
     return answer
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # A killed server leaves its engine to init, which may not have reaped it yet.
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
 
 
 def _environment() -> dict[str, str]:

@@ -62,6 +62,8 @@ DEEP = b'{"prompt":' + b"[" * 100_000
         (b'{"prompt": "a", "max_tokens": 1e400}', "max_tokens"),
         (b'{"prompt": "a", "max_tokens": 1.5}', "max_tokens"),
         (b'{"prompt": "a", "max_tokens": true}', "max_tokens"),
+        (b'{"prompt": "a", "max_tokens": 0}', "max_tokens"),
+        (b'{"prompt": "a", "max_completion_tokens": 0}', "max_tokens"),
         (b'{"prompt": "a", "max_tokens": -1}', "max_tokens"),
         (b'{"prompt": "a", "max_tokens": 99999999999999999999999}', "max_tokens"),
         (b'{"prompt": "a", "min_tokens": 17}', "min_tokens"),

@@ -7,12 +7,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.server.harness import ServerProcess, events, wait_for
+from tests.server.harness import ServerProcess, alive, events, wait_for
 
 StartServer = Callable[..., ServerProcess]
 
@@ -182,12 +181,3 @@ def test_many_streams_a_third_of_them_cut_off(start_server: StartServer, pool: T
     length, abort = (metrics[f'request_success_total{{finished_reason="{name}"}}'] for name in ("length", "abort"))
     assert length + abort == 2 + 48
     assert abort == len(server.records("abort")) > 0
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # A killed server leaves its engine to init, which may not have reaped it yet.
-    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
