@@ -44,7 +44,7 @@ class CpuOps:
 
     def __init__(self, model: LatticeForCausalLM, layout: StateLayout) -> None:
         weights = {parameter for parameter in model.parameters() if parameter.ndim == 2}
-        self._packed = {weight: PackedWeight(weight) for weight in weights}
+        self._packed: dict[Tensor, PackedWeight] = {weight: PackedWeight(weight) for weight in weights}
         self._out_width = model.shape.out_width
         self._threads = numba.get_num_threads()
         products = sum(weight.numel() for weight in weights)

@@ -19,9 +19,7 @@ from lattice_serve.training.data import read_documents, validation_files
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status. Every document starts behind one end-of-text token."""
     parser = argparse.ArgumentParser(prog="python -m lattice_serve.training.score", description=__doc__)
-    parser.add_argument(
-        "data", type=Path, help="folder with validation*.txt or validation*.txt.xz"
-    )
+    parser.add_argument("data", type=Path, help="folder with validation*.txt or validation*.txt.xz")
     parser.add_argument("--model", type=Path, help="model folder (default: the bundled model)")
     options = parser.parse_args(arguments)
     try:
