@@ -52,7 +52,7 @@ class ModelConfig(BaseModel):
         except ValidationError as error:
             faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
             raise CheckpointError(f"{path}: {faults}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not JSON: {error}") from error
 
 

@@ -40,14 +40,10 @@ class Engine:
             torch.set_num_threads(config.threads)
             numba.set_num_threads(min(config.threads, numba.config.NUMBA_NUM_THREADS))
         self.config = config
-        self.tokenizer = Tokenizer.load(config.model)
-        dtype = pick_dtype(config.dtype, ModelConfig.load(config.model))
+        model_config = ModelConfig.load(config.model)
+        self.tokenizer = Tokenizer.load(config.model, model_config.vocab_size)
+        dtype = pick_dtype(config.dtype, model_config)
         self.model = load_model(config.model, device=config.device, dtype=dtype, progress=progress)
-        if self.tokenizer.vocab_size > self.model.config.vocab_size:
-            raise ConfigError(
-                f"{config.model}: the tokenizer has {self.tokenizer.vocab_size} pieces, the model a vocabulary of "
-                f"{self.model.config.vocab_size}: give the tokenizer that the model was trained with"
-            )
         layout = StateLayout(self.model.shape, len(self.model.layers))
         self.pool = StatePool.of(self.model, self._rows(layout.row_bytes), config.device)
         ops = serving_ops(self.model, layout, config.max_step_tokens, config.device)
@@ -126,9 +122,11 @@ class Engine:
                 outputs.append(self._scored(result.sequence))
         for piece in batch.pieces:
             self._prompt_tokens += max(0, min(piece.end, len(piece.sequence.prompt_ids)) - piece.start)
-        if not self.has_work:
-            self.pool.check_integrity(())
         return StepOutputs(outputs=outputs, failures=failures, stats=self.stats())
+
+    def check_idle(self) -> None:
+        """Assert that nothing is left of what has run. To be called when there is no work, and time for it."""
+        self.pool.check_integrity(())
 
     def stats(self) -> EngineStats:
         waiting = self.scheduler.waiting

@@ -132,6 +132,7 @@ class LLM:
                     self._engine.submit(Submit(request_id, ids, wanted))
                     places[request_id] = place
                 if not places:
+                    self._engine.check_idle()
                     return
                 step = self._engine.step()
                 for failed in step.failures:

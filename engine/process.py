@@ -84,6 +84,8 @@ def serve(engine: Engine, connection: Connection) -> None:
             if engine.has_work:
                 step = engine.step()
                 connection.send(msgspec.structs.replace(step, failures=failures + step.failures))
+                if not engine.has_work:
+                    engine.check_idle()
             else:
                 connection.send(StepOutputs(outputs=[], failures=failures, stats=engine.stats()))
 
@@ -101,7 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--socket", type=Path, required=True, help="path of the Unix socket to bind")
     parser.add_argument("--config", required=True, help="EngineConfig as JSON")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    # Who stops a whole process group means the server, which has yet to drain: its end is this process's, see below.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(options.socket))

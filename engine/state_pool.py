@@ -48,7 +48,8 @@ class StatePool:
             ) from error
         self._initial = initial.to(device)
         self._free = list(range(rows))
-        self._used_once: set[int] = set()
+        self._unchecked: set[int] = set()
+        """Rows freed since the last check."""
 
     @classmethod
     def of(cls, model: LatticeForCausalLM, rows: int, device: str) -> StatePool:
@@ -71,13 +72,13 @@ class StatePool:
     def allocate(self) -> int:
         """A row that holds the initial state. The scheduler hands out no more than there are."""
         row = heapq.heappop(self._free)
-        self._used_once.add(row)
         self.memory[row].copy_(self._initial)
         return row
 
     def free(self, row: int) -> None:
         """Scrub a row and take it back."""
         self.memory[row].zero_()
+        self._unchecked.add(row)
         heapq.heappush(self._free, row)
 
     def park(self, row: int) -> ParkedState:
@@ -89,16 +90,16 @@ class StatePool:
     def restore(self, parked: ParkedState) -> int:
         """A row with a parked state in it."""
         row = heapq.heappop(self._free)
-        self._used_once.add(row)
         self.memory[row].copy_(parked.row)
         return row
 
     def check_integrity(self, held: Collection[int]) -> None:
-        """Assert that the rows not in `held` are exactly the free ones, and that they hold nothing."""
+        """Assert that the rows not in `held` are exactly the free ones, and that those freed lately hold nothing."""
         free = set(self._free)
         assert len(free) == len(self._free), "a state row is free twice"
         assert free.isdisjoint(held), "a state row is free and held"
         assert len(free) + len(held) == self.rows, "a state row is neither free nor held"
-        assert not any(bool(self.memory[row].any()) for row in free & self._used_once), (
+        assert not any(bool(self.memory[row].any()) for row in free & self._unchecked), (
             "a free state row is not scrubbed"
         )
+        self._unchecked.clear()

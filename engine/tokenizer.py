@@ -21,20 +21,26 @@ class Tokenizer:
     Pieces such as `<|endoftext|>` are never made from text: only ids name them.
     """
 
-    def __init__(self, processor: SentencePieceProcessor) -> None:
-        """`processor` must have a piece for each byte, keep the text as it is and add no prefix (see `load`)."""
+    def __init__(self, processor: SentencePieceProcessor, vocab_size: int | None = None) -> None:
+        """`processor` must have a piece for each byte, keep the text as it is and add no prefix (see `load`).
+
+        A model's `vocab_size` may be larger than the number of pieces (padded): the ids beyond have no text.
+        """
         self._processor = processor
-        self._bytes = tuple(_piece_bytes(processor, token_id) for token_id in range(processor.vocab_size()))
+        self.pieces: int = processor.vocab_size()
+        padding = (vocab_size or self.pieces) - self.pieces
+        self._bytes = (*(_piece_bytes(processor, token_id) for token_id in range(self.pieces)), *(b"",) * padding)
         self._space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self.vocab_size: int = len(self._bytes)
         eos = processor.eos_id()
         self.eos_token_id: int | None = eos if eos >= 0 else None
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Read `tokenizer.model` of a model folder.
+    def load(cls, folder: Path, vocab_size: int | None = None) -> Tokenizer:
+        """Read `tokenizer.model` of a model folder, for a model of `vocab_size` tokens.
 
-        Raises `CheckpointError` when it is missing, is no sentencepiece model, or would lose or change text.
+        Raises `CheckpointError` when it is missing, is no sentencepiece model, would lose or change text, or has more
+        pieces than the model has tokens.
         """
         path = folder / "tokenizer.model"
         try:
@@ -46,7 +52,12 @@ class Tokenizer:
             processor.LoadFromSerializedProto(serialized)
         except RuntimeError as error:
             raise CheckpointError(f"{path}: not a sentencepiece model: copy the file again") from error
-        tokenizer = cls(processor)
+        if vocab_size is not None and processor.vocab_size() > vocab_size:
+            raise CheckpointError(
+                f"{path}: has {processor.vocab_size()} pieces, the model a vocab_size of {vocab_size}: "
+                "give the tokenizer that the model was trained with"
+            )
+        tokenizer = cls(processor, vocab_size)
         if tokenizer.decode(tokenizer.encode(_PROBE)) != _PROBE:
             raise CheckpointError(
                 f"{path}: does not give a text back as it was: train it with byte_fallback, "
@@ -83,6 +94,8 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         r"""The token as logprobs show it: its text, `bytes:\xNN` for part of a character, or a control piece's name."""
         data = self._bytes[token_id]
+        if token_id >= self.pieces:
+            return f"<|{token_id}|>"
         if not data:
             return str(self._processor.id_to_piece(token_id))
         try:

@@ -64,7 +64,7 @@ def load_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype, progres
         _compare(folder, {name: tuple(p.shape) for name, p in model.state_dict().items()}, stored)
         tensors, bad = {}, []
         size = sum(p.numel() * _dtype(name, dtype).itemsize for name, p in model.named_parameters())
-        with tqdm(desc="load", total=size, unit="B", unit_scale=True, disable=not progress) as bar:
+        with tqdm(desc="load", total=size, unit="B", unit_scale=True, disable=None if progress else True) as bar:
             for name, file in stored.items():
                 try:
                     tensor = file.get_tensor(name).to(place, _dtype(name, dtype))

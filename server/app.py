@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.errors import ConfigError, Draining
 from lattice_serve.engine.messages import Ready
 from lattice_serve.engine.tokenizer import Tokenizer
@@ -65,7 +66,7 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
     engine does not start.
     """
     logs.configure(settings.log_level)
-    tokenizer = Tokenizer.load(settings.model)
+    tokenizer = Tokenizer.load(settings.model, ModelConfig.load(settings.model).vocab_size)
     metrics = Metrics(settings.model_name)
     client = EngineClient(metrics)
     supervisor = Supervisor(settings.engine_config(), client, engine_command)

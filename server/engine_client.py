@@ -93,10 +93,12 @@ class EngineClient:
             log.error("engine sent a message that cannot be read", error=str(error))
         finally:
             self.ready = None
-            self._writer.close()
-            self._writer = None
+            writer, self._writer = self._writer, None
             self._metrics.engine_started(rows=0)
             self.fail_all(lambda: EngineDied("the engine stopped while it worked on this request: send it again"))
+            writer.transport.abort()
+            with suppress(OSError):
+                await writer.wait_closed()
 
     def _receive(self, message: FromEngine) -> None:
         if isinstance(message, Ready):

@@ -51,8 +51,8 @@ async def _disconnect(receive: Receive) -> None:
 class EventStream(Response):
     """JSON `events` as server-sent events, then `[DONE]`.
 
-    The status is sent with the first event, so an error before it is answered as for any other route; an
-    error after it becomes an error event, which ends the stream.
+    The status is sent with the first event or keep-alive comment, so an error before it is answered as for any other
+    route; an error after it becomes an error event, which ends the stream.
     """
 
     def __init__(self, events: AsyncGenerator[bytes, None], *, keep_alive_seconds: float) -> None:
@@ -66,20 +66,22 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         async with aclosing(self._events) as events:
-            first = await anext(events)
-            await send({"type": "http.response.start", "status": self.status_code, "headers": _HEADERS})
+            started = False
             try:
-                await _send_event(send, first)
                 async with aclosing(_paced(events, self._keep_alive_seconds)) as paced:
                     async for event in paced:
-                        if event is None:
-                            await _send_part(send, _KEEP_ALIVE)
-                        else:
-                            await _send_event(send, event)
+                        if not started:
+                            started = True
+                            await send({"type": "http.response.start", "status": self.status_code, "headers": _HEADERS})
+                        await (_send_part(send, _KEEP_ALIVE) if event is None else _send_event(send, event))
                 await _send_part(send, _DONE)
             except LatticeError as error:
+                if not started:
+                    raise
                 await _send_event(send, error_json(error.message, error.status, error.param))
             except Exception:
+                if not started:
+                    raise
                 log.exception("stream failed")
                 await _send_event(send, error_json("internal error: see the server's log", 500))
             await send({"type": "http.response.body", "body": b"", "more_body": False})

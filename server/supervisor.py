@@ -102,9 +102,7 @@ class Supervisor:
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
     assert process.stdin is not None
-    process.stdin.close()
-    with suppress(ProcessLookupError):
-        process.terminate()
+    process.stdin.close()  # ends it, see `engine.process`
     try:
         await asyncio.wait_for(process.wait(), _STOP_SECONDS)
     except asyncio.TimeoutError:

@@ -18,10 +18,9 @@ import numpy as np
 import sentencepiece as spm
 
 from lattice_serve.engine.errors import ConfigError
+from lattice_serve.engine.tokenizer import SPACE
 
 END_OF_TEXT = "<|endoftext|>"
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-"""How sentencepiece spells a space inside a piece."""
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, *, threads: int = 2) -> bytes:
@@ -82,7 +81,7 @@ def token_bytes(tokenizer: spm.SentencePieceProcessor) -> np.ndarray:
             return 1
         if tokenizer.is_control(token) or tokenizer.is_unknown(token):
             return 0
-        return len(tokenizer.id_to_piece(token).replace(_SPACE, " ").encode())
+        return len(tokenizer.id_to_piece(token).replace(SPACE, " ").encode())
 
     return np.array([size(token) for token in range(tokenizer.vocab_size())], dtype=np.int64)
 

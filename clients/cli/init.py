@@ -46,13 +46,7 @@ def init(
     from lattice_serve.engine.weights import bundled_model, init_model
 
     source = tokenizer or bundled_model()
-    pieces = Tokenizer.load(source).vocab_size
-    if pieces != settings.vocab_size:
-        raise ConfigError(
-            f"{source}: the tokenizer has {pieces} pieces, the config a vocab_size of {settings.vocab_size}: "
-            "give --tokenizer a folder whose tokenizer.model fits, or change vocab_size",
-            param="tokenizer",
-        )
+    Tokenizer.load(source, settings.vocab_size)
     if dtype is not None:
         settings = settings.model_copy(update={"torch_dtype": dtype.value})
     init_model(settings, out, seed=seed, dtype=getattr(torch, settings.torch_dtype))

@@ -86,7 +86,7 @@ def lattice_chunk(
     Returns y [B, T, H, d] in v's dtype and the state after the last token, which shares no storage with any
     argument. Raises ValueError when a shape, dtype, chunk size or the objective does not fit.
     """
-    check_inputs(q, k, v, gamma, mu, state, chunk_size)
+    check_inputs(q, k, v, gamma, mu, state, chunk_size, objective)
     B, T, H, _ = q.shape
     if T == 0:
         return torch.zeros_like(v), state.clone()

@@ -20,17 +20,12 @@ from lattice_serve.kernels.lattice.state import LatticeState, check_inputs
 
 
 def factors(A: Tensor, k: Tensor, v: Tensor, gamma: Tensor, objective: str) -> tuple[Tensor, Tensor]:
-    """h [..., n, d] and c [..., n, m] of n tokens against anchor A [..., d, m]; gamma [..., n].
-
-    Raises ValueError on an unknown objective.
-    """
+    """h [..., n, d] and c [..., n, m] of n tokens against anchor A [..., d, m]; gamma [..., n]."""
     if objective == "decoding":
         return v - k @ A.mT, gamma[..., None] * k
     if objective == "similarity":
         return v, gamma[..., None] * k
-    if objective == "encoding":
-        return v, gamma[..., None] * (k - v @ A)
-    raise ValueError(f'objective is {objective!r}: give "decoding", "similarity" or "encoding"')
+    return v, gamma[..., None] * (k - v @ A)
 
 
 def update(A: Tensor, h: Tensor, c: Tensor) -> Tensor:
@@ -56,7 +51,7 @@ def lattice_recurrent(
     Returns y [B, T, H, d] in v's dtype and the state after the last token, which shares no storage with any
     argument. Raises ValueError when a shape, dtype, chunk size or the objective does not fit.
     """
-    check_inputs(q, k, v, gamma, mu, state, chunk_size)
+    check_inputs(q, k, v, gamma, mu, state, chunk_size, objective)
     dtype = state.anchor.dtype
     q, k, v_, gamma, mu = (x.to(dtype).movedim(2, 1) for x in (q, k, v, gamma, mu))
     state = state.clone()

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+OBJECTIVES = ("decoding", "similarity", "encoding")
+
 
 @dataclass(slots=True, kw_only=True)
 class LatticeState:
@@ -129,8 +131,12 @@ class LatticeState:
         return LatticeState(anchor=anchor, h=h, c=c, a=a, b=b, e=e, position=self.position)
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, mu: Tensor, state: LatticeState, C: int) -> None:
-    """Raise ValueError, naming the argument, unless shapes, dtypes and chunk sizes agree."""
+def check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, mu: Tensor, state: LatticeState, C: int, objective: str
+) -> None:
+    """Raise ValueError, naming the argument, unless shapes, dtypes and chunk sizes agree and the objective is known."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective is {objective!r}: give {', '.join(OBJECTIVES)}")
     B, H, d, m = state.anchor.shape
     if q.ndim != 4:
         raise ValueError(f"q must be [B, T, H, m], not {tuple(q.shape)}")

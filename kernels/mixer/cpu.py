@@ -19,13 +19,13 @@ import numpy as np
 from numba import njit, prange
 from torch import Tensor
 
+from lattice_serve.kernels.lattice.state import OBJECTIVES
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.segments import Segments
 from lattice_serve.kernels.mixer.shape import L2_EPS, MixerWeights
 from lattice_serve.kernels.numba_math import REDUCE, sigmoid, silu
 
-_OBJECTIVES = {"decoding": 0, "similarity": 1, "encoding": 2}
-_DECODING, _ENCODING = 0, 2
+_DECODING, _ENCODING = OBJECTIVES.index("decoding"), OBJECTIVES.index("encoding")
 
 
 @njit(fastmath=REDUCE, cache=True)
@@ -231,7 +231,7 @@ class CpuMixer:
         s = layout.shape
         self._first, self._head_size = layer * layout.layer_size, layout.head_size
         self._offsets = layout.offsets
-        self._dims = (s.H, s.d, s.m, s.C, s.taps, _OBJECTIVES[s.objective])
+        self._dims = (s.H, s.d, s.m, s.C, s.taps, OBJECTIVES.index(s.objective))
         self._floor = np.float32(s.mu_floor if s.use_forget_gate else -1)
         self._eps = np.float32(s.norm_eps)
         q, k, v = weights.conv.detach().float().split((s.H * s.m, s.H * s.m, s.H * s.d))

@@ -255,7 +255,7 @@ class TestInit:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"vocab_size": 7}, "a vocab_size of 7: give --tokenizer"),
+            ({"vocab_size": 7}, "4096 pieces, the model a vocab_size of 7: give the tokenizer"),
             ({"hidden_size": 0, "color": 1}, "hidden_size: Input should be greater than or equal to 1; color: Extra"),
         ],
     )

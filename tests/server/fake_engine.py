@@ -186,6 +186,9 @@ async def main() -> None:
         try:
             await engine.serve(reader, writer)
         except (asyncio.IncompleteReadError, ConnectionError):
+            for task in engine.tasks.values():
+                task.cancel()
+            writer.transport.abort()
             gone.set()
 
     async with await asyncio.start_unix_server(serve, options.socket):
