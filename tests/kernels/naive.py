@@ -1,7 +1,8 @@
-"""The equations of one token in numpy, one head at a time, and random tokens to try them on."""
+"""The equations of one token in numpy, one head at a time, and random tokens and weights to try them on."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, silu
 
 from lattice_serve.kernels import LatticeState
+from lattice_serve.kernels.mixer import MixerShape, MixerWeights
 
 Array = NDArray[np.float64]
 
@@ -34,6 +36,10 @@ class Tokens(NamedTuple):
 
     def cast(self, dtype: torch.dtype) -> Tokens:
         return Tokens(*(x.to(dtype) for x in self))
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def lengths(C: int) -> list[int]:
@@ -64,6 +70,26 @@ def random_tokens(
     q, k = (normalize(silu(normal(B, T, H, m)), dim=-1) for _ in range(2))
     tokens = Tokens(q=q, k=k, v=normal(B, T, H, d), gamma=normal(B, T, H).sigmoid(), mu=mu)
     return tokens, normalize(normal(B, H, d, m), dim=2)
+
+
+def random_mixer(shape: MixerShape, T: int, *, B: int = 2) -> tuple[Tensor, MixerWeights]:
+    """The projection z [B, T, in_width] of random tokens, and weights; float64."""
+    generator = torch.Generator().manual_seed(T)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    weights = MixerWeights(
+        conv=normal(shape.conv_width, shape.taps),
+        gate_bias=normal(2 * shape.H),
+        norm=normal(shape.d),
+        anchor=normal(shape.H, shape.d, shape.m),
+    )
+    return normal(B, T, shape.in_width), weights
+
+
+def cast(weights: MixerWeights, dtype: torch.dtype) -> MixerWeights:
+    return MixerWeights(**{f.name: getattr(weights, f.name).to(dtype) for f in fields(weights)})
 
 
 def coefficients(A: Array, k: Array, v: Array, gamma: float, objective: str) -> tuple[Array, Array]:

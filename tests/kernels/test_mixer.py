@@ -12,25 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lattice_serve.kernels.mixer import MixerShape, MixerState, MixerWeights, mix
-from tests.kernels.naive import CHUNK_SIZES, OBJECTIVES, Array, Tokens, error, naive, state_error
+from tests.kernels.naive import CHUNK_SIZES, OBJECTIVES, Array, Tokens, cast, error, naive, random_mixer, state_error
 
 SHAPE = MixerShape(H=2, d=7, m=3, C=4, taps=4, objective="decoding", use_forget_gate=True, norm_eps=1e-6)
-
-
-def random_mixer(shape: MixerShape, T: int, *, B: int = 2) -> tuple[Tensor, MixerWeights]:
-    """The projection z [B, T, in_width] of random tokens, and weights; float64."""
-    generator = torch.Generator().manual_seed(T)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
-
-    weights = MixerWeights(
-        conv=normal(shape.conv_width, shape.taps),
-        gate_bias=normal(2 * shape.H),
-        norm=normal(shape.d),
-        anchor=normal(shape.H, shape.d, shape.m),
-    )
-    return normal(B, T, shape.in_width), weights
 
 
 def sigmoid(x: Array) -> Array:
@@ -105,21 +89,11 @@ def test_the_state_it_is_given_stays_as_it_was() -> None:
 def test_bfloat16_in_and_out_around_a_float32_state() -> None:
     z, weights = random_mixer(SHAPE, 21)
     z = z.bfloat16()
-    narrow = MixerWeights(
-        conv=weights.conv.bfloat16(),
-        gate_bias=weights.gate_bias.bfloat16(),
-        norm=weights.norm.bfloat16(),
-        anchor=weights.anchor.bfloat16(),
-    )
+    narrow = cast(weights, torch.bfloat16)
     y, state = mix(z, narrow, SHAPE, MixerState.initial(SHAPE, narrow, 2))
     assert y.dtype == torch.bfloat16
     assert {x.dtype for x in state.lattice.tensors()} == {torch.float32}
-    rounded = MixerWeights(
-        conv=narrow.conv.double(),
-        gate_bias=narrow.gate_bias.double(),
-        norm=narrow.norm.double(),
-        anchor=narrow.anchor.double(),
-    )
+    rounded = cast(narrow, torch.float64)
     assert error(y, plain_mix(z.double(), rounded, SHAPE)) <= 1e-2
 
 

@@ -7,21 +7,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.nn.functional import conv1d
 
 from lattice_serve.kernels import rms_norm, swiglu
 from lattice_serve.kernels.norm import l2_normalize
 from lattice_serve.kernels.short_conv import short_conv
-from tests.kernels.naive import error
+from tests.kernels.naive import error, normal
 
 every_dtype = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
 )
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @every_dtype

@@ -1,0 +1,157 @@
+"""Matrix products on the CPU: near the exact ones, and every row's bits its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lattice_serve.kernels.linear import RowInvariantLinear
+from lattice_serve.kernels.linear.cpu import PackedWeight
+from lattice_serve.kernels.linear.invariant import BLOCK
+from tests.kernels.harness import same_bits, threads, two_threads
+from tests.kernels.naive import error, normal
+
+Linear = Callable[[Tensor, Tensor], Tensor]
+
+ROWS = 70
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+every_size = pytest.mark.parametrize(
+    ("N", "K"), [(1, 1), (5, 1), (33, 2), (7, 3), (64, 5), (100, 37), (31, 64), (257, 129)]
+)
+
+
+def random_product(N: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [ROWS, K] in float32 and a weight [N, K]."""
+    return normal(ROWS, K).float(), normal(N, K, seed=1).to(dtype)
+
+
+@every_dtype
+@every_size
+def test_it_is_the_product(N: int, K: int, dtype: torch.dtype) -> None:
+    """K products added up in float32, in whatever order, are off by at most K roundings of sum |x| |w|."""
+    x, weight = random_product(N, K, dtype)
+    y = PackedWeight(weight)(x)
+    assert (y.dtype, y.shape) == (torch.float32, (ROWS, N))
+    bound = K * 2.0**-24 * (x.double().abs() @ weight.double().abs().T)
+    assert bool(((y - x.double() @ weight.double().T).abs() <= bound).all())
+
+
+@every_dtype
+@every_size
+def test_any_number_of_rows_gives_each_the_same_bits(N: int, K: int, dtype: torch.dtype) -> None:
+    x, weight = random_product(N, K, dtype)
+    product = PackedWeight(weight)
+    y = product(x)
+    for rows in range(ROWS + 1):
+        assert same_bits(product(x[:rows]), y[:rows]), rows
+        assert same_bits(product(x.roll(rows, dims=0)), y.roll(rows, dims=0)), rows
+
+
+@two_threads
+@every_dtype
+@every_size
+def test_any_number_of_threads_gives_the_same_bits(N: int, K: int, dtype: torch.dtype) -> None:
+    x, weight = random_product(N, K, dtype)
+    product = PackedWeight(weight)
+    with threads(1):
+        y = product(x)
+    with threads(2):
+        assert same_bits(product(x), y)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@every_dtype
+def test_what_is_not_finite_stays_in_its_row(dtype: torch.dtype, bad: float) -> None:
+    """Of x, and of the weight: its column of y."""
+    x, weight = random_product(45, 7, dtype)
+    y = PackedWeight(weight)(x)
+    rows, columns = torch.arange(ROWS) != 12, torch.arange(45) != 40
+    broken = x.clone()
+    broken[12, 3] = bad
+    mine = PackedWeight(weight)(broken)
+    assert same_bits(mine[rows], y[rows])
+    assert not bool(mine[12].isfinite().any())
+    weight[40, 5] = bad
+    mine = PackedWeight(weight)(x)
+    assert same_bits(mine[:, columns], y[:, columns])
+    assert not bool(mine[:, 40].isfinite().any())
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(3, 8, dtype=torch.float64),
+        torch.zeros(3, 8, dtype=torch.bfloat16),
+        torch.zeros(8),
+        torch.zeros(1, 3, 8),
+        torch.zeros(3, 7),
+        torch.zeros(8, 3).T,
+        torch.zeros(3, 16)[:, ::2],
+    ],
+    ids=["float64", "bfloat16", "one-row", "batch", "narrow", "transposed", "strided"],
+)
+def test_other_inputs_are_refused(x: Tensor) -> None:
+    product = PackedWeight(torch.ones(5, 8))
+    with pytest.raises(ValueError, match="contiguous float32"):
+        product(x)
+
+
+@pytest.mark.parametrize("K", [1, 64])
+@every_dtype
+def test_a_weight_is_packed_as_a_copy_without_waste(dtype: torch.dtype, K: int) -> None:
+    weight = torch.nn.Parameter(normal(256, K).to(dtype))
+    product, x = PackedWeight(weight), normal(3, K).float()
+    y = product(x)
+    weight.data.zero_()
+    assert same_bits(product(x), y)
+    assert product.nbytes == weight.nbytes
+    assert PackedWeight(weight[:255]).nbytes >= 255 * K * weight.itemsize
+
+
+def check_rows(linear: Linear, weight: Tensor, tolerance: float) -> None:
+    """Near the exact product, and each row's bits at any number of rows those among 2 * ROWS."""
+    x = normal(2 * ROWS, weight.shape[1]).float()
+    y = linear(x, weight)
+    assert y.dtype == torch.float32
+    assert error(y, x.double() @ weight.double().T) <= tolerance
+    for rows in (1, 2, 3, 4, 7, 12, 13, 31, 63, 64, 65, 127, 128, 129):
+        assert same_bits(linear(x[:rows], weight), y[:rows]), rows
+
+
+@every_dtype
+def test_products_of_torch_keep_their_rows_too(dtype: torch.dtype) -> None:
+    weights = [random_product(N, K, dtype)[1] for N, K in ((100, 37), (64, 48))]
+    linear = RowInvariantLinear(weights, max_rows=2 * ROWS)
+    for weight in weights:
+        check_rows(linear, weight, tolerance=1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 8, 16, 32, None])
+def test_rows_are_filled_up_to_what_agrees(monkeypatch: pytest.MonkeyPatch, multiple: int | None) -> None:
+    """On a library whose sums depend on how many rows are missing to `multiple`, or on every number of rows."""
+    seen: set[int] = set()
+
+    def library(x: Tensor, weight: Tensor, exact: Linear = F.linear) -> Tensor:
+        seen.add(len(x))
+        y = exact(x.double(), weight.double()).float()
+        return y * (1 + 1e-6 * (-len(x) % multiple if multiple else len(x)))
+
+    monkeypatch.setattr(F, "linear", library)
+    _, weight = random_product(20, 9, torch.float32)
+    linear = RowInvariantLinear([weight], max_rows=2 * ROWS)
+    assert linear.row_multiple == multiple
+    seen.clear()
+    check_rows(linear, weight, tolerance=1e-3)
+    assert seen == {BLOCK} if multiple is None else not any(rows % multiple for rows in seen)
+
+
+def test_a_library_whose_rows_depend_on_their_place_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def library(x: Tensor, weight: Tensor, exact: Linear = F.linear) -> Tensor:
+        return exact(x, weight) * (1 + 1e-6 * (torch.arange(len(x)) % BLOCK)[:, None])
+
+    monkeypatch.setattr(F, "linear", library)
+    assert RowInvariantLinear([normal(20, 9).float()], max_rows=ROWS).row_multiple is None

@@ -1,0 +1,183 @@
+"""Norm, SwiGLU and scalar functions of the CPU kernels against float64, and what the CPU says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lattice_serve.kernels import rms_norm as reference_norm
+from lattice_serve.kernels import swiglu as reference_swiglu
+from lattice_serve.kernels.cpu_features import has_bf16
+from lattice_serve.kernels.norm.cpu import rms_norm
+from lattice_serve.kernels.numba_math import exp, sigmoid, silu
+from lattice_serve.kernels.swiglu.cpu import swiglu
+from tests.kernels.harness import bands, poison, same_bits, threads, two_threads
+from tests.kernels.naive import error, normal
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Function = Callable[[Any], Any]
+
+widths = pytest.mark.parametrize("n", [1, 3, 16, 37, 130])
+SMALLEST, LARGEST = 2.0**-126, 2.0**127
+"""Powers of two that are normal numbers in float32."""
+
+
+def in_bands(kernel: Callable[[Tensor, Tensor], Tensor], x: Tensor, n: int) -> Tensor:
+    """kernel(x, out) with out [N, n] of NaN before; nothing else is written."""
+    with bands(x, poison(len(x), n)) as (banded, out):
+        assert kernel(banded, out) is out
+    assert same_bits(banded, x)
+    return out
+
+
+def norm_of(weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, out: rms_norm(x, weight, 1e-6, out)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+@widths
+def test_rms_norm(n: int, scale: float) -> None:
+    x, weight = (scale * normal(9, n)).float(), normal(n, seed=1).float()
+    x[4] = 0
+    y = in_bands(norm_of(weight), x, n)
+    assert error(y, reference_norm(x.double(), weight.double(), 1e-6)) <= 1e-6
+    assert not y[4].any()
+
+
+@widths
+def test_swiglu(n: int) -> None:
+    x = (5 * normal(9, 2 * n)).float()
+    assert error(in_bands(swiglu, x, n), reference_swiglu(x.double())) <= 1e-6
+
+
+@two_threads
+@widths
+def test_every_row_is_its_own(n: int) -> None:
+    """Whatever the number of rows and threads, and what stands in the others."""
+    for kernel, width in ((norm_of(normal(n, seed=1).float()), n), (swiglu, 2 * n)):
+        x = normal(9, width).float()
+        with threads(1):
+            y = in_bands(kernel, x, n)
+        for rows in range(1, 9):
+            for count in (1, 2):
+                with threads(count):
+                    assert same_bits(in_bands(kernel, x[-rows:], n), y[-rows:])
+        x[4] = float("nan")
+        broken = in_bands(kernel, x, n)
+        assert bool(broken[4].isnan().all())
+        assert same_bits(torch.cat((broken[:4], broken[5:])), torch.cat((y[:4], y[5:])))
+
+
+def _each(function: Any, x: Any, out: Any) -> None:
+    for i in range(len(x)):
+        out[i] = function(x[i])
+
+
+_compiled_each: Any = njit(_each)
+
+
+def each(function: Function, x: Float32) -> Float32:
+    """In a loop like those of kernels, which LLVM vectorises."""
+    out = np.full_like(x, np.nan)
+    _compiled_each(function, x, out)
+    return out
+
+
+def everywhere() -> Float32:
+    """Finite numbers: every exponent of both signs, subnormal ones, many where results change, and the edges."""
+    random = np.random.default_rng(0)
+    bits = random.integers(0, 2**32, 200_000, dtype=np.uint32).view(np.float32)
+    edges = np.array([0, 1e-45, SMALLEST, 2**-25, 87, 88, 88.7, 89, 103, 104, LARGEST], dtype=np.float32)
+    edges = np.concatenate((edges, np.nextafter(edges, np.float32(0)), np.nextafter(edges, np.float32(np.inf))))
+    x = np.concatenate((bits[np.isfinite(bits)], random.uniform(-110, 110, 200_000), edges, -edges))
+    return x.astype(np.float32)
+
+
+def ulps(actual: Float32, truth: Float64) -> float:
+    """The largest difference in units of the last place of the true value in float32."""
+    return float((np.abs(actual - truth) / np.spacing(np.abs(truth).astype(np.float32))).max())
+
+
+def test_exp() -> None:
+    """Within 2 units over [-87, 88], held at the ends outside."""
+    x = everywhere()
+    y = each(exp, x)
+    inside = (x >= -87) & (x <= 88)
+    assert ulps(y[inside], np.exp(x[inside].astype(np.float64))) <= 2
+    assert (y[x < -87] == exp(np.float32(-87))).all()
+    assert (y[x > 88] == exp(np.float32(88))).all()
+    assert exp(np.float32(0)) == 1
+
+
+def test_sigmoid() -> None:
+    """Within 4 units from -87 on: 2 of exp, half of the sum, half of the quotient, and their unit may be half as wide.
+    Below, where the true value is less than the smallest normal number, so is this one.
+    """
+    x = everywhere()
+    y = each(sigmoid, x)
+    inside = x >= -87
+    with np.errstate(over="ignore"):
+        truth = 1 / (1 + np.exp(-x.astype(np.float64)))
+    assert ulps(y[inside], truth[inside]) <= 4
+    assert ((y[~inside] >= 0) & (y[~inside] <= 2 * SMALLEST)).all()
+    assert sigmoid(np.float32(0)) == 0.5
+
+
+def test_silu() -> None:
+    """Within 4 units from -87 on; below, where it is nearly 0, no further from 0 than x times sigmoid's remainder."""
+    x = everywhere()
+    y = each(silu, x)
+    inside = x >= -87
+    wide = x.astype(np.float64)
+    with np.errstate(over="ignore"):
+        truth = wide / (1 + np.exp(-wide))
+    assert ulps(y[inside], truth[inside]) <= 4
+    assert ((y[~inside] <= 0) & (y[~inside] >= 2 * SMALLEST * wide[~inside])).all()
+    assert (np.signbit(y) == np.signbit(x)).all()
+
+
+@pytest.mark.parametrize(
+    ("function", "at_minus", "at_plus"),
+    [(exp, np.exp(-87.0), np.exp(88.0)), (sigmoid, 0.0, 1.0), (silu, -np.inf, np.inf)],
+    ids=["exp", "sigmoid", "silu"],
+)
+def test_what_is_not_finite(function: Function, at_minus: float, at_plus: float) -> None:
+    """exp is held at its ends, so silu of -inf is -inf: it cannot be taken for a number."""
+    x = np.array([-np.inf, np.inf, np.nan, -np.nan], dtype=np.float32)
+    y = each(function, x)
+    np.testing.assert_allclose(y[:2], [at_minus, at_plus], rtol=1e-6, atol=2 * SMALLEST)
+    assert np.isnan(y[2:]).all()
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        (b"processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16 sse2\n", True),
+        (b"processor\t: 0\nflags\t\t: fpu amx_bf16\n", True),
+        (b"processor\t: 0\nFeatures\t: fp asimd bf16\n", True),
+        (b"processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16x no_amx_bf16\n", False),
+        (b"processor\t: 0\nFeatures\t: fp asimd\nCPU part\t: bf16\n", False),
+        (b"model name\t: bf16\nbugs\t\t: amx_bf16\nflags\t\t: fpu\n", False),
+        (b"model name\t: \xff\xfe\nflags\t\t: avx512_bf16\n", True),
+        (b"bf16\n", False),
+        (b"", False),
+    ],
+)
+def test_has_bf16(tmp_path: Path, cpuinfo: bytes, expected: bool) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_bytes(cpuinfo)
+    assert has_bf16(path) is expected
+
+
+def test_has_bf16_of_what_cannot_be_read(tmp_path: Path) -> None:
+    assert has_bf16(tmp_path / "missing") is False
+    assert has_bf16(tmp_path) is False
