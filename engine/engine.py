@@ -66,11 +66,9 @@ class Engine:
             load_seconds=time.monotonic() - began,
         )
 
-    def submit(self, request: Submit) -> None:
-        """Queue a request. Raises `InvalidParameter` or `Overloaded`; then nothing was queued."""
+    def check(self, request: Submit) -> None:
+        """Raises `InvalidParameter` for a request that could never be served."""
         params, vocab_size = request.params, self.model.config.vocab_size
-        if request.request_id in self._sequences:
-            raise InvalidParameter(f"request {request.request_id} runs already: give every request an id of its own")
         if not request.prompt_ids:
             raise InvalidParameter("prompt is empty: give at least one token", param="prompt")
         Tokenizer.check(request.prompt_ids, vocab_size)
@@ -78,6 +76,13 @@ class Engine:
         Tokenizer.check(params.logit_bias, vocab_size, param="logit_bias")
         if params.max_tokens == 0 and params.prompt_logprobs is None:
             raise InvalidParameter("max_tokens is 0: give at least 1, or ask for prompt_logprobs", param="max_tokens")
+
+    def submit(self, request: Submit) -> None:
+        """Queue a request. Raises `InvalidParameter` or `Overloaded`; then nothing was queued."""
+        params, vocab_size = request.params, self.model.config.vocab_size
+        if request.request_id in self._sequences:
+            raise InvalidParameter(f"request {request.request_id} runs already: give every request an id of its own")
+        self.check(request)
         sequence = Sequence.of(
             request,
             arrived=time.monotonic(),
@@ -147,7 +152,8 @@ class Engine:
         """Compile what compiles at its first call, on a row that is then scrubbed: no request waits for it."""
         params = SamplingParams(max_tokens=1, temperature=0)
         self.submit(Submit("warm-up", [0, 0], params))
-        self.step()
+        while self.has_work:
+            self.step()
         self._prompt_tokens = self._generated = self._steps = self._step_tokens = 0
 
     def _rows(self, row_bytes: int) -> int:

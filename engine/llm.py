@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -91,15 +92,19 @@ class LLM:
         if len(each) != len(encoded):
             raise InvalidParameter(f"{len(each)} params for {len(encoded)} prompts: give one for each", param="params")
         completions = [Completion(ids) for ids in encoded]
-        with tqdm(total=len(encoded), desc="generate", unit="prompt", disable=not progress) as bar:
-            for place, output in self._run(encoded, each):
+        with (
+            tqdm(total=len(encoded), desc="generate", unit="prompt", disable=not progress) as bar,
+            closing(self._run(encoded, each)) as outputs,
+        ):
+            for place, output in outputs:
                 completions[place].add(output)
                 if output.finish_reason is not None:
                     bar.update()
         return completions
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenOutput]:
-        """Complete one prompt, an output a token. Dropping the iterator frees its state."""
+        """Complete one prompt, an output a token. Dropping the iterator frees its state; until then, or its end,
+        nothing else runs."""
         for _, output in self._run([self._encode(prompt)], [params or SamplingParams()]):
             yield output
 
@@ -113,6 +118,8 @@ class LLM:
         if isinstance(prompts, str):
             return [self._encode(prompts)]
         ids = [item for item in prompts if isinstance(item, int)]
+        if len(ids) not in (0, len(prompts)):
+            raise InvalidParameter("prompts mixes token ids with prompts: give one list of either", param="prompt")
         if ids:
             return [ids]
         return [self._encode(item) for item in prompts if not isinstance(item, int)]
@@ -120,8 +127,14 @@ class LLM:
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
-    def _run(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> Iterator[tuple[int, TokenOutput]]:
+    def _run(
+        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+    ) -> Generator[tuple[int, TokenOutput], None, None]:
         """(place of its prompt, output), as they come; no more in the queue than the engine takes."""
+        if self._engine.has_work:  # whose outputs would be taken from the stream that they are for
+            raise RuntimeError("a stream of this LLM is open: read it to its end, or close it")
+        for ids, wanted in zip(prompts, params, strict=True):
+            self._engine.check(Submit("", ids, wanted))
         places: dict[str, int] = {}
         waiting = iter(enumerate(zip(prompts, params, strict=True)))
         try:

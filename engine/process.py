@@ -54,7 +54,7 @@ class Connection:
             with self._link.makefile("rb") as stream:
                 while header := stream.read(4):
                     self._inbox.put(decoder.decode(stream.read(int.from_bytes(header, "big"))))
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, msgspec.MsgspecError, LatticeError) as error:
             print(f"engine: connection lost: {error}", file=sys.stderr)
         finally:
             self._inbox.put(None)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# Read when torch is loaded: threads that spin while they wait keep those that work from a busy machine's cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from hypothesis import HealthCheck, settings
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -10,30 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from lattice_serve.engine.config import ModelConfig
-from lattice_serve.engine.weights import bundled_model, init_model
-from tests.e2e.harness import VOCAB_SIZE, RealServer
+from tests.e2e.harness import RealServer
+from tests.tiny import init_tiny_model
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    config = ModelConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_heads=2,
-        head_dim=8,
-        num_slots=5,
-        intermediate_size=48,
-        chunk_size=4,
-        eos_token_id=1,
-    )
-    init_model(config, folder, seed=0, dtype=torch.bfloat16)
-    shutil.copyfile(bundled_model() / "tokenizer.model", folder / "tokenizer.model")
-    return folder
+    return init_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.server.harness import ServerProcess
+from tests.tiny import VOCAB_SIZE
 
 LATTICE = str(Path(sys.executable).with_name("lattice"))
-VOCAB_SIZE = 4096
 
 
 class RealServer(ServerProcess):

@@ -1,0 +1,162 @@
+"""The same seed and prompt give the same tokens and the same log-probabilities, to the bit, whatever else goes on.
+
+Each request is run alone first, its prompt in one piece; then with others, with prompts cut into pieces, with too few
+rows, in another order, beside requests that are aborted.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from lattice_serve.engine.engine import Engine
+from lattice_serve.engine.llm import Completion
+from lattice_serve.engine.messages import Submit
+from lattice_serve.engine.sampling import SamplingParams
+from lattice_serve.engine.weights import bundled_model
+from tests.engine.harness import Visit, complete, drive, make_engine, submit
+from tests.tiny import VOCAB_SIZE
+
+
+@cache
+def whole_engine(model: Path, dtype: str) -> Engine:
+    """One that takes any prompt of these tests in one step."""
+    return make_engine(model, dtype=dtype, max_rows=1, max_step_tokens=512)
+
+
+def check(model: Path, visits: list[Visit], dtype: str = "auto", **options: Any) -> Engine:
+    """Assert that each answer is what it is alone. Returns the engine that gave them."""
+    engine = make_engine(model, dtype=dtype, **options)
+    results = drive(engine, visits)
+    for visit in visits:
+        request_id = visit.request.request_id
+        if visit.leaves is None or request_id in results:
+            assert results[request_id] == alone(model, dtype, visit.request)
+    return engine
+
+
+_answers: dict[tuple[Path, str, bytes], Completion] = {}
+
+
+def alone(model: Path, dtype: str, request: Submit) -> Completion:
+    key = model, dtype, msgspec.msgpack.encode((request.prompt_ids, request.params))
+    if key not in _answers:
+        _answers[key] = complete(whole_engine(model, dtype), request)
+    return _answers[key]
+
+
+sampling: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
+    {
+        "max_tokens": st.integers(1, 10),
+        "seed": st.integers(-(2**63), 2**63 - 1),
+        "temperature": st.sampled_from([0.0, 0.6, 1.0, 1.0, 3.0]),
+        "logprobs": st.sampled_from([0, 0, 3]),
+        "ignore_eos": st.just(True),
+    },
+    optional={
+        "prompt_logprobs": st.integers(0, 2),
+        "top_p": st.sampled_from([0.3, 0.9]),
+        "top_k": st.integers(1, 50),
+        "min_p": st.sampled_from([0.01, 0.3]),
+        "presence_penalty": st.sampled_from([-1.0, 2.0]),
+        "frequency_penalty": st.sampled_from([-1.0, 2.0]),
+        "repetition_penalty": st.sampled_from([0.7, 1.5]),
+        "logit_bias": st.just({300: 4.0, 301: 4.0}),
+        "stop": st.just(("e", "th")),
+    },
+)
+prompts = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=45)
+
+
+@st.composite
+def visit(draw: st.DrawFn) -> Visit:
+    params = SamplingParams(**draw(sampling))
+    comes = draw(st.integers(0, 12))
+    leaves = draw(st.none() | st.none() | st.integers(comes, comes + 12))
+    return Visit(Submit("", draw(prompts), params, draw(st.integers(-1, 1))), comes, leaves)
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> list[Visit]:
+    visits = draw(st.lists(visit(), min_size=1, max_size=5))
+    return [
+        Visit(msgspec.structs.replace(visit.request, request_id=f"r{i}"), visit.comes, visit.leaves)
+        for i, visit in enumerate(visits)
+    ]
+
+
+@st.composite
+def engine_options(draw: st.DrawFn) -> dict[str, Any]:
+    rows = draw(st.integers(1, 4))
+    return {
+        "max_rows": rows,
+        "max_step_tokens": draw(st.integers(rows, 24)),
+        "quantum": draw(st.integers(1, 6)),
+        "dtype": draw(st.sampled_from(["bfloat16", "float32"])),
+    }
+
+
+@settings(max_examples=40)
+@given(crowds(), engine_options())
+def test_an_answer_is_its_own(tiny_model: Path, visits: list[Visit], options: dict[str, Any]) -> None:
+    engine = check(tiny_model, visits, **options)
+    event("preempted" if engine.scheduler.preemptions else "not preempted")
+
+
+def requests(lengths: list[int]) -> list[Submit]:
+    return [
+        submit(
+            f"r{i}",
+            [(7 + 131 * i + 17 * k) % VOCAB_SIZE for k in range(length)],
+            max_tokens=14,
+            seed=i,
+            temperature=0.9,
+            logprobs=2,
+            prompt_logprobs=1 if i % 2 else None,
+            ignore_eos=True,
+        )
+        for i, length in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("max_step_tokens", [1, 2, 3, 4, 5, 7, 16, 17, 64])
+def test_any_split_of_a_prompt(tiny_model: Path, max_step_tokens: int, dtype: str) -> None:
+    request = requests([0, 37])[1]
+    check(tiny_model, [Visit(request)], dtype, max_rows=1, max_step_tokens=max_step_tokens)
+
+
+@pytest.fixture(params=["tiny", "bundled"])
+def model(request: pytest.FixtureRequest, tiny_model: Path) -> Path:
+    return tiny_model if request.param == "tiny" else bundled_model()
+
+
+LENGTHS = [1, 30, 16, 3]
+
+
+def test_preemption_at_every_step(model: Path) -> None:
+    engine = check(model, [Visit(r) for r in requests(LENGTHS)], max_rows=2, max_step_tokens=7, quantum=1)
+    assert engine.scheduler.preemptions > 20
+
+
+def test_any_order_of_arrival(model: Path) -> None:
+    crowd = requests(LENGTHS)
+    check(model, [Visit(r) for r in crowd], max_step_tokens=64)
+    check(model, [Visit(r, comes=3 * i) for i, r in enumerate(crowd[::-1])])
+
+
+def test_beside_requests_that_are_aborted(model: Path) -> None:
+    stay, *leave = requests(LENGTHS)
+    check(model, [Visit(stay), *(Visit(r, comes=i, leaves=3 * i + 3) for i, r in enumerate(leave))], quantum=2)
+
+
+def test_the_priority_does_not_show(tiny_model: Path) -> None:
+    crowd = [msgspec.structs.replace(r, priority=-i) for i, r in enumerate(requests(LENGTHS))]
+    engine = check(tiny_model, [Visit(r, comes=2 * i) for i, r in enumerate(crowd)], max_rows=1)
+    assert engine.scheduler.preemptions == 3
