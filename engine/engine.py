@@ -7,14 +7,13 @@ import random
 import time
 from pathlib import Path
 
-import numba
 import torch
 
+from lattice_serve.engine.backend import make_backend
 from lattice_serve.engine.config import EngineConfig, ModelConfig
 from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit, TokenOutput
-from lattice_serve.engine.ops import serving_ops
 from lattice_serve.engine.runner import Runner
 from lattice_serve.engine.sampler import Sampled, SampleRow, TokenCounts, penalised
 from lattice_serve.engine.sampling import SamplingParams
@@ -36,9 +35,8 @@ class Engine:
         Raises `CheckpointError` for a bad model folder, `ConfigError` for settings that do not fit it.
         """
         began = time.monotonic()
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-            numba.set_num_threads(min(config.threads, numba.config.NUMBA_NUM_THREADS))
+        threads = config.threads or available_cpus()
+        torch.set_num_threads(threads)
         self.config = config
         model_config = ModelConfig.load(config.model)
         self.tokenizer = Tokenizer.load(config.model, model_config.vocab_size)
@@ -46,8 +44,8 @@ class Engine:
         self.model = load_model(config.model, device=config.device, dtype=dtype, progress=progress)
         layout = StateLayout(self.model.shape, len(self.model.layers))
         self.pool = StatePool.of(self.model, self._rows(layout.row_bytes), config.device)
-        ops = serving_ops(self.model, layout, config.max_step_tokens, config.device)
-        self.runner = Runner(self.model, ops, self.pool, config.device)
+        backend = make_backend(self.model, layout, self.pool.memory, max_tokens=config.max_step_tokens, threads=threads)
+        self.runner = Runner(backend)
         self.scheduler = Scheduler(
             rows=self.pool.rows, max_step_tokens=config.max_step_tokens, max_waiting=config.max_waiting
         )
@@ -61,7 +59,7 @@ class Engine:
             rows=self.pool.rows,
             bytes_per_row=layout.row_bytes,
             vocab_size=self.model.config.vocab_size,
-            device=f"{config.device} ({ops.name})",
+            device=f"{config.device} ({backend.name})",
             dtype=str(dtype).removeprefix("torch."),
             load_seconds=time.monotonic() - began,
         )
@@ -248,6 +246,19 @@ class Engine:
         sequence.parked = None
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request_id]
+
+
+def available_cpus() -> int:
+    """Processors that this process may use, by its affinity and its control group's quota."""
+    try:
+        cpus = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        cpus = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cpus, -(-int(quota) // int(period))))
+    except (OSError, ValueError):  # no control group, or "max"
+        return cpus
 
 
 def failure(request_id: str, error: LatticeError) -> RequestFailed:

@@ -34,6 +34,13 @@ class Piece:
         """Whether the sequence's next token is chosen after this piece."""
         return self.end == self.sequence.length and self.sequence.params.max_tokens > 0
 
+    @property
+    def scored(self) -> list[int]:
+        """Prompt tokens that follow those of this piece, if their log-probabilities are asked for."""
+        if self.sequence.prompt_logprobs is None:
+            return []
+        return list(self.sequence.prompt_ids[self.start + 1 : self.end + 1])
+
 
 @dataclass(slots=True)
 class Batch:

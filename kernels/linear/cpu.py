@@ -1,109 +1,159 @@
 """``x weight^T`` on the CPU, every output added up in one order: k = 0, 1, 2, ... with fused multiply-adds.
 
 So a row's bits depend on nothing but the row: not on how many rows there are, not on its place among them, not on the
-number of threads. Weights are packed once into panels of `PANEL` outputs, k by k, that are read from start to end: at
-few rows the product runs at the speed of memory, at many from the cache. Weights may be float32 or bfloat16, which is
-widened on the way; sums are float32 either way.
+number of threads. Weights are packed once into panels of up to `PANEL` outputs, k by k, that are read from start to
+end: few rows are multiplied at the speed of memory, many from the cache, where a strip of the panel is widened to
+float32 once for all of them. Sums are float32 whatever the weights are.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
-from lattice_serve.kernels.numba_math import as_float32
+from lattice_serve.kernels.cpu.vector import load, store, tile, widened
+from lattice_serve.kernels.lanes import LANES, padded
 
-PANEL = 32
-"""Outputs of a panel: 4 vectors of AVX2, 2 of AVX-512, 8 of NEON."""
-
-_IN_ORDER = {"contract", "nsz"}
-"""Multiply and add may fuse; sums keep their order."""
-
-
-@njit(fastmath=_IN_ORDER, cache=True)
-def _one_row(x: Any, i: int, w: Any, o_w: int, K: int, acc: Any) -> None:
-    for j in range(PANEL):
-        acc[j] = 0
-    whole = K // 4 * 4
-    for k in range(0, whole, 4):
-        a0, a1, a2, a3 = x[i, k], x[i, k + 1], x[i, k + 2], x[i, k + 3]
-        p = w[o_w + k * PANEL : o_w + (k + 4) * PANEL]
-        for j in range(PANEL):
-            total = acc[j] + a0 * as_float32(p[j])
-            total = total + a1 * as_float32(p[PANEL + j])
-            total = total + a2 * as_float32(p[2 * PANEL + j])
-            acc[j] = total + a3 * as_float32(p[3 * PANEL + j])
-    for k in range(whole, K):
-        p = w[o_w + k * PANEL : o_w + (k + 1) * PANEL]
-        for j in range(PANEL):
-            acc[j] = acc[j] + x[i, k] * as_float32(p[j])
+PANEL = 64
+"""Outputs of a panel; the last one of a weight has what remains, in vectors."""
+_FEW = 3
+"""Rows up to which weights are widened on their way into the product."""
+_ROWS = 6
+"""Rows of a tile of one vector: 12 sums in the 16 registers of AVX2."""
 
 
-@njit(fastmath=_IN_ORDER, cache=True)
-def _two_rows(x: Any, i: int, w: Any, o_w: int, K: int, acc: Any) -> None:
-    for j in range(2 * PANEL):
-        acc[j] = 0
-    whole = K // 4 * 4
-    for k in range(0, whole, 4):
-        a0, a1, a2, a3 = x[i, k], x[i, k + 1], x[i, k + 2], x[i, k + 3]
-        b0, b1, b2, b3 = x[i + 1, k], x[i + 1, k + 1], x[i + 1, k + 2], x[i + 1, k + 3]
-        p = w[o_w + k * PANEL : o_w + (k + 4) * PANEL]
-        for j in range(PANEL):
-            w0, w1 = as_float32(p[j]), as_float32(p[PANEL + j])
-            w2, w3 = as_float32(p[2 * PANEL + j]), as_float32(p[3 * PANEL + j])
-            acc[j] = (((acc[j] + a0 * w0) + a1 * w1) + a2 * w2) + a3 * w3
-            acc[PANEL + j] = (((acc[PANEL + j] + b0 * w0) + b1 * w1) + b2 * w2) + b3 * w3
-    for k in range(whole, K):
-        p = w[o_w + k * PANEL : o_w + (k + 1) * PANEL]
-        for j in range(PANEL):
-            w0 = as_float32(p[j])
-            acc[j] = acc[j] + x[i, k] * w0
-            acc[PANEL + j] = acc[PANEL + j] + x[i + 1, k] * w0
-
-
-@njit(parallel=True, fastmath=_IN_ORDER, cache=True)
-def _linear(x: Any, w: Any, out: Any) -> None:
-    M, K = x.shape
-    N = out.shape[1]
-    for panel in prange(-(-N // PANEL)):
-        acc = np.empty(2 * PANEL, dtype=np.float32)
-        first = panel * PANEL
-        width = min(PANEL, N - first)
-        o_w = panel * K * PANEL
-        for i in range(0, M - 1, 2):
-            _two_rows(x, i, w, o_w, K, acc)
-            for j in range(width):
-                out[i, first + j] = acc[j]
-                out[i + 1, first + j] = acc[PANEL + j]
-        if M % 2 == 1:
-            _one_row(x, M - 1, w, o_w, K, acc)
-            for j in range(width):
-                out[M - 1, first + j] = acc[j]
-
-
+@dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight [N, K], float32 or bfloat16, in panels; the last one is filled up with zeros."""
+    """A weight [N, K] in panels [K, width], N filled up with zeros to whole vectors."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.N, self.K = weight.shape
-        panels = -(-self.N // PANEL)
-        padded = weight.new_zeros(panels * PANEL, self.K)
-        padded[: self.N] = weight.detach()
-        packed = padded.unflatten(0, (panels, PANEL)).mT.contiguous().flatten()
-        self._panels: Any = packed.view(torch.uint16).numpy() if packed.dtype == torch.bfloat16 else packed.numpy()
+    N: int
+    K: int
+    panels: Any
+    """float32, uint16 with the bits of bfloat16, or int8 [padded(N) K]."""
+    scales: Any
+    """float32 [padded(N)], one an output, where the panels are int8; else [0]."""
+
+    @classmethod
+    def of(cls, weight: Tensor) -> PackedWeight:
+        """weight [N, K], float32 or bfloat16."""
+        N, K = weight.shape
+        return cls(N, K, _pack(weight), np.zeros(0, dtype=np.float32))
+
+    @classmethod
+    def quantized(cls, weight: Tensor) -> PackedWeight:
+        """weight [N, K] as int8 with a scale for each output, symmetric: largest |weight| of a row / 127."""
+        scales = weight.float().abs().amax(dim=1) / 127
+        whole = (weight.float() / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
+        filled = torch.zeros(padded(len(weight)))
+        filled[: len(weight)] = scales
+        N, K = weight.shape
+        return cls(N, K, _pack(whole), filled.numpy())
 
     @property
     def nbytes(self) -> int:
-        return int(self._panels.nbytes)
+        return int(self.panels.nbytes + self.scales.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [M, K] float32 and contiguous -> [M, N] float32. Raises ValueError when it is not."""
         if x.ndim != 2 or x.shape[1] != self.K or x.dtype != torch.float32 or not x.is_contiguous():
             raise ValueError(f"x must be contiguous float32 [M, {self.K}], not {x.dtype} {tuple(x.shape)}")
-        out = x.new_empty(len(x), self.N)
-        _linear(x.numpy(), self._panels, out.numpy())
-        return out
+        out = x.new_empty(len(x), padded(self.N))
+        scratch = np.empty(scratch_size(self.K), dtype=np.float32)
+        linear(
+            self.panels, 0, self.scales, 0, self.N, self.K, x.numpy().reshape(-1), self.K, len(x),
+            out.numpy().reshape(-1), out.shape[1], False, 0, panel_count(self.N), scratch, 0,
+        )  # fmt: skip
+        return out[:, : self.N]
+
+
+def _pack(weight: Tensor) -> Any:
+    N, K = weight.shape
+    whole = weight.detach().new_zeros(padded(N), K)
+    whole[:N] = weight.detach()
+    packed = torch.cat([panel.mT.flatten() for panel in whole.split(PANEL)])
+    return packed.view(torch.uint16).numpy() if packed.dtype == torch.bfloat16 else packed.numpy()
+
+
+def scratch_size(K: int) -> int:
+    """Floats that `linear` wants of its thread for products of K: a widened strip, and the sums of a tile."""
+    return K * LANES + _ROWS * PANEL
+
+
+@njit(cache=True)
+def panel_count(N: int) -> int:
+    return -(-N // PANEL)
+
+
+@njit(cache=True)
+def _emit(sums: Any, o_sums: int, scales: Any, o_s: int, scaled: bool, add: bool, out: Any, o_out: int, n: int) -> None:
+    """n sums to their place."""
+    for j in range(0, n, LANES):
+        value = load(sums, o_sums + j)
+        if scaled:
+            value = value * load(scales, o_s + j)
+        if add:
+            value = load(out, o_out + j) + value
+        store(out, o_out + j, value)
+
+
+@njit(cache=True)
+def linear(
+    w: Any, o_w: int, scales: Any, o_s: int, N: int, K: int, x: Any, x_row: int, M: int, out: Any, out_row: int,
+    add: bool, first: int, last: int, scratch: Any, o_scratch: int,
+) -> None:  # fmt: skip
+    """Panels `first` to `last` of a packed weight: out [M, out_row] = x [M, x_row] weight^T, or that added to out.
+
+    The panels begin at o_w of w, the scales at o_s of scales, `scratch_size(K)` floats at o_scratch of scratch; all
+    arrays are [..]. Outputs beyond N up to `padded(N)` become 0.
+    """
+    scaled = len(scales) > 0
+    strip, sums = o_scratch, o_scratch + K * LANES
+    whole = -(-N // LANES) * LANES
+    for panel in range(first, last):
+        begin = panel * PANEL
+        width = min(PANEL, whole - begin)
+        o_p = o_w + begin * K
+        i = 0
+        if M == 1 and width == PANEL:
+            tile(1, 4, 0, x, 0, 0, 1, w, o_p, width, K, scratch, sums, 0)
+            _emit(scratch, sums, scales, o_s + begin, scaled, add, out, begin, PANEL)
+            continue
+        if M <= _FEW:
+            for j in range(0, width, LANES):
+                if M == 1:
+                    tile(1, 1, 0, x, 0, x_row, 1, w, o_p + j, width, K, scratch, sums, LANES)
+                elif M == 2:
+                    tile(2, 1, 0, x, 0, x_row, 1, w, o_p + j, width, K, scratch, sums, LANES)
+                else:
+                    tile(3, 1, 0, x, 0, x_row, 1, w, o_p + j, width, K, scratch, sums, LANES)
+                for r in range(M):
+                    o_out = r * out_row + begin + j
+                    _emit(scratch, sums + r * LANES, scales, o_s + begin + j, scaled, add, out, o_out, LANES)
+            continue
+        for j in range(0, width, LANES):
+            for k in range(K):
+                store(scratch, strip + k * LANES, widened(w, o_p + k * width + j))
+            i = 0
+            while i < M:
+                rows = min(M - i, _ROWS)
+                if rows == 6:
+                    tile(6, 1, 0, x, i * x_row, x_row, 1, scratch, strip, LANES, K, scratch, sums, LANES)
+                elif rows == 5:
+                    tile(5, 1, 0, x, i * x_row, x_row, 1, scratch, strip, LANES, K, scratch, sums, LANES)
+                elif rows == 4:
+                    tile(4, 1, 0, x, i * x_row, x_row, 1, scratch, strip, LANES, K, scratch, sums, LANES)
+                elif rows == 3:
+                    tile(3, 1, 0, x, i * x_row, x_row, 1, scratch, strip, LANES, K, scratch, sums, LANES)
+                elif rows == 2:
+                    tile(2, 1, 0, x, i * x_row, x_row, 1, scratch, strip, LANES, K, scratch, sums, LANES)
+                else:
+                    tile(1, 1, 0, x, i * x_row, x_row, 1, scratch, strip, LANES, K, scratch, sums, LANES)
+                for r in range(rows):
+                    o_out = (i + r) * out_row + begin + j
+                    _emit(scratch, sums + r * LANES, scales, o_s + begin + j, scaled, add, out, o_out, LANES)
+                i += rows

@@ -1,257 +1,310 @@
-"""The mixer over a ragged batch on the CPU, state rows read and written in place.
+"""The mixer on the CPU: one token of one head through convolution, gates, recurrence, read-out, output norm and gate.
 
-One routine takes one token of one head through convolution, gates, recurrence, read-out, output norm and gate; prefill
-calls it token after token with the head's state in the first-level cache, decode calls it once. So an output has the
-same bits however a sequence was cut into steps and whatever else is in the batch.
+Prefill calls it token after token with the head's state in the first-level cache, decode calls it once. So an output
+has the same bits however a sequence was cut into steps and whatever else is in the batch.
 
 The recurrence is the pending-factor form of `kernels.lattice` (source there), row t of the chunk form:
 
     b <- mu b,  c_s <- mu c_s,  a <- mu a
     e <- mu^2 e + 2 c (sum_s c_s (h_s . h) - w b) + c^2 (|h|^2 - w^2),  then b <- b + c w
     y = A (qn (a - b)) + sum_s (c_s . qn) h_s,  qn = q / sqrt(a^2 + e)
+
+The anchor is read for h = v - A k, w = A^T h and y, and written once a chunk.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+import torch
+from numba import njit
 from torch import Tensor
 
+from lattice_serve.kernels.cpu.math import sigmoid, silu
+from lattice_serve.kernels.cpu.vector import eight_dots, fma, load, maximum, splat, sqrt, store, tile, total
+from lattice_serve.kernels.lanes import LANES
 from lattice_serve.kernels.lattice.state import OBJECTIVES
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.segments import Segments
-from lattice_serve.kernels.mixer.shape import L2_EPS, MixerWeights
-from lattice_serve.kernels.numba_math import REDUCE, sigmoid, silu
+from lattice_serve.kernels.mixer.shape import L2_EPS, MixerShape, MixerWeights
 
 _DECODING, _ENCODING = OBJECTIVES.index("decoding"), OBJECTIVES.index("encoding")
 
 
-@njit(fastmath=REDUCE, cache=True)
-def _dot(x: Any, y: Any) -> Any:
-    total = np.float32(0)
-    for i in range(len(x)):
-        total += x[i] * y[i]
-    return total
+@njit(cache=True)
+def _dot(x: Any, o_x: int, y: Any, o_y: int, n: int) -> float:
+    """As `eight_dots` adds up."""
+    sums = splat(np.float32(0))
+    for i in range(0, n, LANES):
+        sums = fma(load(x, o_x + i), load(y, o_y + i), sums)
+    return total(sums)
 
 
-# Loops run over slices, not over an offset and an index: where Numba must allow for a negative index, LLVM does not
-# vectorise.
+@njit(cache=True)
+def _combine(x: Any, o_x: int, x_step: int, w: Any, o_w: int, w_row: int, K: int, out: Any, o_out: int, n: int) -> None:
+    """out [n] += sum_k x[k x_step] w[k w_row + j], n a multiple of 16."""
+    j = 0
+    while j + 4 * LANES <= n:
+        tile(1, 4, 1, x, o_x, 0, x_step, w, o_w + j, w_row, K, out, o_out + j, 0)
+        j += 4 * LANES
+    while j < n:
+        tile(1, 1, 1, x, o_x, 0, x_step, w, o_w + j, w_row, K, out, o_out + j, 0)
+        j += LANES
 
 
-@njit(fastmath=REDUCE, cache=True)
-def _recur(
-    S: Any,
-    o: Any,
-    slot: int,
-    C: int,
-    m: int,
-    objective: int,
-    gamma: float,
-    mu: float,
-    q: Any,
-    k: Any,
-    v: Any,
-    x: Any,
-    y: Any,
-) -> None:
-    """One token of one head: q, k [m], v [d] -> y [d]. S: the head's block of the state row, o: `StateLayout.offsets`.
+@njit(cache=True)
+def _clear(x: Any, o_x: int, n: int) -> None:
+    for i in range(0, n, LANES):
+        store(x, o_x + i, splat(np.float32(0)))
 
-    x is scratch: h [d] | c [m] | w [m] | sums [m] | qn [m].
+
+@njit(cache=True)
+def _recur(S: Any, o: int, places: Any, d: int, m: int, slot: int, C: int, objective: int, gamma: float, mu: float,
+           x: Any, o_q: int, o_k: int, o_v: int, o_y: int, o_x: int) -> None:  # fmt: skip
+    """One token of one head: q, k [m], v [d] -> y [d], all in x. S: state rows, the head's block at o.
+
+    o_x: scratch of d + 5 m + 2 C floats.
     """
-    d = len(v)
-    A, h_rows, c_rows, b, e = S[: d * m], S[o[1] : o[2]], S[o[2] : o[3]], S[o[3] : o[4]], S[o[4] : o[5]]
-    h, c, w = x[:d], x[d : d + m], x[d + m : d + 2 * m]
-    sums, qn = x[d + 2 * m : d + 3 * m], x[d + 3 * m : d + 4 * m]
-    for j in range(m):
-        w[j] = 0
-        sums[j] = 0
-    for i in range(d):
-        A_i = A[i * m : (i + 1) * m]
-        h_i = v[i]
-        if objective == _DECODING:
-            h_i -= _dot(A_i, k)
-        h[i] = h_i
-        for j in range(m):
-            w[j] += h_i * A_i[j]
-    if objective == _ENCODING:
-        for j in range(m):
-            c[j] = gamma * (k[j] - w[j])
-    else:
-        for j in range(m):
-            c[j] = gamma * k[j]
+    o_A, o_h, o_c, o_b, o_e, o_a = (
+        o + places[0],
+        o + places[1],
+        o + places[2],
+        o + places[3],
+        o + places[4],
+        o + places[5],
+    )
+    h, c, w, sums, qn = o_x, o_x + d, o_x + d + m, o_x + d + 2 * m, o_x + d + 3 * m
+    negative, factors = o_x + d + 4 * m, o_x + d + 5 * m
+    for i in range(0, d, LANES):
+        store(x, h + i, load(x, o_v + i))
+    if objective == _DECODING:
+        for j in range(0, m, LANES):
+            store(x, negative + j, -load(x, o_k + j))
+        _combine(x, negative, 1, S, o_A, d, m, x, h, d)
+    for j in range(0, m, 8):
+        eight_dots(x, h, S, o_A + j * d, d, d, x, w + j)
+    step = splat(gamma)
+    for j in range(0, m, LANES):
+        key = load(x, o_k + j)
+        if objective == _ENCODING:
+            key = key - load(x, w + j)
+        store(x, c + j, step * key)
+    _clear(x, sums, m)
     for s in range(slot):
-        g = _dot(h_rows[s * d : (s + 1) * d], h)
-        c_s = c_rows[s * m : (s + 1) * m]
-        for j in range(m):
-            c_s[j] *= mu
-            sums[j] += g * c_s[j]
-    a = mu
-    if slot > 0:
-        a = mu * S[o[5]]
+        x[factors + s] = _dot(S, o_h + s * d, x, h, d)
+    decay = splat(mu)
+    for j in range(0, slot * m, LANES):
+        store(S, o_c + j, decay * load(S, o_c + j))
+    _combine(x, factors, 1, S, o_c, m, slot, x, sums, m)
+    if slot == 0:
+        a = mu
+        _clear(S, o_b, m)
+        _clear(S, o_e, m)
     else:
-        for j in range(m):
-            b[j] = 0
-            e[j] = 0
-    S[o[5]] = a
-    g = _dot(h, h)
-    for j in range(m):
-        b_j = mu * b[j]
-        e_j = mu * mu * e[j] + 2 * c[j] * (sums[j] - w[j] * b_j) + c[j] * c[j] * (g - w[j] * w[j])
-        e_j = max(e_j, np.float32(0))
-        b_j += c[j] * w[j]
-        b[j] = b_j
-        e[j] = e_j
-        qn[j] = q[j] / np.sqrt(a * a + e_j)
-        sums[j] = qn[j] * (a - b_j)
-    for i in range(d):
-        y[i] = _dot(A[i * m : (i + 1) * m], sums)
+        a = mu * S[o_a]
+    S[o_a] = a
+    size, two, zero, a_ = splat(_dot(x, h, x, h, d)), splat(np.float32(2)), splat(np.float32(0)), splat(a)
+    for j in range(0, m, LANES):
+        c_j, w_j = load(x, c + j), load(x, w + j)
+        b_j = decay * load(S, o_b + j)
+        e_j = decay * decay * load(S, o_e + j)
+        e_j = e_j + two * c_j * (load(x, sums + j) - w_j * b_j) + c_j * c_j * (size - w_j * w_j)
+        e_j = maximum(zero, e_j)
+        b_j = fma(c_j, w_j, b_j)
+        store(S, o_b + j, b_j)
+        store(S, o_e + j, e_j)
+        qn_j = load(x, o_q + j) / sqrt(fma(a_, a_, e_j))
+        store(x, qn + j, qn_j)
+        store(x, sums + j, qn_j * (a_ - b_j))
+    _clear(x, o_y, d)
+    _combine(x, sums, 1, S, o_A, d, m, x, o_y, d)
     for s in range(slot):
-        g = _dot(c_rows[s * m : (s + 1) * m], qn)
-        h_s = h_rows[s * d : (s + 1) * d]
-        for i in range(d):
-            y[i] += g * h_s[i]
-    g = _dot(c, qn)
-    for i in range(d):
-        y[i] += g * h[i]
+        x[factors + s] = _dot(S, o_c + s * m, x, qn, m)
+    _combine(x, factors, 1, S, o_h, d, slot, x, o_y, d)
+    last = splat(_dot(x, c, x, qn, m))
+    for i in range(0, d, LANES):
+        store(x, o_y + i, fma(last, load(x, h + i), load(x, o_y + i)))
     if slot < C - 1:
-        h_rows[slot * d : (slot + 1) * d] = h
-        c_rows[slot * m : (slot + 1) * m] = c
+        for i in range(0, d, LANES):
+            store(S, o_h + slot * d + i, load(x, h + i))
+        for j in range(0, m, LANES):
+            store(S, o_c + slot * m + j, load(x, c + j))
     else:
-        _close(A, h_rows, c_rows, slot, a, b, h, c, w, sums)
-
-
-@njit(fastmath=REDUCE, cache=True)
-def _close(A: Any, h_rows: Any, c_rows: Any, slot: int, a: float, b: Any, h: Any, c: Any, w: Any, p: Any) -> None:
-    """End of a chunk: A <- R = A (a - b) + sum_s h_s c_s + h c with columns normalised. w and p are scratch [m]."""
-    d, m = len(h), len(c)
-    for j in range(m):
-        p[j] = a - b[j]
-        w[j] = 0
-    for i in range(d):
-        A_i = A[i * m : (i + 1) * m]
         for j in range(m):
-            A_i[j] = A_i[j] * p[j] + h[i] * c[j]
-        for s in range(slot):
-            g = h_rows[s * d + i]
-            c_s = c_rows[s * m : (s + 1) * m]
-            for j in range(m):
-                A_i[j] += g * c_s[j]
-        for j in range(m):
-            w[j] += A_i[j] * A_i[j]
-    for j in range(m):
-        w[j] = 1 / np.sqrt(w[j])
-    for i in range(d):
-        A_i = A[i * m : (i + 1) * m]
-        for j in range(m):
-            A_i[j] *= w[j]
+            p, c_j = splat(a - S[o_b + j]), splat(x[c + j])
+            o_j = o_A + j * d
+            for i in range(0, d, LANES):
+                store(S, o_j + i, fma(c_j, load(x, h + i), p * load(S, o_j + i)))
+            _combine(S, o_c + j, m, S, o_h, d, slot, S, o_j, d)
+            square = _dot(S, o_j, S, o_j, d)
+            if square != 0:  # only lines that fill up have none
+                scale = splat(np.float32(1) / np.sqrt(square))
+                for i in range(0, d, LANES):
+                    store(S, o_j + i, scale * load(S, o_j + i))
 
 
-@njit(fastmath=REDUCE, cache=True)
-def _convolve(tail: Any, n: int, weight: Any, z: Any, to: int, x: Any) -> None:
-    """Channels `to` to `to + len(z)` of a head's n: x = silu(conv(z)), and z moves into the tail [taps - 1, n]."""
-    width = len(z)
-    before = len(tail) // n
-    last = weight[before * n + to : before * n + to + width]
-    for i in range(width):
-        x[i] = last[i] * z[i]
-    for j in range(before):
-        weight_j = weight[j * n + to : j * n + to + width]
-        tail_j = tail[j * n + to : j * n + to + width]
-        for i in range(width):
-            x[i] += weight_j[i] * tail_j[i]
-        if j + 1 < before:
-            tail_j[:] = tail[(j + 1) * n + to : (j + 1) * n + to + width]
-        else:
-            tail_j[:] = z
-    for i in range(width):
-        x[i] = silu(x[i])
+@njit(cache=True)
+def _normalize(x: Any, o_x: int, n: int) -> None:
+    scale = splat(np.float32(1) / np.sqrt(_dot(x, o_x, x, o_x, n) + np.float32(L2_EPS)))
+    for i in range(0, n, LANES):
+        store(x, o_x + i, scale * load(x, o_x + i))
 
 
-@njit(fastmath=REDUCE, cache=True)
-def _normalize(x: Any) -> None:
-    scale = 1 / np.sqrt(_dot(x, x) + np.float32(L2_EPS))
-    for i in range(len(x)):
-        x[i] *= scale
-
-
-@njit(fastmath=REDUCE, cache=True)
-def _head(
-    head: int, H: int, d: int, m: int, C: int, taps: int, objective: int, floor: float, eps: float, o: Any, S: Any,
-    position: int, start: int, end: int, z: Any, conv: Any, gate_bias: Any, norm: Any, out: Any,
+@njit(cache=True)
+def mix_head(
+    S: Any, o: int, places: Any, dims: Any, position: int, first: int, last: int, z: Any, z_row: int, head: int,
+    weights: Any, o_weights: int, out: Any, out_row: int, x: Any, o_x: int,
 ) -> None:  # fmt: skip
-    """Tokens `start` to `end` of z through one head. floor < 0: no forget gate."""
+    """Tokens `first` to `last` of one sequence, from its `position` on, through one head.
+
+    S: state rows, the head's block at o; z, out: all tokens; weights: what `MixerBlock` lays out, at o_weights;
+    x: `scratch_size` floats at o_x. Arrays are float32 [..].
+    """
+    H, d, m, n_d, C, taps, objective, gated = dims[0], dims[1], dims[2], dims[3], dims[4], dims[5], dims[6], dims[7]
     n = 2 * m + d
-    scratch = np.empty(n + 2 * d + 4 * m, dtype=np.float32)
-    q, k, v, y, x = scratch[:m], scratch[m : 2 * m], scratch[2 * m : n], scratch[n : n + d], scratch[n + d :]
-    tail = S[o[6] : o[6] + (taps - 1) * n]
-    weight = conv[head]
+    o_conv = o_weights + head * taps * n
+    o_bias = o_weights + H * taps * n
+    o_norm = o_bias + 2 * H
+    floor, eps = weights[o_norm + d], weights[o_norm + d + 1]
+    tail = o + places[6]
+    o_q, o_k, o_v, o_y = o_x, o_x + m, o_x + 2 * m, o_x + n
     gates = H * (n + d)
-    for t in range(start, end):
-        z_t, out_t = z[t], out[t, head * d : (head + 1) * d]
-        _convolve(tail, n, weight, z_t[head * m : (head + 1) * m], 0, q)
-        _convolve(tail, n, weight, z_t[(H + head) * m : (H + head + 1) * m], m, k)
-        _convolve(tail, n, weight, z_t[2 * H * m + head * d : 2 * H * m + (head + 1) * d], 2 * m, v)
-        _normalize(q)
-        _normalize(k)
-        gamma = sigmoid(z_t[gates + head] + gate_bias[head])
+    slot = position % C
+    for t in range(first, last):
+        o_z = t * z_row + head * (n + d)
+        for i in range(0, n, LANES):
+            now = load(z, o_z + i)
+            value = now * load(weights, o_conv + (taps - 1) * n + i)
+            for tap in range(taps - 1):
+                before = load(S, tail + tap * n + i)
+                value = fma(before, load(weights, o_conv + tap * n + i), value)
+                if tap > 0:
+                    store(S, tail + (tap - 1) * n + i, before)
+            if taps > 1:
+                store(S, tail + (taps - 2) * n + i, now)
+            store(x, o_x + i, silu(value))
+        _normalize(x, o_q, m)
+        _normalize(x, o_k, m)
+        gamma = _sigmoid(z[t * z_row + gates + head] + weights[o_bias + head])
         mu = np.float32(1)
-        if floor >= 0:
-            mu = floor + (1 - floor) * sigmoid(z_t[gates + H + head] + gate_bias[H + head])
-        _recur(S, o, (position + t - start) % C, C, m, objective, gamma, mu, q, k, v, x, y)
-        scale = 1 / np.sqrt(_dot(y, y) / np.float32(d) + eps)
-        gate = z_t[H * n + head * d : H * n + (head + 1) * d]
-        for i in range(d):
-            out_t[i] = y[i] * scale * norm[i] * silu(gate[i])
+        if gated:
+            mu = floor + (np.float32(1) - floor) * _sigmoid(
+                z[t * z_row + gates + H + head] + weights[o_bias + H + head]
+            )
+        _recur(S, o, places, d, m, slot, C, objective, gamma, mu, x, o_q, o_k, o_v, o_y, o_y + d)
+        slot = slot + 1 if slot + 1 < C else 0
+        scale = splat(np.float32(1) / np.sqrt(_dot(x, o_y, x, o_y, d) / np.float32(n_d) + eps))
+        o_out = t * out_row + head * d
+        for i in range(0, d, LANES):
+            y = load(x, o_y + i) * scale * load(weights, o_norm + i)
+            store(out, o_out + i, y * silu(load(z, o_z + n + i)))
 
 
-@njit(parallel=True, fastmath=REDUCE, cache=True)
-def _mix(
-    pool: Any, first: int, head_size: int, o: Any, rows: Any, positions: Any, starts: Any, dims: Any, floor: float,
-    eps: float, z: Any, conv: Any, gate_bias: Any, norm: Any, out: Any,
-) -> None:  # fmt: skip
-    H, d, m, C, taps, objective = dims
-    segments = len(rows)
-    # Heads vary slowest: every thread gets its share of a long prefill piece and of the decode rows.
-    for item in prange(H * segments):
-        head, i = item // segments, item % segments
-        begin = first + head * head_size
-        S = pool[rows[i], begin : begin + head_size]
-        _head(
-            head, H, d, m, C, taps, objective, floor, eps, o, S, positions[i], starts[i], starts[i + 1], z, conv,
-            gate_bias, norm, out,
-        )  # fmt: skip
+@njit(cache=True)
+def _sigmoid(x: float) -> float:
+    return total(sigmoid(splat(x))) / np.float32(LANES)
+
+
+@dataclass(frozen=True, slots=True)
+class MixerBlock:
+    """How `mix_head` wants a mixer's projections and weights: head by head, lines filled up to whole vectors.
+
+    A token's z is, for each head, q [m] | k [m] | v [d] | output gate [d], then gamma [H] | mu [H]; its output is y [d]
+    for each head.
+    """
+
+    layout: StateLayout
+
+    @property
+    def in_width(self) -> int:
+        layout = self.layout
+        return layout.shape.H * (layout.channels + layout.d + 2)
+
+    @property
+    def out_width(self) -> int:
+        return self.layout.shape.H * self.layout.d
+
+    @property
+    def dims(self) -> Any:
+        s = self.layout.shape
+        objective = OBJECTIVES.index(s.objective)
+        numbers = (s.H, self.layout.d, self.layout.m, s.d, s.C, s.taps, objective, s.use_forget_gate)
+        return np.array(numbers, dtype=np.int64)
+
+    @property
+    def places(self) -> Any:
+        return np.array(self.layout.offsets, dtype=np.int64)
+
+    @property
+    def scratch_size(self) -> int:
+        layout = self.layout
+        return layout.channels + 2 * layout.d + 5 * layout.m + 2 * layout.shape.C + LANES
+
+    def inputs(self, weight: Tensor) -> Tensor:
+        """Rows [in_width of the shape, ...] of an input projection, or columns of z, in the order of the block."""
+        s, fill = self.layout.shape, self._fill
+        q, k, v, gate, gates = weight.split((s.H * s.m, s.H * s.m, s.H * s.d, s.H * s.d, 2 * s.H))
+        heads = [fill(part.unflatten(0, (s.H, -1))) for part in (q, k, v, gate)]
+        return torch.cat((torch.cat(heads, dim=1).flatten(0, 1), gates))
+
+    def outputs(self, weight: Tensor) -> Tensor:
+        """Rows [out_width of the shape, ...], filled up."""
+        return self._fill(weight.unflatten(0, (self.layout.shape.H, -1))).flatten(0, 1)
+
+    def small(self, weights: MixerWeights) -> Any:
+        """Convolution, gate biases, norm, floor of the forget gate and epsilon: float32 [..]."""
+        s = self.layout.shape
+        q, k, v = weights.conv.detach().float().split((s.H * s.m, s.H * s.m, s.H * s.d))
+        conv = torch.cat([self._fill(part.unflatten(0, (s.H, -1))) for part in (q, k, v)], dim=1).mT
+        norm = self._fill(weights.norm.detach().float()[None])[0]
+        numbers = torch.tensor([s.mu_floor, s.norm_eps])
+        return torch.cat((conv.flatten(), weights.gate_bias.detach().float(), norm, numbers)).numpy()
+
+    def _fill(self, lines: Tensor) -> Tensor:
+        """[H, n, ...] -> [H, padded n, ...], zeros behind."""
+        missing = -lines.shape[1] % LANES
+        return torch.cat((lines, lines.new_zeros(len(lines), missing, *lines.shape[2:])), dim=1) if missing else lines
 
 
 class CpuMixer:
-    """One layer's mixer, weights laid out for the kernel. Not differentiable; float32 throughout."""
+    """One layer's mixer by itself, on one thread; not differentiable, float32 throughout."""
 
     def __init__(self, layout: StateLayout, layer: int, weights: MixerWeights) -> None:
-        s = layout.shape
-        self._first, self._head_size = layer * layout.layer_size, layout.head_size
-        self._offsets = layout.offsets
-        self._dims = (s.H, s.d, s.m, s.C, s.taps, OBJECTIVES.index(s.objective))
-        self._floor = np.float32(s.mu_floor if s.use_forget_gate else -1)
-        self._eps = np.float32(s.norm_eps)
-        q, k, v = weights.conv.detach().float().split((s.H * s.m, s.H * s.m, s.H * s.d))
-        heads = [part.unflatten(0, (s.H, -1)) for part in (q, k, v)]
-        self._conv = np.concatenate([part.mT.numpy() for part in heads], axis=2).reshape(s.H, -1)
-        self._gate_bias = weights.gate_bias.detach().float().contiguous().numpy()
-        self._norm = weights.norm.detach().float().contiguous().numpy()
-        self._in_width, self._out_width = s.in_width, s.out_width
+        self._layout, self._layer, self._block = layout, layer, MixerBlock(layout)
+        self._weights = self._block.small(weights)
+        self._shape: MixerShape = layout.shape
 
     def __call__(self, z: Tensor, pool: Tensor, segments: Segments, out: Tensor) -> Tensor:
         """z [N, in_width] -> out [N, out_width], both float32; state rows of `pool` [rows, row_size] updated in place.
 
         Raises ValueError when a shape does not fit.
         """
+        s, layout, block = self._shape, self._layout, self._block
         N = int(segments.starts[-1])
-        if z.shape != (N, self._in_width) or out.shape != (N, self._out_width):
+        if z.shape != (N, s.in_width) or out.shape != (N, s.out_width):
             raise ValueError(f"z {tuple(z.shape)} and out {tuple(out.shape)}: {N} tokens of this layer were announced")
+        inputs = block.inputs(z.mT).mT.contiguous()
+        outputs = np.empty((N, block.out_width), dtype=np.float32)
         _mix(
-            pool.numpy(), self._first, self._head_size, self._offsets,
-            segments.rows, segments.positions, segments.starts, self._dims, self._floor, self._eps,
-            z.numpy(), self._conv, self._gate_bias, self._norm, out.numpy(),
+            pool.numpy().reshape(-1), layout.row_size, self._layer * layout.layer_size, layout.head_size,
+            block.places, block.dims, segments.rows, segments.positions, segments.starts, inputs.numpy().reshape(-1),
+            block.in_width, self._weights, outputs.reshape(-1), np.empty(block.scratch_size, dtype=np.float32),
         )  # fmt: skip
+        out.copy_(torch.from_numpy(outputs).unflatten(1, (s.H, -1))[..., : s.d].flatten(1))
         return out
+
+
+@njit(cache=True)
+def _mix(
+    S: Any, row_size: int, first: int, head_size: int, places: Any, dims: Any, rows: Any, positions: Any, starts: Any,
+    z: Any, z_row: int, weights: Any, out: Any, x: Any,
+) -> None:  # fmt: skip
+    H, d = dims[0], dims[1]
+    for head in range(H):
+        for i in range(len(rows)):
+            o = rows[i] * row_size + first + head * head_size
+            mix_head(
+                S, o, places, dims, positions[i], starts[i], starts[i + 1], z, z_row, head, weights, 0, out, H * d, x, 0
+            )

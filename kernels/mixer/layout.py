@@ -1,11 +1,12 @@
 """Where everything a sequence remembers lies in its state row: one flat float32 vector for all layers.
 
 A row is what the state pool hands out, parks, copies and scrubs: saving a conversation is one copy of it. Every head's
-state is contiguous, so that a kernel works on a head with one pointer, and starts at a multiple of 64 bytes:
+state is contiguous, so that a kernel works on a head with one pointer:
 
-    A [d, m] | h [C - 1, d] | c [C - 1, m] | b [m] | e [m] | a [1] | tail [taps - 1, 2 m + d]
+    A^T [m, d] | h [C - 1, d] | c [C - 1, m] | b [m] | e [m] | a [1] | tail [taps - 1, 2 m + d]
 
-with the names of `LatticeState`; `tail` holds the head's own channels q, k, v. C - 1 rows are enough: a chunk's last
+with the names of `LatticeState`; `tail` holds the head's own channels q, k, v. d, m and 1 are filled up with zeros to
+whole vectors of `LANES` floats, so each line starts at a multiple of 64 bytes. C - 1 rows are enough: a chunk's last
 token turns them into a new anchor. How many are in use follows from the sequence's position, which is not in the row.
 """
 
@@ -15,13 +16,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from lattice_serve.kernels.lanes import LANES, padded
 from lattice_serve.kernels.lattice import LatticeState
 from lattice_serve.kernels.mixer.reference import MixerState
 from lattice_serve.kernels.mixer.shape import MixerShape
-
-ALIGNMENT = 16
-"""Floats in 64 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +32,32 @@ class StateLayout:
     layers: int
 
     @property
+    def d(self) -> int:
+        """Floats of a line of values."""
+        return padded(self.shape.d)
+
+    @property
+    def m(self) -> int:
+        """Floats of a line of slots."""
+        return padded(self.shape.m)
+
+    @property
     def channels(self) -> int:
-        """Convolution channels of one head."""
-        return 2 * self.shape.m + self.shape.d
+        """Floats of a line of the convolution's tail."""
+        return 2 * self.m + self.d
 
     @property
     def offsets(self) -> tuple[int, int, int, int, int, int, int]:
-        """Of A, h, c, b, e, a and tail in a head's block."""
-        d, m, C = self.shape.d, self.shape.m, self.shape.C
-        h = d * m
+        """Of A^T, h, c, b, e, a and tail in a head's block."""
+        d, m, C = self.d, self.m, self.shape.C
+        h = m * d
         c = h + (C - 1) * d
         b = c + (C - 1) * m
-        return 0, h, c, b, b + m, b + 2 * m, b + 2 * m + 1
+        return 0, h, c, b, b + m, b + 2 * m, b + 2 * m + LANES
 
     @property
     def head_size(self) -> int:
-        size = self.offsets[-1] + (self.shape.taps - 1) * self.channels
-        return -(-size // ALIGNMENT) * ALIGNMENT
+        return self.offsets[-1] + (self.shape.taps - 1) * self.channels
 
     @property
     def layer_size(self) -> int:
@@ -70,37 +79,49 @@ class StateLayout:
     def load(self, row: Tensor, layer: int, position: int) -> MixerState:
         """The state of one layer, B = 1, as tensors of their own."""
         s = self.shape
-        H, d, m, C = s.H, s.d, s.m, s.C
-        sizes = (d * m, (C - 1) * d, (C - 1) * m, m, m, 1, (s.taps - 1) * self.channels)
-        block = self.blocks(row, layer)
-        A, h, c, b, e, a, tail = block[:, : sum(sizes)].clone().split(sizes, dim=1)
-        lattice = LatticeState.at_chunk_start(A.reshape(1, H, d, m), C, position=position)
+        d, m, C = s.d, s.m, s.C
+        A, h, c, b, e, a, tail = (part.clone() for part in self._parts(self.blocks(row, layer)))
+        lattice = LatticeState.at_chunk_start(A[:, :m, :d].mT[None].contiguous(), C, position=position)
         used = lattice.pending
         if used:  # what a finished chunk left in the row means nothing
-            lattice.h[:, :, :used] = h.reshape(1, H, C - 1, d)[:, :, :used]
-            lattice.c[:, :, :used] = c.reshape(1, H, C - 1, m)[:, :, :used]
-            lattice.a, lattice.b, lattice.e = a.reshape(1, H), b.reshape(1, H, m), e.reshape(1, H, m)
+            lattice.h[:, :, :used] = h[None, :, :used, :d]
+            lattice.c[:, :, :used] = c[None, :, :used, :m]
+            lattice.a, lattice.b, lattice.e = a[None, :, 0, 0], b[None, :, 0, :m], e[None, :, 0, :m]
         # [H, taps - 1, q|k|v of the head] -> [1, taps - 1, q of all heads | k | v]
-        parts = tail.reshape(H, s.taps - 1, self.channels).split((m, m, d), dim=2)
-        tail = torch.cat([part.movedim(0, 1).flatten(1) for part in parts], dim=1)
-        return MixerState(lattice=lattice, tail=tail[None])
+        parts = tail.split((self.m, self.m, self.d), dim=2)
+        sizes = (m, m, d)
+        joined = [part[..., :size].movedim(0, 1).flatten(1) for part, size in zip(parts, sizes, strict=True)]
+        return MixerState(lattice=lattice, tail=torch.cat(joined, dim=1)[None])
 
     def store(self, row: Tensor, layer: int, state: MixerState) -> None:
         """Write the state of one layer, B = 1, into a row."""
         s, lattice = self.shape, state.lattice
-        rows = slice(0, s.C - 1)
+        used = slice(0, s.C - 1)
         parts = state.tail[0].split((s.H * s.m, s.H * s.m, s.H * s.d), dim=1)
-        tail = torch.cat([part.unflatten(1, (s.H, -1)).movedim(1, 0) for part in parts], dim=2)
-        pieces = (
-            lattice.anchor,
-            lattice.h[:, :, rows],
-            lattice.c[:, :, rows],
-            lattice.b,
-            lattice.e,
-            lattice.a,
-            tail[None],
+        tail = [self.fill(part.unflatten(1, (s.H, -1)).movedim(1, 0)) for part in parts]
+        lines = (
+            lattice.anchor[0].mT,
+            lattice.h[0, :, used],
+            lattice.c[0, :, used],
+            lattice.b[0, :, None],
+            lattice.e[0, :, None],
+            lattice.a[0, :, None, None],
+            torch.cat(tail, dim=2),
         )
-        flat = torch.cat([piece.reshape(s.H, -1) for piece in pieces], dim=1)
         block = self.blocks(row, layer)
         block.zero_()
-        block[:, : flat.shape[1]] = flat
+        for place, line in zip(self._parts(block), lines, strict=True):
+            place[:, : line.shape[1], : line.shape[2]] = line
+
+    def fill(self, lines: Tensor) -> Tensor:
+        """[..., n] -> [..., padded(n)], zeros behind."""
+        return F.pad(lines, (0, -lines.shape[-1] % LANES))
+
+    def _parts(self, blocks: Tensor) -> list[Tensor]:
+        """Views [H, lines, width] of blocks [H, head_size]."""
+        C, taps = self.shape.C, self.shape.taps
+        widths = (self.d, self.d, self.m, self.m, self.m, LANES, self.channels)
+        counts = (self.m, C - 1, C - 1, 1, 1, 1, taps - 1)
+        sizes = [count * width for count, width in zip(counts, widths, strict=True)]
+        parts = blocks.split(sizes, dim=1)
+        return [p.view(len(p), count, width) for p, count, width in zip(parts, counts, widths, strict=True)]

@@ -1,29 +1,26 @@
-"""RMSNorm on the CPU: one row at a time, so a row's bits depend on nothing but the row."""
+"""RMSNorm on the CPU, one row at a time, so that a row's bits depend on nothing but the row."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
-from torch import Tensor
+from numba import njit
 
-from lattice_serve.kernels.numba_math import REDUCE
-
-
-@njit(parallel=True, fastmath=REDUCE, cache=True)
-def _rms_norm(x: Any, weight: Any, eps: float, out: Any) -> None:
-    rows, n = x.shape
-    for i in prange(rows):
-        total = np.float32(0)
-        for j in range(n):
-            total += x[i, j] * x[i, j]
-        scale = 1 / np.sqrt(total / np.float32(n) + eps)
-        for j in range(n):
-            out[i, j] = x[i, j] * scale * weight[j]
+from lattice_serve.kernels.cpu.vector import fma, load, splat, store, total
+from lattice_serve.kernels.lanes import LANES
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
-    """x [N, n], weight [n], out [N, n], all float32 and contiguous: `kernels.norm.rms_norm`, written to out."""
-    _rms_norm(x.numpy(), weight.numpy(), np.float32(eps), out.numpy())
-    return out
+@njit(cache=True)
+def rms_norm(x: Any, o_x: int, n: int, weight: Any, o_weight: int, eps: float, out: Any, o_out: int) -> None:
+    """`kernels.norm.rms_norm` of n elements at o_x of x, to o_out of out; arrays are float32 [..].
+
+    Behind the n there are zeros up to a whole vector, in the weight too; they are written as well.
+    """
+    squares = splat(np.float32(0))
+    for i in range(0, n, LANES):
+        value = load(x, o_x + i)
+        squares = fma(value, value, squares)
+    scale = splat(np.float32(1) / np.sqrt(total(squares) / np.float32(n) + eps))
+    for i in range(0, n, LANES):
+        store(out, o_out + i, load(x, o_x + i) * scale * load(weight, o_weight + i))

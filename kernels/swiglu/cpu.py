@@ -1,24 +1,21 @@
-"""SwiGLU on the CPU, one element at a time: bits depend on nothing but the element's own inputs."""
+"""SwiGLU on the CPU, element by element."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from numba import njit, prange
-from torch import Tensor
+from numba import njit
 
-from lattice_serve.kernels.numba_math import REDUCE, silu
-
-
-@njit(parallel=True, fastmath=REDUCE, cache=True)
-def _swiglu(gate_up: Any, out: Any) -> None:
-    rows, n = out.shape
-    for i in prange(rows):
-        for j in range(n):
-            out[i, j] = silu(gate_up[i, j]) * gate_up[i, n + j]
+from lattice_serve.kernels.cpu.math import silu
+from lattice_serve.kernels.cpu.vector import load, store
+from lattice_serve.kernels.lanes import LANES
 
 
-def swiglu(gate_up: Tensor, out: Tensor) -> Tensor:
-    """gate_up [N, 2 n], out [N, n], float32 and contiguous: `kernels.swiglu.swiglu`, written to out."""
-    _swiglu(gate_up.numpy(), out.numpy())
-    return out
+@njit(cache=True)
+def swiglu(gate: Any, o_gate: int, up: Any, o_up: int, n: int, out: Any, o_out: int) -> None:
+    """`kernels.swiglu.swiglu` of n elements at o_gate and o_up, to o_out of out, up to the end of the last vector.
+
+    Arrays are float32 [..].
+    """
+    for i in range(0, n, LANES):
+        store(out, o_out + i, silu(load(gate, o_gate + i)) * load(up, o_up + i))

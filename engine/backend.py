@@ -1,0 +1,110 @@
+"""What runs the network for the engine: chosen once, by the device.
+
+Batches are ragged: the tokens of several sequences, one segment after another, and the memory of each segment's
+sequence is a row of the state pool, updated in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lattice_serve import kernels
+from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.kernels.decoder.cpu import CpuDecoder, DecoderWeights, LayerWeights
+from lattice_serve.kernels.linear import RowInvariantLinear
+from lattice_serve.kernels.mixer import Segments, StateLayout, mix
+
+
+class Backend(Protocol):
+    name: str
+
+    def __call__(self, ids: Sequence[int], segments: Segments, wanted: Sequence[int]) -> Tensor:
+        """ids: the tokens of all segments; wanted: places among them -> their logits [len(wanted), V] float32.
+
+        A token's bits depend on its own sequence alone. The logits are good until the next call.
+        """
+        ...
+
+
+class TorchBackend:
+    """The torch reference on any device, one segment after another."""
+
+    name = "torch reference"
+
+    def __init__(self, model: LatticeForCausalLM, layout: StateLayout, pool: Tensor, max_tokens: int) -> None:
+        weights = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+        self.linear = RowInvariantLinear(weights, max_tokens)
+        self._model, self._layout, self._pool = model, layout, pool
+
+    def __call__(self, ids: Sequence[int], segments: Segments, wanted: Sequence[int]) -> Tensor:
+        self._segments = segments
+        hidden = self._model.hidden(torch.tensor(ids, device=self._pool.device), self)
+        return self.linear(hidden[list(wanted)], self._model.head_weight)
+
+    # What `LatticeForCausalLM.hidden` asks for.
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return kernels.rms_norm(x, weight, eps)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        return kernels.swiglu(gate_up)
+
+    def mix(self, layer: int, z: Tensor) -> Tensor:
+        weights = self._model.layers[layer].mixer.weights()
+        out = z.new_empty(len(z), self._layout.shape.out_width)
+        for row, position, start, end in self._segments:
+            state = self._layout.load(self._pool[row], layer, position)
+            y, state = mix(z[None, start:end], weights, self._layout.shape, state)
+            out[start:end] = y[0]
+            self._layout.store(self._pool[row], layer, state)
+        return out
+
+
+def make_backend(
+    model: LatticeForCausalLM,
+    layout: StateLayout,
+    pool: Tensor,
+    *,
+    max_tokens: int,
+    threads: int,
+    quantization: Literal["int8"] | None = None,
+) -> Backend:
+    """The fastest there is for the device of `pool` [rows, row_size], for steps of up to `max_tokens` tokens.
+
+    The matrices of `model` may be the backend's alone afterwards: only its small tensors are there for others.
+    """
+    if pool.device.type != "cpu":
+        return TorchBackend(model, layout, pool, max_tokens)
+    backend = CpuDecoder(
+        _decoder_weights(model), layout, pool, max_tokens=max_tokens, threads=threads, quantization=quantization
+    )
+    for layer in model.layers:  # packed now, and not to be kept twice
+        for linear in (layer.mixer.in_proj, layer.mixer.out_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
+            linear.weight = torch.nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
+    return backend
+
+
+def _decoder_weights(model: LatticeForCausalLM) -> DecoderWeights:
+    layers = [
+        LayerWeights(
+            mixer_norm=layer.mixer_norm,
+            in_proj=layer.mixer.in_proj.weight,
+            mixer=layer.mixer.weights(),
+            out_proj=layer.mixer.out_proj.weight,
+            mlp_norm=layer.mlp_norm,
+            gate_up_proj=layer.mlp.gate_up_proj.weight,
+            down_proj=layer.mlp.down_proj.weight,
+        )
+        for layer in model.layers
+    ]
+    return DecoderWeights(
+        embedding=model.embedding,
+        layers=layers,
+        norm=model.norm,
+        head=model.head_weight,
+        norm_eps=model.config.norm_eps,
+    )

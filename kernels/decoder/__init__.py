@@ -1,0 +1,1 @@
+"""The whole network, from token ids to logits, as one kernel."""

@@ -1,0 +1,334 @@
+"""A step of the whole network on the CPU: one compiled function, shared by a team of threads.
+
+    x = embedding[ids];  for each layer:  x += out_proj(mix(in_proj(norm(x))));  x += down(swiglu(gate_up(norm(x))))
+    logits = head(norm(x)) of the rows that are wanted
+
+Each line of work is a phase of the team; its items are rows, panels of a weight, or heads. Which thread does an item,
+how many rows there are and how a sequence was cut into steps make no difference to any bit of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from lattice_serve.kernels.cpu.team import Team, enter, finish, leave, take, wait_for
+from lattice_serve.kernels.cpu.vector import store, widened
+from lattice_serve.kernels.lanes import LANES, padded
+from lattice_serve.kernels.linear.cpu import PackedWeight, linear, panel_count, scratch_size
+from lattice_serve.kernels.mixer.cpu import MixerBlock, mix_head
+from lattice_serve.kernels.mixer.layout import StateLayout
+from lattice_serve.kernels.mixer.segments import Segments
+from lattice_serve.kernels.mixer.shape import MixerWeights
+from lattice_serve.kernels.norm.cpu import rms_norm
+from lattice_serve.kernels.swiglu.cpu import swiglu
+
+_ROWS = 8
+"""Rows of an item that works row by row."""
+_COLUMNS = 512
+"""Columns of a unit of SwiGLU."""
+_PARALLEL_PRODUCTS = 4_000_000
+"""Multiply-adds of a step, about 200 microseconds, from which on a second thread is worth its meeting points."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights:
+    """One layer, matrices [out, in] float32 or bfloat16, the rest float32."""
+
+    mixer_norm: Tensor
+    in_proj: Tensor
+    mixer: MixerWeights
+    out_proj: Tensor
+    mlp_norm: Tensor
+    gate_up_proj: Tensor
+    down_proj: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderWeights:
+    """The network. Head and embedding [V, hidden] may be one tensor."""
+
+    embedding: Tensor
+    layers: Sequence[LayerWeights]
+    norm: Tensor
+    head: Tensor
+    norm_eps: float
+
+
+class _Packer:
+    """Lays tensors one after another into flat arrays."""
+
+    def __init__(self, quantization: Literal["int8"] | None) -> None:
+        self._quantization = quantization
+        self._panels: list[Any] = []
+        self._scales: list[Any] = []
+        self._small: list[Any] = []
+        self._ends = [0, 0, 0]
+
+    def matrix(self, weight: Tensor) -> tuple[int, int]:
+        """Offsets of its panels and its scales."""
+        packed = PackedWeight.quantized(weight) if self._quantization else PackedWeight.of(weight)
+        at = self._ends[0], self._ends[1]
+        self._panels.append(packed.panels)
+        self._scales.append(packed.scales)
+        self._ends[0] += len(packed.panels)
+        self._ends[1] += len(packed.scales)
+        return at
+
+    def vector(self, values: Any) -> int:
+        """Offset of float32 values, filled up with zeros to whole vectors."""
+        at = self._ends[2]
+        filled = np.zeros(padded(len(values)), dtype=np.float32)
+        filled[: len(values)] = values
+        self._small.append(filled)
+        self._ends[2] += len(filled)
+        return at
+
+    def arrays(self) -> tuple[Any, Any, Any]:
+        """Panels, scales and small values; the packer is empty after it."""
+        panels = np.empty(self._ends[0], dtype=self._panels[0].dtype)
+        at = 0
+        while self._panels:  # one by one, so that memory is not doubled
+            part = self._panels.pop(0)
+            panels[at : at + len(part)] = part
+            at += len(part)
+        return panels, np.concatenate(self._scales), np.concatenate(self._small)
+
+
+class CpuDecoder:
+    """The network of `weights`, packed; not differentiable, activations and sums are float32."""
+
+    name = "numba"
+
+    def __init__(
+        self, weights: DecoderWeights, layout: StateLayout, pool: Tensor, *, max_tokens: int, threads: int,
+        quantization: Literal["int8"] | None = None,
+    ) -> None:  # fmt: skip
+        """pool: [rows, row_size] float32, the state rows; they are read and written in place, always."""
+        block = MixerBlock(layout)
+        V, hidden = weights.head.shape
+        intermediate = weights.layers[0].down_proj.shape[1]
+        pack = _Packer(quantization)
+        table = []
+        for layer in weights.layers:
+            gate, up = layer.gate_up_proj.chunk(2)
+            missing = padded(intermediate) - intermediate
+            gate_up = torch.cat([torch.cat((part, part.new_zeros(missing, hidden))) for part in (gate, up)])
+            matrices = (
+                block.inputs(layer.in_proj),
+                block.outputs(layer.out_proj.mT).mT,
+                gate_up,
+                layer.down_proj,
+            )
+            vectors = (layer.mixer_norm.float().numpy(), block.small(layer.mixer), layer.mlp_norm.float().numpy())
+            places = [place for matrix in matrices for place in pack.matrix(matrix)]
+            table.append(places + [pack.vector(vector) for vector in vectors])
+        ends = (*pack.matrix(weights.head), pack.vector(weights.norm.float().numpy()))
+        panels, scales, small = pack.arrays()
+        stored = weights.embedding.detach().contiguous()
+        self._embedding = stored  # keeps alive what the array below shows
+        embedding = (stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored).numpy().reshape(-1)
+        widths = (hidden, block.in_width, block.out_width, intermediate, V)
+        self._step = np.zeros(4, dtype=np.int64)
+        self._ids = np.zeros(max_tokens, dtype=np.int64)
+        self._segments = np.zeros((3, max_tokens + 1), dtype=np.int64)
+        self._wanted = np.zeros(max_tokens, dtype=np.int64)
+        self._pool = pool
+        self._vocab_size = V
+        # Pages that are never written cost nothing, so the buffers may have room for the largest step.
+        self._logits = np.empty((max_tokens, padded(V)), dtype=np.float32)
+        self.hidden = np.empty((max_tokens, padded(hidden)), dtype=np.float32)
+        """[max_tokens, hidden filled up] the last step's final hidden states of the rows that were wanted."""
+        buffers = [np.zeros(max_tokens * padded(width), dtype=np.float32) for width in (
+            hidden, hidden, block.in_width, block.out_width, 2 * padded(intermediate), intermediate)]  # fmt: skip
+        need = max(block.scratch_size, max(scratch_size(K) for K in (hidden, block.out_width, intermediate)))
+        self.nbytes = sum(array.nbytes for array in (panels, scales, small))
+        self._products = sum(matrix.numel() for layer in weights.layers for matrix in (
+            layer.in_proj, layer.out_proj, layer.gate_up_proj, layer.down_proj))  # fmt: skip
+        self._team = Team(threads, _work, _serve, (
+            self._step, self._ids, self._segments, self._wanted, pool.numpy().reshape(-1),
+            np.array((layout.row_size, layout.layer_size, layout.head_size), dtype=np.int64), block.places, block.dims,
+            np.array(widths, dtype=np.int64), np.float32(weights.norm_eps), np.array(table, dtype=np.int64),
+            np.array(ends, dtype=np.int64), embedding, panels, scales, small, *buffers, self.hidden.reshape(-1),
+            self._logits.reshape(-1), np.empty((threads, padded(need)), dtype=np.float32),
+        ))  # fmt: skip
+
+    def __call__(self, ids: Sequence[int], segments: Segments, wanted: Sequence[int]) -> Tensor:
+        """ids: the tokens of all segments; wanted: places among them -> their logits [len(wanted), V] float32.
+
+        The logits are good until the next call. State rows move on by their segments.
+        """
+        M, n, R = len(ids), len(segments.rows), len(wanted)
+        self._ids[:M] = ids
+        self._segments[0, :n], self._segments[1, :n] = segments.rows, segments.positions
+        self._segments[2, : n + 1] = segments.starts
+        self._wanted[:R] = wanted
+        threads = self._team.size if M * self._products >= _PARALLEL_PRODUCTS else 1
+        self._step[:] = M, n, R, threads
+        self._team.run(threads)
+        return torch.from_numpy(self._logits[:R, : self._vocab_size])
+
+
+@njit(cache=True)
+def _share(units: int, threads: int) -> int:
+    """Units of an item: a few items a thread, or one for a thread alone."""
+    return units if threads == 1 else -(-units // (4 * threads))
+
+
+@njit(cache=True)
+def _items(units: int, share: int) -> int:
+    return -(-units // share) if units else 0
+
+
+@njit(cache=True)
+def _linear_phase(
+    sync: Any, ticket: int, base: int, threads: int, w: Any, o_w: int, scales: Any, o_s: int, N: int, K: int, x: Any,
+    x_row: int, M: int, out: Any, out_row: int, add: bool, scratch: Any,
+) -> tuple[int, int]:  # fmt: skip
+    panels = panel_count(N)
+    share = _share(panels, threads)
+    count = _items(panels, share) if M else 0
+    while ticket < base + count:
+        wait_for(sync, base)
+        first = (ticket - base) * share
+        linear(w, o_w, scales, o_s, N, K, x, x_row, M, out, out_row, add, first, min(first + share, panels), scratch, 0)
+        ticket = finish(sync)
+    return ticket, base + count
+
+
+@njit(nogil=True, cache=True)
+def _work(
+    thread: int, sync: Any, step: Any, ids: Any, segments: Any, wanted: Any, S: Any, sizes: Any, places: Any, dims: Any,
+    widths: Any, eps: float, table: Any, ends: Any, embedding: Any, w: Any, scales: Any, small: Any, x: Any,
+    normed: Any, z: Any, mixed: Any, gate_up: Any, act: Any, hidden: Any, logits: Any, scratches: Any,
+) -> None:  # fmt: skip
+    M, n, R, threads = step[0], step[1], step[2], step[3]
+    width, z_width, y_width, inner, V = widths[0], widths[1], widths[2], widths[3], widths[4]
+    row, z_row, y_row = -(-width // LANES) * LANES, -(-z_width // LANES) * LANES, -(-y_width // LANES) * LANES
+    inner_row = -(-inner // LANES) * LANES
+    row_size, layer_size, head_size = sizes[0], sizes[1], sizes[2]
+    H = dims[0]
+    scratch = scratches[thread]
+    by_rows = _items(M, _ROWS)
+    chunks = -(-inner // _COLUMNS)
+    base = 0
+    ticket = take(sync)
+    for layer in range(len(table)):
+        at = table[layer]
+        while ticket < base + by_rows:
+            wait_for(sync, base)
+            first = (ticket - base) * _ROWS
+            for t in range(first, min(first + _ROWS, M)):
+                if layer == 0:
+                    for i in range(0, width - LANES + 1, LANES):
+                        store(x, t * row + i, widened(embedding, ids[t] * width + i))
+                    for i in range(width // LANES * LANES, width):
+                        x[t * row + i] = _one(embedding, ids[t] * width + i)
+                rms_norm(x, t * row, width, small, at[8], eps, normed, t * row)
+            ticket = finish(sync)
+        base += by_rows
+        ticket, base = _linear_phase(
+            sync,
+            ticket,
+            base,
+            threads,
+            w,
+            at[0],
+            scales,
+            at[1],
+            z_width,
+            width,
+            normed,
+            row,
+            M,
+            z,
+            z_row,
+            False,
+            scratch,
+        )
+        units = H * n
+        share = _share(units, 2 * threads if threads > 1 else 1)
+        count = _items(units, share)
+        while ticket < base + count:
+            wait_for(sync, base)
+            first = (ticket - base) * share
+            for unit in range(first, min(first + share, units)):
+                # Heads vary slowest: every thread gets its share of a long prefill piece and of the decode rows.
+                head, i = unit // n, unit % n
+                o = segments[0, i] * row_size + layer * layer_size + head * head_size
+                mix_head(
+                    S, o, places, dims, segments[1, i], segments[2, i], segments[2, i + 1], z, z_row, head, small,
+                    at[9], mixed, y_row, scratch, 0,
+                )  # fmt: skip
+            ticket = finish(sync)
+        base += count
+        ticket, base = _linear_phase(
+            sync, ticket, base, threads, w, at[2], scales, at[3], width, y_width, mixed, y_row, M, x, row, True, scratch
+        )
+        while ticket < base + by_rows:
+            wait_for(sync, base)
+            first = (ticket - base) * _ROWS
+            for t in range(first, min(first + _ROWS, M)):
+                rms_norm(x, t * row, width, small, at[10], eps, normed, t * row)
+            ticket = finish(sync)
+        base += by_rows
+        ticket, base = _linear_phase(
+            sync, ticket, base, threads, w, at[4], scales, at[5], 2 * inner_row, width, normed, row, M, gate_up,
+            2 * inner_row, False, scratch,
+        )  # fmt: skip
+        units = M * chunks
+        share = _share(units, threads)
+        count = _items(units, share)
+        while ticket < base + count:
+            wait_for(sync, base)
+            first = (ticket - base) * share
+            for unit in range(first, min(first + share, units)):
+                t, begin = unit // chunks, unit % chunks * _COLUMNS
+                o = t * 2 * inner_row + begin
+                swiglu(gate_up, o, gate_up, o + inner_row, min(_COLUMNS, inner - begin), act, t * inner_row + begin)
+            ticket = finish(sync)
+        base += count
+        ticket, base = _linear_phase(
+            sync, ticket, base, threads, w, at[6], scales, at[7], width, inner, act, inner_row, M, x, row, True, scratch
+        )
+    count = _items(R, _ROWS)
+    while ticket < base + count:
+        wait_for(sync, base)
+        first = (ticket - base) * _ROWS
+        for i in range(first, min(first + _ROWS, R)):
+            rms_norm(x, wanted[i] * row, width, small, ends[2], eps, hidden, i * row)
+        ticket = finish(sync)
+    base += count
+    ticket, base = _linear_phase(
+        sync, ticket, base, threads, w, ends[0], scales, ends[1], V, width, hidden, row, R, logits,
+        -(-V // LANES) * LANES, False, scratch,
+    )  # fmt: skip
+    wait_for(sync, base)
+
+
+@njit(cache=True)
+def _one(array: Any, offset: int) -> float:
+    """One element, as `widened` reads sixteen."""
+    last = np.empty(LANES, dtype=array.dtype)
+    last[:] = 0
+    last[0] = array[offset]
+    out = np.empty(LANES, dtype=np.float32)
+    store(out, 0, widened(last, 0))
+    return out[0]
+
+
+@njit(nogil=True, cache=True)
+def _serve(sync: Any, member: int, pipe: int, byte: Any, *arguments: Any) -> None:
+    step = 0
+    while True:
+        step = enter(sync, step, member, pipe, byte)
+        if step < 0:
+            return
+        _work(member + 1, sync, *arguments)
+        leave(sync)

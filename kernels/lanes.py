@@ -1,0 +1,9 @@
+"""How long a vector is, for whoever lays out memory."""
+
+LANES = 16
+"""Floats in 64 bytes: the longest vector of any processor so far, and a cache line."""
+
+
+def padded(n: int) -> int:
+    """The next multiple of `LANES`."""
+    return -(-n // LANES) * LANES
