@@ -21,8 +21,8 @@ from lattice_serve.kernels.lanes import LANES, padded
 
 PANEL = 64
 """Outputs of a panel; the last one of a weight has what remains, in vectors."""
-_FEW = 3
-"""Rows up to which weights are widened on their way into the product."""
+_FEW = 32
+"""Rows up to which weights are widened on their way into every tile, not once for all."""
 _ROWS = 6
 """Rows of a tile of one vector: 12 sums in the 16 registers of AVX2."""
 
@@ -102,6 +102,25 @@ def _emit(sums: Any, o_sums: int, scales: Any, o_s: int, scaled: bool, add: bool
 
 
 @njit(cache=True)
+def _rows(
+    rows: int, x: Any, o_x: int, x_row: int, w: Any, o_w: int, w_row: int, K: int, sums: Any, o_sums: int
+) -> None:  # fmt: skip
+    """A tile of up to `_ROWS` rows and one vector."""
+    if rows == 6:
+        tile(6, 1, 0, x, o_x, x_row, 1, w, o_w, w_row, K, sums, o_sums, LANES)
+    elif rows == 5:
+        tile(5, 1, 0, x, o_x, x_row, 1, w, o_w, w_row, K, sums, o_sums, LANES)
+    elif rows == 4:
+        tile(4, 1, 0, x, o_x, x_row, 1, w, o_w, w_row, K, sums, o_sums, LANES)
+    elif rows == 3:
+        tile(3, 1, 0, x, o_x, x_row, 1, w, o_w, w_row, K, sums, o_sums, LANES)
+    elif rows == 2:
+        tile(2, 1, 0, x, o_x, x_row, 1, w, o_w, w_row, K, sums, o_sums, LANES)
+    else:
+        tile(1, 1, 0, x, o_x, x_row, 1, w, o_w, w_row, K, sums, o_sums, LANES)
+
+
+@njit(cache=True)
 def linear(
     w: Any, o_w: int, scales: Any, o_s: int, N: int, K: int, x: Any, x_row: int, M: int, out: Any, out_row: int,
     add: bool, first: int, last: int, scratch: Any, o_scratch: int,
@@ -118,41 +137,22 @@ def linear(
         begin = panel * PANEL
         width = min(PANEL, whole - begin)
         o_p = o_w + begin * K
-        i = 0
         if M == 1 and width == PANEL:
             tile(1, 4, 0, x, 0, 0, 1, w, o_p, width, K, scratch, sums, 0)
             _emit(scratch, sums, scales, o_s + begin, scaled, add, out, begin, PANEL)
             continue
-        if M <= _FEW:
-            for j in range(0, width, LANES):
-                if M == 1:
-                    tile(1, 1, 0, x, 0, x_row, 1, w, o_p + j, width, K, scratch, sums, LANES)
-                elif M == 2:
-                    tile(2, 1, 0, x, 0, x_row, 1, w, o_p + j, width, K, scratch, sums, LANES)
-                else:
-                    tile(3, 1, 0, x, 0, x_row, 1, w, o_p + j, width, K, scratch, sums, LANES)
-                for r in range(M):
-                    o_out = r * out_row + begin + j
-                    _emit(scratch, sums + r * LANES, scales, o_s + begin + j, scaled, add, out, o_out, LANES)
-            continue
         for j in range(0, width, LANES):
-            for k in range(K):
-                store(scratch, strip + k * LANES, widened(w, o_p + k * width + j))
+            if M > _FEW:
+                for k in range(K):
+                    store(scratch, strip + k * LANES, widened(w, o_p + k * width + j))
             i = 0
             while i < M:
-                rows = min(M - i, _ROWS)
-                if rows == 6:
-                    tile(6, 1, 0, x, i * x_row, x_row, 1, scratch, strip, LANES, K, scratch, sums, LANES)
-                elif rows == 5:
-                    tile(5, 1, 0, x, i * x_row, x_row, 1, scratch, strip, LANES, K, scratch, sums, LANES)
-                elif rows == 4:
-                    tile(4, 1, 0, x, i * x_row, x_row, 1, scratch, strip, LANES, K, scratch, sums, LANES)
-                elif rows == 3:
-                    tile(3, 1, 0, x, i * x_row, x_row, 1, scratch, strip, LANES, K, scratch, sums, LANES)
-                elif rows == 2:
-                    tile(2, 1, 0, x, i * x_row, x_row, 1, scratch, strip, LANES, K, scratch, sums, LANES)
+                # As many tiles as it takes, all but equally tall: a low one would leave the processor waiting.
+                rows = -(-(M - i) // -(-(M - i) // _ROWS))
+                if M > _FEW:
+                    _rows(rows, x, i * x_row, x_row, scratch, strip, LANES, K, scratch, sums)
                 else:
-                    tile(1, 1, 0, x, i * x_row, x_row, 1, scratch, strip, LANES, K, scratch, sums, LANES)
+                    _rows(rows, x, i * x_row, x_row, w, o_p + j, width, K, scratch, sums)
                 for r in range(rows):
                     o_out = (i + r) * out_row + begin + j
                     _emit(scratch, sums + r * LANES, scales, o_s + begin + j, scaled, add, out, o_out, LANES)
