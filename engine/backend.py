@@ -80,7 +80,7 @@ def make_backend(
     if pool.device.type != "cpu":
         return TorchBackend(model, layout, pool, max_tokens)
     backend = CpuDecoder(
-        _decoder_weights(model), layout, pool, max_tokens=max_tokens, threads=threads, quantization=quantization
+        decoder_weights(model), layout, pool, max_tokens=max_tokens, threads=threads, quantization=quantization
     )
     for layer in model.layers:  # packed now, and not to be kept twice
         for linear in (layer.mixer.in_proj, layer.mixer.out_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
@@ -88,7 +88,8 @@ def make_backend(
     return backend
 
 
-def _decoder_weights(model: LatticeForCausalLM) -> DecoderWeights:
+def decoder_weights(model: LatticeForCausalLM) -> DecoderWeights:
+    """The tensors of a model as the CPU kernel takes them."""
     layers = [
         LayerWeights(
             mixer_norm=layer.mixer_norm,

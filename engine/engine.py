@@ -36,7 +36,8 @@ class Engine:
         """
         began = time.monotonic()
         threads = config.threads or available_cpus()
-        torch.set_num_threads(threads)
+        # The kernels' threads are their own. Torch's would fight them, and the sampler's small work does not need any.
+        torch.set_num_threads(1)
         self.config = config
         model_config = ModelConfig.load(config.model)
         self.tokenizer = Tokenizer.load(config.model, model_config.vocab_size)

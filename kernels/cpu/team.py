@@ -192,6 +192,11 @@ class Team:
         self._work(0, self._sync, *self._arguments)
         _close(self._sync)
 
+    @property
+    def sleepers(self) -> int:
+        """Members that sleep: the next step will wake them."""
+        return int(self._sync[_ASLEEP : _ASLEEP + len(self._pipes)].sum())
+
     def _gather(self) -> None:
         self._pipes = [os.pipe() for _ in range(self.size - 1)]
         threads = []

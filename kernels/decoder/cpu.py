@@ -139,7 +139,7 @@ class CpuDecoder:
         self._ids = np.zeros(max_tokens, dtype=np.int64)
         self._segments = np.zeros((3, max_tokens + 1), dtype=np.int64)
         self._wanted = np.zeros(max_tokens, dtype=np.int64)
-        self._pool = pool
+        self._pool, self._row_size = pool, layout.row_size
         self._vocab_size = V
         # Pages that are never written cost nothing, so the buffers may have room for the largest step.
         self._logits = np.empty((max_tokens, padded(V)), dtype=np.float32)
@@ -151,7 +151,7 @@ class CpuDecoder:
         self.nbytes = sum(array.nbytes for array in (panels, scales, small))
         self._products = sum(matrix.numel() for layer in weights.layers for matrix in (
             layer.in_proj, layer.out_proj, layer.gate_up_proj, layer.down_proj))  # fmt: skip
-        self._team = Team(threads, _work, _serve, (
+        self.team = Team(threads, _work, _serve, (
             self._step, self._ids, self._segments, self._wanted, pool.numpy().reshape(-1),
             np.array((layout.row_size, layout.layer_size, layout.head_size), dtype=np.int64), block.places, block.dims,
             np.array(widths, dtype=np.int64), np.float32(weights.norm_eps), np.array(table, dtype=np.int64),
@@ -162,16 +162,22 @@ class CpuDecoder:
     def __call__(self, ids: Sequence[int], segments: Segments, wanted: Sequence[int]) -> Tensor:
         """ids: the tokens of all segments; wanted: places among them -> their logits [len(wanted), V] float32.
 
-        The logits are good until the next call. State rows move on by their segments.
+        The logits are good until the next call. State rows move on by their segments. Raises ValueError for what does
+        not fit; nothing has happened then.
         """
         M, n, R = len(ids), len(segments.rows), len(wanted)
+        if not 0 < M == segments.starts[-1] <= len(self._ids) or max(ids) >= self._vocab_size or min(ids) < 0:
+            raise ValueError(f"ids: give 1 to {len(self._ids)} ids below {self._vocab_size}, as many as segments have")
+        if R and not (min(wanted) >= 0 and max(wanted) < M):
+            raise ValueError(f"wanted: give places below {M}")
+        segments.check(self._pool, self._row_size)
         self._ids[:M] = ids
         self._segments[0, :n], self._segments[1, :n] = segments.rows, segments.positions
         self._segments[2, : n + 1] = segments.starts
         self._wanted[:R] = wanted
-        threads = self._team.size if M * self._products >= _PARALLEL_PRODUCTS else 1
+        threads = self.team.size if M * self._products >= _PARALLEL_PRODUCTS else 1
         self._step[:] = M, n, R, threads
-        self._team.run(threads)
+        self.team.run(threads)
         return torch.from_numpy(self._logits[:R, : self._vocab_size])
 
 

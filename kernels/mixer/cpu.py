@@ -285,6 +285,7 @@ class CpuMixer:
         N = int(segments.starts[-1])
         if z.shape != (N, s.in_width) or out.shape != (N, s.out_width):
             raise ValueError(f"z {tuple(z.shape)} and out {tuple(out.shape)}: {N} tokens of this layer were announced")
+        segments.check(pool, layout.row_size)
         inputs = block.inputs(z.mT).mT.contiguous()
         outputs = np.empty((N, block.out_width), dtype=np.float32)
         _mix(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
+from torch import Tensor
 
 IntArray: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
@@ -31,6 +33,13 @@ class Segments:
         if (lengths < 1).any():
             raise ValueError("a segment of a batch holds no token")
         return cls(rows, positions, np.concatenate(([0], np.cumsum(lengths))))
+
+    def check(self, pool: Tensor, row_size: int) -> None:
+        """Raises ValueError, naming the pool, unless it is float32 [rows, row_size] in one piece and holds the rows."""
+        if pool.dtype != torch.float32 or pool.ndim != 2 or pool.shape[1] != row_size or not pool.is_contiguous():
+            raise ValueError(f"pool must be contiguous float32 [rows, {row_size}], not {pool.dtype} {[*pool.shape]}")
+        if not (self.rows.min() >= 0 and self.rows.max() < len(pool)):
+            raise ValueError(f"pool has {len(pool)} rows: rows {self.rows.min()} to {self.rows.max()} are asked for")
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
         """(row, position, start, end) of each segment."""

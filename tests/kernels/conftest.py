@@ -1,4 +1,4 @@
-"""Kernels are compared on one thread: the order of sums of torch is then the same everywhere, and numba's are quick."""
+"""Kernels are compared on one thread: the order of sums of torch is then the same everywhere."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.kernels.harness import threads
-
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    with threads(1):
-        yield
+    yield
     torch.set_num_threads(before)

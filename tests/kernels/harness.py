@@ -1,18 +1,14 @@
-"""What kernels that write to given memory are run in: bands around it, a number of threads, and a look at the bits."""
+"""What kernels that write to given memory are run in: bands around it, and a look at the bits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numba
-import pytest
 import torch
 from torch import Tensor
 
 _BAND, _MARK = 64, -12345.0
-
-two_threads = pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one processor")
 
 
 @contextmanager
@@ -23,17 +19,6 @@ def bands(*tensors: Tensor) -> Iterator[list[Tensor]]:
     for flat in memory:
         assert bool((flat[:_BAND] == _MARK).all()), "written before the start"
         assert bool((flat[-_BAND:] == _MARK).all()), "written past the end"
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Kernels run on `count` threads."""
-    before = numba.get_num_threads()
-    numba.set_num_threads(count)
-    try:
-        yield
-    finally:
-        numba.set_num_threads(before)
 
 
 def poison(*shape: int) -> Tensor:

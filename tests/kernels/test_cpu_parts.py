@@ -1,4 +1,4 @@
-"""Norm, SwiGLU and scalar functions of the CPU kernels against float64, and what the CPU says of itself."""
+"""Norm, SwiGLU and functions of vectors of the CPU kernels against float64, and what the CPU says of itself."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import torch
 from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from lattice_serve.kernels import rms_norm as reference_norm
 from lattice_serve.kernels import swiglu as reference_swiglu
+from lattice_serve.kernels.cpu.math import exp, sigmoid, silu
+from lattice_serve.kernels.cpu.vector import load, store
 from lattice_serve.kernels.cpu_features import has_bf16
+from lattice_serve.kernels.lanes import LANES, padded
 from lattice_serve.kernels.norm.cpu import rms_norm
-from lattice_serve.kernels.numba_math import exp, sigmoid, silu
 from lattice_serve.kernels.swiglu.cpu import swiglu
-from tests.kernels.harness import bands, poison, same_bits, threads, two_threads
+from tests.kernels.harness import bands, poison
 from tests.kernels.naive import error, normal
 
 Float32 = NDArray[np.float32]
@@ -31,16 +34,9 @@ SMALLEST, LARGEST = 2.0**-126, 2.0**127
 """Powers of two that are normal numbers in float32."""
 
 
-def in_bands(kernel: Callable[[Tensor, Tensor], Tensor], x: Tensor, n: int) -> Tensor:
-    """kernel(x, out) with out [N, n] of NaN before; nothing else is written."""
-    with bands(x, poison(len(x), n)) as (banded, out):
-        assert kernel(banded, out) is out
-    assert same_bits(banded, x)
-    return out
-
-
-def norm_of(weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda x, out: rms_norm(x, weight, 1e-6, out)
+def filled(x: Tensor) -> Tensor:
+    """float32 lines, filled up with zeros to whole vectors."""
+    return F.pad(x.float(), (0, padded(x.shape[-1]) - x.shape[-1]))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
@@ -48,48 +44,47 @@ def norm_of(weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 def test_rms_norm(n: int, scale: float) -> None:
     x, weight = (scale * normal(9, n)).float(), normal(n, seed=1).float()
     x[4] = 0
-    y = in_bands(norm_of(weight), x, n)
-    assert error(y, reference_norm(x.double(), weight.double(), 1e-6)) <= 1e-6
-    assert not y[4].any()
+    with bands(filled(x), filled(weight), poison(9, padded(n))) as (lines, weights, out):
+        for i in range(9):
+            o = i * padded(n)
+            flat = [array.numpy().reshape(-1) for array in (lines, weights, out)]
+            rms_norm(flat[0], o, n, flat[1], 0, np.float32(1e-6), flat[2], o)
+    assert error(out[:, :n], reference_norm(x.double(), weight.double(), 1e-6)) <= 1e-6
+    assert not out[:, n:].any()
+    assert not out[4].any()
 
 
 @widths
 def test_swiglu(n: int) -> None:
-    x = (5 * normal(9, 2 * n)).float()
-    assert error(in_bands(swiglu, x, n), reference_swiglu(x.double())) <= 1e-6
-
-
-@two_threads
-@widths
-def test_every_row_is_its_own(n: int) -> None:
-    """Whatever the number of rows and threads, and what stands in the others."""
-    for kernel, width in ((norm_of(normal(n, seed=1).float()), n), (swiglu, 2 * n)):
-        x = normal(9, width).float()
-        with threads(1):
-            y = in_bands(kernel, x, n)
-        for rows in range(1, 9):
-            for count in (1, 2):
-                with threads(count):
-                    assert same_bits(in_bands(kernel, x[-rows:], n), y[-rows:])
-        x[4] = float("nan")
-        broken = in_bands(kernel, x, n)
-        assert bool(broken[4].isnan().all())
-        assert same_bits(torch.cat((broken[:4], broken[5:])), torch.cat((y[:4], y[5:])))
+    gate, up = (5 * normal(2, 9, n)).float()
+    with bands(filled(gate), filled(up), poison(9, padded(n))) as (gates, ups, out):
+        flat = [array.numpy().reshape(-1) for array in (gates, ups, out)]
+        for i in range(9):
+            o = i * padded(n)
+            swiglu(flat[0], o, flat[1], o, n, flat[2], o)
+    assert error(out[:, :n], reference_swiglu(torch.cat((gate, up), dim=1).double())) <= 1e-6
+    assert not out[:, n:].any()
 
 
 def _each(function: Any, x: Any, out: Any) -> None:
-    for i in range(len(x)):
-        out[i] = function(x[i])
+    for i in range(0, len(x), LANES):
+        store(out, i, function(load(x, i)))
 
 
 _compiled_each: Any = njit(_each)
 
 
 def each(function: Function, x: Float32) -> Float32:
-    """In a loop like those of kernels, which LLVM vectorises."""
-    out = np.full_like(x, np.nan)
-    _compiled_each(function, x, out)
-    return out
+    """Vector by vector, as kernels do."""
+    lines = np.zeros(padded(len(x)), dtype=np.float32)
+    lines[: len(x)] = x
+    out = np.full_like(lines, np.nan)
+    _compiled_each(function, lines, out)
+    return out[: len(x)]
+
+
+def one(function: Function, x: float) -> float:
+    return float(each(function, np.array([x], dtype=np.float32))[0])
 
 
 def everywhere() -> Float32:
@@ -113,9 +108,9 @@ def test_exp() -> None:
     y = each(exp, x)
     inside = (x >= -87) & (x <= 88)
     assert ulps(y[inside], np.exp(x[inside].astype(np.float64))) <= 2
-    assert (y[x < -87] == exp(np.float32(-87))).all()
-    assert (y[x > 88] == exp(np.float32(88))).all()
-    assert exp(np.float32(0)) == 1
+    assert (y[x < -87] == one(exp, -87)).all()
+    assert (y[x > 88] == one(exp, 88)).all()
+    assert one(exp, 0) == 1
 
 
 def test_sigmoid() -> None:
@@ -129,7 +124,7 @@ def test_sigmoid() -> None:
         truth = 1 / (1 + np.exp(-x.astype(np.float64)))
     assert ulps(y[inside], truth[inside]) <= 4
     assert ((y[~inside] >= 0) & (y[~inside] <= 2 * SMALLEST)).all()
-    assert sigmoid(np.float32(0)) == 0.5
+    assert one(sigmoid, 0) == 0.5
 
 
 def test_silu() -> None:

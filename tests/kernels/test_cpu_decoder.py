@@ -1,0 +1,230 @@
+"""The whole network as one kernel: the float64 model, and the same bits alone, in any batch, split and team."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lattice_serve.engine.backend import decoder_weights
+from lattice_serve.engine.config import ModelConfig
+from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.kernels.decoder import cpu
+from lattice_serve.kernels.decoder.cpu import CpuDecoder
+from lattice_serve.kernels.mixer import MixerState, Segments, StateLayout
+from tests.kernels.harness import poison, same_bits
+from tests.kernels.naive import error
+
+CONFIG = ModelConfig(
+    vocab_size=70,
+    hidden_size=40,
+    num_hidden_layers=2,
+    num_heads=3,
+    head_dim=20,
+    num_slots=5,
+    intermediate_size=530,
+    chunk_size=4,
+)
+TOKENS = 48
+
+
+class Network:
+    """A model of random weights, its decoder, and state rows at their start."""
+
+    def __init__(self, *, threads: int = 1, rows: int = 6, quantization: Any = None, **changes: Any) -> None:
+        config = CONFIG.model_copy(update=changes)
+        self.model = LatticeForCausalLM(config).requires_grad_(False)
+        self.model.initialize(0)
+        dtype = torch.float32 if config.torch_dtype == "float32" else torch.bfloat16
+        for name, parameter in self.model.named_parameters():
+            if name.endswith(("weight", "embedding", "head")):
+                parameter.data = parameter.to(dtype)
+        layout = StateLayout(self.model.shape, config.num_hidden_layers)
+        self.start = poison(layout.row_size)
+        for i, layer in enumerate(self.model.layers):
+            layout.store(self.start, i, MixerState.initial(self.model.shape, layer.mixer.weights(), 1))
+        self.pool = self.start.repeat(rows, 1)
+        self.decoder = CpuDecoder(
+            decoder_weights(self.model),
+            layout,
+            self.pool,
+            max_tokens=TOKENS,
+            threads=threads,
+            quantization=quantization,
+        )
+
+    def run(self, batch: Sequence[tuple[int, int, list[int]]]) -> list[Tensor]:
+        """All logits of a batch of (row, position, ids)."""
+        ids = [token for _, _, part in batch for token in part]
+        segments = Segments.of([(row, position, len(part)) for row, position, part in batch])
+        return list(self.decoder(ids, segments, range(len(ids))).clone().split([len(part) for _, _, part in batch]))
+
+    def alone(self, ids: list[int]) -> tuple[Tensor, Tensor]:
+        """Logits of a sequence in one step, and its row after it."""
+        self.pool[0] = self.start
+        (logits,) = self.run([(0, 0, ids)])
+        return logits, self.pool[0].clone()
+
+
+def tokens(n: int, seed: int = 0) -> list[int]:
+    return torch.randint(CONFIG.vocab_size, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.fixture(scope="module")
+def network() -> Network:
+    return Network()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"torch_dtype": "float32"},
+        {"tie_word_embeddings": False},
+        {"objective": "similarity", "chunk_size": 1, "use_forget_gate": False, "conv_kernel_size": 1},
+        {"hidden_size": 64, "head_dim": 16, "num_slots": 32, "intermediate_size": 64, "chunk_size": 16},
+        {"hidden_size": 7, "num_heads": 1, "head_dim": 1, "intermediate_size": 3, "vocab_size": 9},
+    ],
+)
+def test_it_is_the_model_in_float64(changes: dict[str, Any], threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_PARALLEL_PRODUCTS", 0)
+    network = Network(threads=threads, **changes)
+    ids = [token % network.model.config.vocab_size for token in tokens(TOKENS)]
+    logits, _ = network.alone(ids)
+    truth, _ = network.model.double()(torch.tensor([ids]))
+    assert error(logits, truth[0]) <= 1e-5
+
+
+def test_int8_is_the_model_of_rounded_weights() -> None:
+    network = Network(torch_dtype="float32", quantization="int8", tie_word_embeddings=False)
+    logits, _ = network.alone(tokens(TOKENS))
+    model = network.model.double()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("weight", "head")):
+            scale = parameter.abs().amax(dim=1, keepdim=True).float() / 127
+            parameter.data = (parameter.float() / scale).round().double() * scale.double()
+    truth, _ = model(torch.tensor([tokens(TOKENS)]))
+    assert error(logits, truth[0]) <= 1e-5
+
+
+@settings(max_examples=30)
+@given(pieces=st.lists(st.integers(1, 12), min_size=1, max_size=4))
+def test_any_split_gives_the_same_bits(network: Network, pieces: list[int]) -> None:
+    ids = tokens(sum(pieces))
+    expected, row = network.alone(ids)
+    network.pool[3] = network.start
+    position, logits = 0, []
+    for n in pieces:
+        logits += network.run([(3, position, ids[position : position + n])])
+        position += n
+    assert same_bits(torch.cat(logits), expected)
+    if position % CONFIG.chunk_size == 0:  # what a chunk has left behind differs by its cuts, and means nothing
+        return
+    assert same_bits(network.pool[3], row)
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_neighbours_do_not_matter(network: Network, data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 8), min_size=1, max_size=6), label="tokens of each sequence")
+    places = data.draw(st.permutations(range(6)), label="rows")
+    sequences = [tokens(n, seed) for seed, n in enumerate(sizes)]
+    expected = [network.alone(ids)[0] for ids in sequences]
+    network.pool[:] = network.start
+    logits = network.run([(place, 0, ids) for place, ids in zip(places, sequences, strict=False)])
+    for mine, theirs in zip(logits, expected, strict=True):
+        assert same_bits(mine, theirs)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("threads", [2, 5])
+def test_any_team_gives_the_same_bits(threads: int, quantization: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More threads than there are processors, step after step, large and small."""
+    alone, team = (Network(threads=count, quantization=quantization) for count in (1, threads))
+    for seed in range(30):
+        monkeypatch.setattr(cpu, "_PARALLEL_PRODUCTS", 10**18 if seed % 7 == 3 else 0)
+        sizes = [1, 1, 9] if seed % 2 else [1 + seed]
+        batch = [(row, 0, tokens(n, seed)) for row, n in enumerate(sizes)]
+        results = []
+        for network in (alone, team):
+            network.pool[:] = network.start
+            results.append((torch.cat(network.run(batch)), network.pool.clone()))
+        assert all(map(same_bits, *results)), seed
+
+
+def test_members_that_sleep_are_woken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_PARALLEL_PRODUCTS", 0)
+    network = Network(threads=3)
+    expected, _ = network.alone(tokens(9))
+    for _ in range(5):
+        _wait(lambda: network.decoder.team.sleepers == 2)
+        assert same_bits(network.alone(tokens(9))[0], expected)
+
+
+def test_a_team_ends_with_its_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_PARALLEL_PRODUCTS", 0)
+    before = threading.active_count()
+    for asleep in (False, True):
+        network = Network(threads=3)
+        network.alone(tokens(3))
+        assert threading.active_count() == before + 2
+        if asleep:
+            _wait(lambda network=network: network.decoder.team.sleepers == 2)  # type: ignore[misc]
+        del network
+        _wait(lambda: threading.active_count() == before)
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_only_what_is_wanted_comes_back(network: Network) -> None:
+    ids = tokens(9)
+    expected, _ = network.alone(ids)
+    for wanted in ([], [8], [3, 3, 0]):
+        network.pool[0] = network.start
+        assert same_bits(network.decoder(ids, Segments.of([(0, 0, 9)]), wanted), expected[wanted])
+
+
+def test_what_is_not_finite_stays_in_its_sequence(network: Network) -> None:
+    ids = tokens(5)
+    expected, _ = network.alone(ids)
+    network.pool[:] = network.start
+    network.pool[2] = float("nan")
+    first, broken, last = network.run([(1, 0, ids), (2, 0, ids), (4, 0, ids)])
+    assert same_bits(first, expected)
+    assert same_bits(last, expected)
+    assert bool(broken.isnan().all())
+
+
+@pytest.mark.parametrize(
+    ("ids", "segment", "wanted", "names"),
+    [
+        ([], (0, 0, 1), [], "ids"),
+        ([1, 2], (0, 0, 1), [0], "ids"),
+        ([70], (0, 0, 1), [0], "ids"),
+        ([-1], (0, 0, 1), [0], "ids"),
+        ([1] * (TOKENS + 1), (0, 0, TOKENS + 1), [0], "ids"),
+        ([1], (0, 0, 1), [1], "wanted"),
+        ([1], (0, 0, 1), [-1], "wanted"),
+        ([1], (6, 0, 1), [0], "pool"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    network: Network, ids: list[int], segment: tuple[int, int, int], wanted: list[int], names: str
+) -> None:
+    before = network.pool.clone()
+    with pytest.raises(ValueError, match=names):
+        network.decoder(ids, Segments.of([segment]), wanted)
+    assert same_bits(network.pool, before)
