@@ -136,11 +136,15 @@ def test_tensors_that_need_no_conversion_are_not_copied(tmp_path: Path) -> None:
     assert all(any(low <= p.data_ptr() < high for low, high in ranges) for p in model.parameters())
 
 
-def test_progress_counts_the_bytes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_counts_the_bytes_on_a_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     load_model(folder, dtype=torch.float32)
     assert not capsys.readouterr().err
     load_model(folder, dtype=torch.float32, progress=True)
-    assert "100%" in capsys.readouterr().err
+    assert ("100%" in capsys.readouterr().err) is terminal
 
 
 def test_half_precision_is_read(folder: Path) -> None:
