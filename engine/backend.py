@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lattice_serve import kernels
+from lattice_serve.engine.errors import ConfigError
 from lattice_serve.engine.models.lattice import LatticeForCausalLM
 from lattice_serve.kernels.decoder.cpu import CpuDecoder, DecoderWeights, LayerWeights
 from lattice_serve.kernels.linear import RowInvariantLinear
@@ -75,9 +76,12 @@ def make_backend(
 ) -> Backend:
     """The fastest there is for the device of `pool` [rows, row_size], for steps of up to `max_tokens` tokens.
 
-    The matrices of `model` may be the backend's alone afterwards: only its small tensors are there for others.
+    The matrices of `model` may be the backend's alone afterwards: only its small tensors are there for others. Raises
+    `ConfigError` for a quantization that the device does not have.
     """
     if pool.device.type != "cpu":
+        if quantization is not None:
+            raise ConfigError("quantization is for the CPU: leave it out", param="quantization")
         return TorchBackend(model, layout, pool, max_tokens)
     backend = CpuDecoder(
         decoder_weights(model), layout, pool, max_tokens=max_tokens, threads=threads, quantization=quantization

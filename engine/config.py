@@ -65,6 +65,8 @@ class EngineConfig(BaseModel):
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights; "auto": as they are stored. Sums are float32 either way."""
+    quantization: Literal["int8"] | None = None
+    """Of the matrices, at load, one scale an output: half the bytes of bfloat16."""
     max_rows: int | None = Field(default=None, ge=1)
     """State rows. None: as many as `state_memory` holds, at most 256."""
     state_memory: int = Field(default=1 << 30, ge=1)

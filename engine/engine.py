@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from lattice_serve.engine.backend import make_backend
+from lattice_serve.engine.backend import Backend, make_backend
 from lattice_serve.engine.config import EngineConfig, ModelConfig
 from lattice_serve.engine.detokenizer import Detokenizer
-from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError
+from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError, NumericalError
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit, TokenOutput
 from lattice_serve.engine.runner import Runner
 from lattice_serve.engine.sampler import Sampled, SampleRow, TokenCounts, penalised
@@ -22,7 +22,7 @@ from lattice_serve.engine.sequence import Sequence, Status
 from lattice_serve.engine.state_pool import StatePool
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.engine.weights import load_model, pick_dtype
-from lattice_serve.kernels.mixer import StateLayout
+from lattice_serve.kernels.mixer import Segments, StateLayout
 
 MAX_ROWS = 256
 """State rows when only their memory is bounded."""
@@ -45,7 +45,15 @@ class Engine:
         self.model = load_model(config.model, device=config.device, dtype=dtype, progress=progress)
         layout = StateLayout(self.model.shape, len(self.model.layers))
         self.pool = StatePool.of(self.model, self._rows(layout.row_bytes), config.device)
-        backend = make_backend(self.model, layout, self.pool.memory, max_tokens=config.max_step_tokens, threads=threads)
+        backend = make_backend(
+            self.model,
+            layout,
+            self.pool.memory,
+            max_tokens=config.max_step_tokens,
+            threads=threads,
+            quantization=config.quantization,
+        )
+        self._check_bits(backend)
         self.runner = Runner(backend)
         self.scheduler = Scheduler(
             rows=self.pool.rows, max_step_tokens=config.max_step_tokens, max_waiting=config.max_waiting
@@ -61,7 +69,7 @@ class Engine:
             bytes_per_row=layout.row_bytes,
             vocab_size=self.model.config.vocab_size,
             device=f"{config.device} ({backend.name})",
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=config.quantization or str(dtype).removeprefix("torch."),
             load_seconds=time.monotonic() - began,
         )
 
@@ -146,6 +154,32 @@ class Engine:
             steps_total=self._steps,
             step_tokens=self._step_tokens,
         )
+
+    def _check_bits(self, backend: Backend) -> None:
+        """That a sequence has the same logits alone and cut up beside another, on these weights and this processor.
+
+        Also compiles what compiles at its first call. Raises `NumericalError`: promises would not be kept.
+        """
+        n = min(6, self.config.max_step_tokens // 2)
+        if n == 0 or self.pool.rows < 2:
+            return
+        ids = [token % self.model.config.vocab_size for token in range(1, 2 * n + 1)]
+        with torch.inference_mode():
+            row, other = self.pool.allocate(), self.pool.allocate()
+            for start in (0, n):
+                whole = backend(ids[start : start + n], Segments.of([(row, start, n)]), [n - 1]).clone()
+            self.pool.free(row)
+            row = self.pool.allocate()
+            for start in range(2 * n):
+                beside = Segments.of([(other, start, 1), (row, start, 1)])
+                alone = backend([ids[0], ids[start]], beside, [1])
+            self.pool.free(row)
+            self.pool.free(other)
+        if not torch.equal(whole, alone):
+            raise NumericalError(
+                f"{backend.name}: this processor gives a request other bits in a batch than alone: "
+                "please report it with its name, and serve with another device until it is mended"
+            )
 
     def _warm_up(self) -> None:
         """Compile what compiles at its first call, on a row that is then scrubbed: no request waits for it."""

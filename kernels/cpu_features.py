@@ -5,8 +5,20 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+import llvmlite.binding as llvm
+
 _BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """As Linux names them on x86-64, the first two, and on arm64."""
+
+_VECTORS = (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("avx", "AVX"), ("sse2", "SSE2"), ("neon", "NEON"))
+"""As LLVM names them, widest first."""
+
+
+@cache
+def vectors() -> str:
+    """Name of the widest vectors that kernels are compiled for, "scalar" where none is known."""
+    features = llvm.get_host_cpu_features()
+    return next((name for feature, name in _VECTORS if features.get(feature)), "scalar")
 
 
 @cache

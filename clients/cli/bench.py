@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lattice_serve.clients.cli.options import DtypeOption, ModelArgument, ThreadsOption
+from lattice_serve.clients.cli.options import DtypeOption, ModelArgument, QuantizationOption, ThreadsOption
 
 if TYPE_CHECKING:
     from lattice_serve.clients.bench_http import Goal, Load, LoadReport
@@ -31,6 +31,7 @@ def offline(
     prefill_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt that is prefilled.")] = 512,
     repeats: Annotated[int, typer.Option(min=1, help="The median of that many runs is shown.")] = 3,
     dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
     threads: ThreadsOption = None,
     json: JsonOption = None,
 ) -> None:
@@ -43,7 +44,9 @@ def offline(
     from lattice_serve.engine.llm import LLM
 
     batches = batch or [1, 8, 32]
-    llm = LLM(model, dtype=dtype or "auto", threads=threads, max_rows=max(*batches, GATE_PROMPTS))
+    llm = LLM(
+        model, dtype=dtype or "auto", quantization=quantization, threads=threads, max_rows=max(*batches, GATE_PROMPTS)
+    )
     runner = OfflineBench(llm, repeats=repeats)
     with report.progress() as progress:
         task = progress.add_task("check", total=len(batches) + 2)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lattice_serve.clients.cli.options import DtypeOption, ModelOption, ThreadsOption
+from lattice_serve.clients.cli.options import DtypeOption, ModelOption, QuantizationOption, ThreadsOption
 
 
 def generate(
@@ -22,6 +22,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.", show_default="drawn")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer. May be repeated.")] = None,
     dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Continue a text in this process, without a server. The text comes as it is made.
@@ -48,7 +49,7 @@ def generate(
 
     from lattice_serve.engine.llm import LLM
 
-    llm = LLM(model, dtype=dtype or "auto", threads=threads, max_rows=1)
+    llm = LLM(model, dtype=dtype or "auto", quantization=quantization, threads=threads, max_rows=1)
     for output in llm.stream(prompt, params):
         typer.echo(output.text, nl=False)
     typer.echo()

@@ -17,6 +17,12 @@ class Dtype(str, Enum):
     float32 = "float32"
 
 
+class Quantization(str, Enum):
+    """`EngineConfig.quantization`, as typer takes choices."""
+
+    int8 = "int8"
+
+
 ModelArgument: TypeAlias = Annotated[
     Path | None, typer.Argument(help="Model folder.", show_default="the small bundled model")
 ]
@@ -24,6 +30,9 @@ ModelOption: TypeAlias = Annotated[
     Path | None, typer.Option("--model", help="Model folder.", show_default="the small bundled model")
 ]
 DtypeOption: TypeAlias = Annotated[Dtype | None, typer.Option("--dtype", help="Of the weights.", show_default="auto")]
+QuantizationOption: TypeAlias = Annotated[
+    Quantization | None, typer.Option("--quantization", help="Of the weights, at load.", show_default="none")
+]
 ThreadsOption: TypeAlias = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads of the matrix products.", show_default="one a core")
+    int | None, typer.Option("--threads", min=1, help="Threads of the kernels.", show_default="one a core")
 ]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lattice_serve.clients.cli.options import DtypeOption, ModelArgument, ThreadsOption
+from lattice_serve.clients.cli.options import DtypeOption, ModelArgument, QuantizationOption, ThreadsOption
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -35,6 +35,7 @@ def serve(
         str | None, typer.Option(help="What clients call the model.", show_default="the name of its folder")
     ] = None,
     dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
     device: Annotated[str | None, typer.Option(help="Where the model runs.", show_default="cpu")] = None,
     threads: ThreadsOption = None,
     max_rows: Annotated[
@@ -73,6 +74,7 @@ def serve(
             api_key=api_key,
             served_model_name=served_model_name,
             dtype=dtype,
+            quantization=quantization,
             device=device,
             threads=threads,
             max_rows=max_rows,

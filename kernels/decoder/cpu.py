@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lattice_serve.kernels.cpu.team import Team, enter, finish, leave, take, wait_for
 from lattice_serve.kernels.cpu.vector import store, widened
+from lattice_serve.kernels.cpu_features import vectors
 from lattice_serve.kernels.lanes import LANES, padded
 from lattice_serve.kernels.linear.cpu import PackedWeight, linear, panel_count, scratch_size
 from lattice_serve.kernels.mixer.cpu import MixerBlock, mix_head
@@ -104,8 +105,6 @@ class _Packer:
 class CpuDecoder:
     """The network of `weights`, packed; not differentiable, activations and sums are float32."""
 
-    name = "numba"
-
     def __init__(
         self, weights: DecoderWeights, layout: StateLayout, pool: Tensor, *, max_tokens: int, threads: int,
         quantization: Literal["int8"] | None = None,
@@ -126,15 +125,17 @@ class CpuDecoder:
                 gate_up,
                 layer.down_proj,
             )
-            vectors = (layer.mixer_norm.float().numpy(), block.small(layer.mixer), layer.mlp_norm.float().numpy())
+            lines = (layer.mixer_norm.float().numpy(), block.small(layer.mixer), layer.mlp_norm.float().numpy())
             places = [place for matrix in matrices for place in pack.matrix(matrix)]
-            table.append(places + [pack.vector(vector) for vector in vectors])
+            table.append(places + [pack.vector(line) for line in lines])
         ends = (*pack.matrix(weights.head), pack.vector(weights.norm.float().numpy()))
         panels, scales, small = pack.arrays()
         stored = weights.embedding.detach().contiguous()
         self._embedding = stored  # keeps alive what the array below shows
         embedding = (stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored).numpy().reshape(-1)
         widths = (hidden, block.in_width, block.out_width, intermediate, V)
+        self.name = f"{vectors()}, {threads} {'thread' if threads == 1 else 'threads'}"
+        """What it runs on."""
         self._step = np.zeros(4, dtype=np.int64)
         self._ids = np.zeros(max_tokens, dtype=np.int64)
         self._segments = np.zeros((3, max_tokens + 1), dtype=np.int64)

@@ -125,7 +125,7 @@ class TestGenerate:
         assert (result.exit_code, result.stdout) == (0, " upon a time\n")
         llm = PlayedLLM.made
         assert (llm.model, llm.prompt) == (Path("m"), "Once")
-        assert llm.fields == {"dtype": "float32", "threads": 2, "max_rows": 1}
+        assert llm.fields == {"dtype": "float32", "quantization": None, "threads": 2, "max_rows": 1}
         assert llm.params == SamplingParams(
             max_tokens=9,
             temperature=0.5,
