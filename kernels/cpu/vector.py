@@ -198,13 +198,14 @@ def eight_dots(typingctx: Any, x: Any, o_x: Any, w: Any, o_w: Any, w_row: Any, n
 @intrinsic(prefer_literal=True)
 def tile(
     typingctx: Any, rows: Any, vectors: Any, add: Any, x: Any, o_x: Any, x_row: Any, x_step: Any, w: Any, o_w: Any,
-    w_step: Any, K: Any, out: Any, o_out: Any, out_row: Any,
+    w_step: Any, w_vector: Any, K: Any, out: Any, o_out: Any, out_row: Any,
 ) -> Any:  # fmt: skip
-    """out[o_out + r out_row + j] (+)= sum_k x[o_x + r x_row + k x_step] w[o_w + k w_step + j], k = 0, 1, 2, ...
+    """out[o_out + r out_row + j] (+)= sum_k x[o_x + r x_row + k x_step] w_k[j], k = 0, 1, 2, ...
 
     For r < rows and j < 16 vectors, literals both, as is add: 1 if the sum begins with what is in out. One accumulator
     an output, and fused multiply-adds in the order of k: how many rows and vectors a tile has changes no bit.
-    x and out are float32 [..]; w is float32, uint16 with the bits of bfloat16, or int8.
+    x and out are float32 [..]. Vector v of w_k begins at o_w + v w_vector + k w_step where w is float32 or int8 [..];
+    where it is uint32, bfloat16 in pairs (see `pair`), it is half of what begins at o_w + v w_vector + (k // 2) w_step.
     """
     literals = (rows, vectors, add)
     if not all(isinstance(number, types.IntegerLiteral) for number in literals):
@@ -212,45 +213,76 @@ def tile(
     R, V, begins = (number.literal_value for number in literals)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        x, o_x, x_row, x_step, w, o_w, w_step, K, out, o_out, out_row = values[3:]
+        x, o_x, x_row, x_step, w, o_w, w_step, w_vector, K, out, o_out, out_row = values[3:]
         index = K.type
         x_data = _pointer(context, builder, signature.args[3], x, o_x)
         w_data = _pointer(context, builder, signature.args[7], w, o_w)
-        out_data = _pointer(context, builder, signature.args[11], out, o_out)
+        out_data = _pointer(context, builder, signature.args[12], out, o_out)
         x_rows = [builder.gep(x_data, [builder.mul(x_row, index(r))]) for r in range(R)]
+        w_vectors = [builder.gep(w_data, [builder.mul(w_vector, index(v))]) for v in range(V)]
         cells = [(r, v) for r in range(R) for v in range(V)]
         places = {
             (r, v): builder.gep(out_data, [builder.add(builder.mul(out_row, index(r)), index(v * LANES))])
             for r, v in cells
         }
         sums = {cell: cgutils.alloca_once(builder, _VECTOR) for cell in cells}  # registers, after LLVM's passes
+
+        def step(k: Any, weights: list[Any]) -> None:
+            at = builder.mul(k, x_step)
+            factors = [_splat(builder, builder.load(builder.gep(x_row, [at]))) for x_row in x_rows]
+            for v in range(V):
+                for r in range(R):
+                    place = sums[r, v]
+                    builder.store(_fmuladd(builder, factors[r], weights[v], builder.load(place)), place)
+
+        def pairs(k: Any) -> list[Any]:
+            at = builder.mul(builder.lshr(k, index(1)), w_step)
+            return [_read(builder, builder.gep(vector, [at]), _WHOLE) for vector in w_vectors]
+
         for cell in cells:
             builder.store(_read(builder, places[cell]) if begins else _ZERO, sums[cell])
-        with cgutils.for_range(builder, K, intp=index) as loop:
-            w_k = builder.gep(w_data, [builder.mul(loop.index, w_step)])
-            weights = [_widened(builder, builder.gep(w_k, [index(v * LANES)])) for v in range(V)]
-            at = builder.mul(loop.index, x_step)
-            for r in range(R):
-                factor = _splat(builder, builder.load(builder.gep(x_rows[r], [at])))
-                for v in range(V):
-                    place = sums[r, v]
-                    builder.store(_fmuladd(builder, factor, weights[v], builder.load(place)), place)
+        if signature.args[7].dtype == types.uint32:
+            even = builder.and_(K, index(-2))
+            with cgutils.for_range_slice(builder, index(0), even, index(2), index) as (k, _):
+                both = pairs(k)
+                step(k, [_low(builder, pair) for pair in both])
+                step(builder.add(k, index(1)), [_high(builder, pair) for pair in both])
+            with builder.if_then(builder.icmp_signed("<", even, K)):
+                step(even, [_low(builder, pair) for pair in pairs(even)])
+        else:
+            with cgutils.for_range(builder, K, intp=index) as loop:
+                at = builder.mul(loop.index, w_step)
+                step(loop.index, [_widened(builder, builder.gep(vector, [at])) for vector in w_vectors])
         for cell in cells:
             _write(builder, builder.load(sums[cell]), places[cell])
         return context.get_dummy_value()
 
     i = types.intp
-    return types.void(*literals, _checked(x), i, i, i, w, i, i, i, _checked(out), i, i), codegen
+    return types.void(*literals, _checked(x), i, i, i, w, i, i, i, i, _checked(out), i, i), codegen
 
 
 @intrinsic
 def widened(typingctx: Any, w: Any, offset: Any) -> Any:
-    """Elements `offset` to `offset + 16` of weights as `tile` takes them, as float32."""
+    """Elements `offset` to `offset + 16` of w [..] as float32: float32, int8, or uint16 with the bits of bfloat16."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         return _widened(builder, _pointer(context, builder, signature.args[0], *values))
 
     return _vector(w, types.intp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def pair(typingctx: Any, w: Any, offset: Any, half: Any) -> Any:
+    """One half of elements `offset` to `offset + 16` of uint32 w [..], each the bits of two bfloat16, as float32.
+
+    half: literal, 0 for the lower. Two steps of k lie in one element so that it takes one operation to widen either.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        both = _read(builder, _pointer(context, builder, signature.args[0], *values[:2]), _WHOLE)
+        return (_high if half.literal_value else _low)(builder, both)
+
+    return _vector(w, types.intp, half), codegen
 
 
 def _checked(array: Any) -> Any:
@@ -279,6 +311,14 @@ def _widened(builder: Any, pointer: Any) -> Any:
     if element.width == 8:
         return builder.sitofp(builder.sext(values, _WHOLE), _VECTOR)
     return builder.bitcast(builder.shl(builder.zext(values, _WHOLE), ir.Constant(_WHOLE, [16] * LANES)), _VECTOR)
+
+
+def _low(builder: Any, pair: Any) -> Any:
+    return builder.bitcast(builder.shl(pair, ir.Constant(_WHOLE, [16] * LANES)), _VECTOR)
+
+
+def _high(builder: Any, pair: Any) -> Any:
+    return builder.bitcast(builder.and_(pair, ir.Constant(_WHOLE, [-65536] * LANES)), _VECTOR)
 
 
 def _shuffled(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:

@@ -67,18 +67,18 @@ class _Packer:
 
     def __init__(self, quantization: Literal["int8"] | None) -> None:
         self._quantization = quantization
-        self._panels: list[Any] = []
+        self._strips: list[Any] = []
         self._scales: list[Any] = []
         self._small: list[Any] = []
         self._ends = [0, 0, 0]
 
     def matrix(self, weight: Tensor) -> tuple[int, int]:
-        """Offsets of its panels and its scales."""
+        """Offsets of its strips and its scales."""
         packed = PackedWeight.quantized(weight) if self._quantization else PackedWeight.of(weight)
         at = self._ends[0], self._ends[1]
-        self._panels.append(packed.panels)
+        self._strips.append(packed.strips)
         self._scales.append(packed.scales)
-        self._ends[0] += len(packed.panels)
+        self._ends[0] += len(packed.strips)
         self._ends[1] += len(packed.scales)
         return at
 
@@ -92,14 +92,14 @@ class _Packer:
         return at
 
     def arrays(self) -> tuple[Any, Any, Any]:
-        """Panels, scales and small values; the packer is empty after it."""
-        panels = np.empty(self._ends[0], dtype=self._panels[0].dtype)
+        """Strips, scales and small values; the packer is empty after it."""
+        strips = np.empty(self._ends[0], dtype=self._strips[0].dtype)
         at = 0
-        while self._panels:  # one by one, so that memory is not doubled
-            part = self._panels.pop(0)
-            panels[at : at + len(part)] = part
+        while self._strips:  # one by one, so that memory is not doubled
+            part = self._strips.pop(0)
+            strips[at : at + len(part)] = part
             at += len(part)
-        return panels, np.concatenate(self._scales), np.concatenate(self._small)
+        return strips, np.concatenate(self._scales), np.concatenate(self._small)
 
 
 class CpuDecoder:
@@ -129,7 +129,7 @@ class CpuDecoder:
             places = [place for matrix in matrices for place in pack.matrix(matrix)]
             table.append(places + [pack.vector(line) for line in lines])
         ends = (*pack.matrix(weights.head), pack.vector(weights.norm.float().numpy()))
-        panels, scales, small = pack.arrays()
+        strips, scales, small = pack.arrays()
         stored = weights.embedding.detach().contiguous()
         self._embedding = stored  # keeps alive what the array below shows
         embedding = (stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored).numpy().reshape(-1)
@@ -149,14 +149,14 @@ class CpuDecoder:
         buffers = [np.zeros(max_tokens * padded(width), dtype=np.float32) for width in (
             hidden, hidden, block.in_width, block.out_width, 2 * padded(intermediate), intermediate)]  # fmt: skip
         need = max(block.scratch_size, max(scratch_size(K) for K in (hidden, block.out_width, intermediate)))
-        self.nbytes = sum(array.nbytes for array in (panels, scales, small))
+        self.nbytes = sum(array.nbytes for array in (strips, scales, small))
         self._products = sum(matrix.numel() for layer in weights.layers for matrix in (
             layer.in_proj, layer.out_proj, layer.gate_up_proj, layer.down_proj))  # fmt: skip
         self.team = Team(threads, _work, _serve, (
             self._step, self._ids, self._segments, self._wanted, pool.numpy().reshape(-1),
             np.array((layout.row_size, layout.layer_size, layout.head_size), dtype=np.int64), block.places, block.dims,
             np.array(widths, dtype=np.int64), np.float32(weights.norm_eps), np.array(table, dtype=np.int64),
-            np.array(ends, dtype=np.int64), embedding, panels, scales, small, *buffers, self.hidden.reshape(-1),
+            np.array(ends, dtype=np.int64), embedding, strips, scales, small, *buffers, self.hidden.reshape(-1),
             self._logits.reshape(-1), np.empty((threads, padded(need)), dtype=np.float32),
         ))  # fmt: skip
 

@@ -1,9 +1,9 @@
 """``x weight^T`` on the CPU, every output added up in one order: k = 0, 1, 2, ... with fused multiply-adds.
 
 So a row's bits depend on nothing but the row: not on how many rows there are, not on its place among them, not on the
-number of threads. Weights are packed once into panels of up to `PANEL` outputs, k by k, that are read from start to
-end: few rows are multiplied at the speed of memory, many from the cache, where a strip of the panel is widened to
-float32 once for all of them. Sums are float32 whatever the weights are.
+number of threads. Weights are packed once into strips of 16 outputs, k by k, that are read from start to end: few rows
+are multiplied at the speed of memory, many from the cache, where a strip is widened to float32 once for all of them.
+Sums are float32 whatever the weights are.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 from torch import Tensor
 
-from lattice_serve.kernels.cpu.vector import load, store, tile, widened
+from lattice_serve.kernels.cpu.vector import load, pair, store, tile, widened
 from lattice_serve.kernels.lanes import LANES, padded
 
 PANEL = 64
-"""Outputs of a panel; the last one of a weight has what remains, in vectors."""
+"""Outputs that a thread takes at once: four strips."""
 _FEW = 32
 """Rows up to which weights are widened on their way into every tile, not once for all."""
 _ROWS = 6
@@ -29,14 +30,14 @@ _ROWS = 6
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight [N, K] in panels [K, width], N filled up with zeros to whole vectors."""
+    """A weight [N, K] in strips [K, 16], N filled up with zeros."""
 
     N: int
     K: int
-    panels: Any
-    """float32, uint16 with the bits of bfloat16, or int8 [padded(N) K]."""
+    strips: Any
+    """float32 or int8 [padded(N) K], or uint32 [padded(N) (K + 1) // 2] with the bits of two bfloat16, see `pair`."""
     scales: Any
-    """float32 [padded(N)], one an output, where the panels are int8; else [0]."""
+    """float32 [padded(N)], one an output, where the strips are int8; else [0]."""
 
     @classmethod
     def of(cls, weight: Tensor) -> PackedWeight:
@@ -56,7 +57,7 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        return int(self.panels.nbytes + self.scales.nbytes)
+        return int(self.strips.nbytes + self.scales.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [M, K] float32 and contiguous -> [M, N] float32. Raises ValueError when it is not."""
@@ -65,7 +66,7 @@ class PackedWeight:
         out = x.new_empty(len(x), padded(self.N))
         scratch = np.empty(scratch_size(self.K), dtype=np.float32)
         linear(
-            self.panels, 0, self.scales, 0, self.N, self.K, x.numpy().reshape(-1), self.K, len(x),
+            self.strips, 0, self.scales, 0, self.N, self.K, x.numpy().reshape(-1), self.K, len(x),
             out.numpy().reshape(-1), out.shape[1], False, 0, panel_count(self.N), scratch, 0,
         )  # fmt: skip
         return out[:, : self.N]
@@ -73,10 +74,11 @@ class PackedWeight:
 
 def _pack(weight: Tensor) -> Any:
     N, K = weight.shape
-    whole = weight.detach().new_zeros(padded(N), K)
-    whole[:N] = weight.detach()
-    packed = torch.cat([panel.mT.flatten() for panel in whole.split(PANEL)])
-    return packed.view(torch.uint16).numpy() if packed.dtype == torch.bfloat16 else packed.numpy()
+    halves = 2 if weight.dtype == torch.bfloat16 else 1
+    whole = weight.detach().new_zeros(padded(N), -(-K // halves) * halves)
+    whole[:N, :K] = weight.detach()
+    strips = whole.view(-1, LANES, whole.shape[1] // halves, halves).movedim(1, 2).flatten()
+    return strips.view(torch.uint32).numpy() if halves == 2 else strips.numpy()
 
 
 def scratch_size(K: int) -> int:
@@ -103,21 +105,53 @@ def _emit(sums: Any, o_sums: int, scales: Any, o_s: int, scaled: bool, add: bool
 
 @njit(cache=True)
 def _rows(
-    rows: int, x: Any, o_x: int, x_row: int, w: Any, o_w: int, w_row: int, K: int, sums: Any, o_sums: int
+    rows: int, x: Any, o_x: int, x_row: int, w: Any, o_w: int, K: int, sums: Any, o_sums: int
 ) -> None:  # fmt: skip
-    """A tile of up to `_ROWS` rows and one vector."""
+    """A tile of up to `_ROWS` rows and one strip."""
     if rows == 6:
-        tile(6, 1, 0, x, o_x, x_row, 1, w, o_w, w_row, K, sums, o_sums, LANES)
+        tile(6, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, o_sums, LANES)
     elif rows == 5:
-        tile(5, 1, 0, x, o_x, x_row, 1, w, o_w, w_row, K, sums, o_sums, LANES)
+        tile(5, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, o_sums, LANES)
     elif rows == 4:
-        tile(4, 1, 0, x, o_x, x_row, 1, w, o_w, w_row, K, sums, o_sums, LANES)
+        tile(4, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, o_sums, LANES)
     elif rows == 3:
-        tile(3, 1, 0, x, o_x, x_row, 1, w, o_w, w_row, K, sums, o_sums, LANES)
+        tile(3, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, o_sums, LANES)
     elif rows == 2:
-        tile(2, 1, 0, x, o_x, x_row, 1, w, o_w, w_row, K, sums, o_sums, LANES)
+        tile(2, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, o_sums, LANES)
     else:
-        tile(1, 1, 0, x, o_x, x_row, 1, w, o_w, w_row, K, sums, o_sums, LANES)
+        tile(1, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, o_sums, LANES)
+
+
+def _widen(w: Any, o_w: int, K: int, strip: Any, o_strip: int) -> None:
+    """A strip to float32."""
+
+
+@overload(_widen, strict=False)
+def _widen_of(w: Any, o_w: Any, K: Any, strip: Any, o_strip: Any) -> Any:
+    def single(w: Any, o_w: int, K: int, strip: Any, o_strip: int) -> None:
+        for k in range(K):
+            store(strip, o_strip + k * LANES, widened(w, o_w + k * LANES))
+
+    def pairs(w: Any, o_w: int, K: int, strip: Any, o_strip: int) -> None:
+        for k in range(0, K - 1, 2):
+            store(strip, o_strip + k * LANES, pair(w, o_w + k // 2 * LANES, 0))
+            store(strip, o_strip + (k + 1) * LANES, pair(w, o_w + k // 2 * LANES, 1))
+        if K % 2 == 1:
+            store(strip, o_strip + (K - 1) * LANES, pair(w, o_w + K // 2 * LANES, 0))
+
+    return pairs if w.dtype == types.uint32 else single
+
+
+def _strip_size(K: int, w: Any) -> int:
+    """Elements of one strip."""
+    return LANES * (-(-K // 2) if w.dtype == np.uint32 else K)
+
+
+@overload(_strip_size, strict=False)
+def _strip_size_of(K: Any, w: Any) -> Any:
+    if w.dtype == types.uint32:
+        return lambda K, w: LANES * ((K + 1) // 2)
+    return lambda K, w: LANES * K
 
 
 @njit(cache=True)
@@ -127,32 +161,33 @@ def linear(
 ) -> None:  # fmt: skip
     """Panels `first` to `last` of a packed weight: out [M, out_row] = x [M, x_row] weight^T, or that added to out.
 
-    The panels begin at o_w of w, the scales at o_s of scales, `scratch_size(K)` floats at o_scratch of scratch; all
+    The strips begin at o_w of w, the scales at o_s of scales, `scratch_size(K)` floats at o_scratch of scratch; all
     arrays are [..]. Outputs beyond N up to `padded(N)` become 0.
     """
     scaled = len(scales) > 0
     strip, sums = o_scratch, o_scratch + K * LANES
+    size = _strip_size(K, w)
     whole = -(-N // LANES) * LANES
     for panel in range(first, last):
         begin = panel * PANEL
         width = min(PANEL, whole - begin)
-        o_p = o_w + begin * K
+        o_p = o_w + begin // LANES * size
         if M == 1 and width == PANEL:
-            tile(1, 4, 0, x, 0, 0, 1, w, o_p, width, K, scratch, sums, 0)
+            tile(1, 4, 0, x, 0, 0, 1, w, o_p, LANES, size, K, scratch, sums, 0)
             _emit(scratch, sums, scales, o_s + begin, scaled, add, out, begin, PANEL)
             continue
         for j in range(0, width, LANES):
+            o_j = o_p + j // LANES * size
             if M > _FEW:
-                for k in range(K):
-                    store(scratch, strip + k * LANES, widened(w, o_p + k * width + j))
+                _widen(w, o_j, K, scratch, strip)
             i = 0
             while i < M:
                 # As many tiles as it takes, all but equally tall: a low one would leave the processor waiting.
                 rows = -(-(M - i) // -(-(M - i) // _ROWS))
                 if M > _FEW:
-                    _rows(rows, x, i * x_row, x_row, scratch, strip, LANES, K, scratch, sums)
+                    _rows(rows, x, i * x_row, x_row, scratch, strip, K, scratch, sums)
                 else:
-                    _rows(rows, x, i * x_row, x_row, w, o_p + j, width, K, scratch, sums)
+                    _rows(rows, x, i * x_row, x_row, w, o_j, K, scratch, sums)
                 for r in range(rows):
                     o_out = (i + r) * out_row + begin + j
                     _emit(scratch, sums + r * LANES, scales, o_s + begin + j, scaled, add, out, o_out, LANES)

@@ -43,14 +43,24 @@ def _dot(x: Any, o_x: int, y: Any, o_y: int, n: int) -> float:
 
 
 @njit(cache=True)
+def _dots(x: Any, o_x: int, w: Any, o_w: int, n: int, rows: int, out: Any, o_out: int) -> None:
+    """out[r] = sum_i x[i] w[r n + i] of n elements."""
+    whole = rows // 8 * 8
+    for r in range(0, whole, 8):
+        eight_dots(x, o_x, w, o_w + r * n, n, n, out, o_out + r)
+    for r in range(whole, rows):
+        out[o_out + r] = _dot(x, o_x, w, o_w + r * n, n)
+
+
+@njit(cache=True)
 def _combine(x: Any, o_x: int, x_step: int, w: Any, o_w: int, w_row: int, K: int, out: Any, o_out: int, n: int) -> None:
     """out [n] += sum_k x[k x_step] w[k w_row + j], n a multiple of 16."""
     j = 0
     while j + 4 * LANES <= n:
-        tile(1, 4, 1, x, o_x, 0, x_step, w, o_w + j, w_row, K, out, o_out + j, 0)
+        tile(1, 4, 1, x, o_x, 0, x_step, w, o_w + j, w_row, LANES, K, out, o_out + j, 0)
         j += 4 * LANES
     while j < n:
-        tile(1, 1, 1, x, o_x, 0, x_step, w, o_w + j, w_row, K, out, o_out + j, 0)
+        tile(1, 1, 1, x, o_x, 0, x_step, w, o_w + j, w_row, 0, K, out, o_out + j, 0)
         j += LANES
 
 
@@ -83,8 +93,7 @@ def _recur(S: Any, o: int, places: Any, d: int, m: int, slot: int, C: int, objec
         for j in range(0, m, LANES):
             store(x, negative + j, -load(x, o_k + j))
         _combine(x, negative, 1, S, o_A, d, m, x, h, d)
-    for j in range(0, m, 8):
-        eight_dots(x, h, S, o_A + j * d, d, d, x, w + j)
+    _dots(x, h, S, o_A, d, m, x, w)
     step = splat(gamma)
     for j in range(0, m, LANES):
         key = load(x, o_k + j)
@@ -92,8 +101,7 @@ def _recur(S: Any, o: int, places: Any, d: int, m: int, slot: int, C: int, objec
             key = key - load(x, w + j)
         store(x, c + j, step * key)
     _clear(x, sums, m)
-    for s in range(slot):
-        x[factors + s] = _dot(S, o_h + s * d, x, h, d)
+    _dots(x, h, S, o_h, d, slot, x, factors)
     decay = splat(mu)
     for j in range(0, slot * m, LANES):
         store(S, o_c + j, decay * load(S, o_c + j))
@@ -120,8 +128,7 @@ def _recur(S: Any, o: int, places: Any, d: int, m: int, slot: int, C: int, objec
         store(x, sums + j, qn_j * (a_ - b_j))
     _clear(x, o_y, d)
     _combine(x, sums, 1, S, o_A, d, m, x, o_y, d)
-    for s in range(slot):
-        x[factors + s] = _dot(S, o_c + s * m, x, qn, m)
+    _dots(x, qn, S, o_c, m, slot, x, factors)
     _combine(x, factors, 1, S, o_h, d, slot, x, o_y, d)
     last = splat(_dot(x, c, x, qn, m))
     for i in range(0, d, LANES):
