@@ -205,7 +205,8 @@ def tile(
     For r < rows and j < 16 vectors, literals both, as is add: 1 if the sum begins with what is in out. One accumulator
     an output, and fused multiply-adds in the order of k: how many rows and vectors a tile has changes no bit.
     x and out are float32 [..]. Vector v of w_k begins at o_w + v w_vector + k w_step where w is float32 or int8 [..];
-    where it is uint32, bfloat16 in pairs (see `pair`), it is half of what begins at o_w + v w_vector + (k // 2) w_step.
+    where it is uint32, it is half of what begins at o_w + v w_vector + (k // 2) w_step: the bits of two bfloat16, for
+    even k in the lower half. So two steps of k lie in one element, and it takes one operation to widen either.
     """
     literals = (rows, vectors, add)
     if not all(isinstance(number, types.IntegerLiteral) for number in literals):
@@ -269,20 +270,6 @@ def widened(typingctx: Any, w: Any, offset: Any) -> Any:
         return _widened(builder, _pointer(context, builder, signature.args[0], *values))
 
     return _vector(w, types.intp), codegen
-
-
-@intrinsic(prefer_literal=True)
-def pair(typingctx: Any, w: Any, offset: Any, half: Any) -> Any:
-    """One half of elements `offset` to `offset + 16` of uint32 w [..], each the bits of two bfloat16, as float32.
-
-    half: literal, 0 for the lower. Two steps of k lie in one element so that it takes one operation to widen either.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        both = _read(builder, _pointer(context, builder, signature.args[0], *values[:2]), _WHOLE)
-        return (_high if half.literal_value else _low)(builder, both)
-
-    return _vector(w, types.intp, half), codegen
 
 
 def _checked(array: Any) -> Any:

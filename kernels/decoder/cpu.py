@@ -22,7 +22,7 @@ from lattice_serve.kernels.cpu.team import Team, enter, finish, leave, take, wai
 from lattice_serve.kernels.cpu.vector import store, widened
 from lattice_serve.kernels.cpu_features import vectors
 from lattice_serve.kernels.lanes import LANES, padded
-from lattice_serve.kernels.linear.cpu import PackedWeight, linear, panel_count, scratch_size
+from lattice_serve.kernels.linear.cpu import SUMS, PackedWeight, linear, panel_count
 from lattice_serve.kernels.mixer.cpu import MixerBlock, mix_head
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.segments import Segments
@@ -148,7 +148,7 @@ class CpuDecoder:
         """[max_tokens, hidden filled up] the last step's final hidden states of the rows that were wanted."""
         buffers = [np.zeros(max_tokens * padded(width), dtype=np.float32) for width in (
             hidden, hidden, block.in_width, block.out_width, 2 * padded(intermediate), intermediate)]  # fmt: skip
-        need = max(block.scratch_size, max(scratch_size(K) for K in (hidden, block.out_width, intermediate)))
+        need = max(block.scratch_size, SUMS)
         self.nbytes = sum(array.nbytes for array in (strips, scales, small))
         self._products = sum(matrix.numel() for layer in weights.layers for matrix in (
             layer.in_proj, layer.out_proj, layer.gate_up_proj, layer.down_proj))  # fmt: skip
@@ -260,14 +260,14 @@ def _work(
             scratch,
         )
         units = H * n
-        share = _share(units, 2 * threads if threads > 1 else 1)
+        # A head's tokens of a prompt are work for one thread; those of one token each go by the sequence, as they lie.
+        share = 1 if n < M else -(-H // 2)
         count = _items(units, share)
         while ticket < base + count:
             wait_for(sync, base)
             first = (ticket - base) * share
             for unit in range(first, min(first + share, units)):
-                # Heads vary slowest: every thread gets its share of a long prefill piece and of the decode rows.
-                head, i = unit // n, unit % n
+                i, head = unit // H, unit % H
                 o = segments[0, i] * row_size + layer * layer_size + head * head_size
                 mix_head(
                     S, o, places, dims, segments[1, i], segments[2, i], segments[2, i + 1], z, z_row, head, small,

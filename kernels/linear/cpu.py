@@ -2,7 +2,7 @@
 
 So a row's bits depend on nothing but the row: not on how many rows there are, not on its place among them, not on the
 number of threads. Weights are packed once into strips of 16 outputs, k by k, that are read from start to end: few rows
-are multiplied at the speed of memory, many from the cache, where a strip is widened to float32 once for all of them.
+are multiplied at the speed of memory, many at that of the processor's multipliers, 6 rows to a load of weights.
 Sums are float32 whatever the weights are.
 """
 
@@ -17,15 +17,15 @@ from numba import njit, types
 from numba.extending import overload
 from torch import Tensor
 
-from lattice_serve.kernels.cpu.vector import load, pair, store, tile, widened
+from lattice_serve.kernels.cpu.vector import load, store, tile
 from lattice_serve.kernels.lanes import LANES, padded
 
 PANEL = 64
 """Outputs that a thread takes at once: four strips."""
-_FEW = 32
-"""Rows up to which weights are widened on their way into every tile, not once for all."""
 _ROWS = 6
 """Rows of a tile of one vector: 12 sums in the 16 registers of AVX2."""
+SUMS = _ROWS * LANES
+"""Floats that `linear` wants of its thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class PackedWeight:
     N: int
     K: int
     strips: Any
-    """float32 or int8 [padded(N) K], or uint32 [padded(N) (K + 1) // 2] with the bits of two bfloat16, see `pair`."""
+    """float32 or int8 [padded(N) K], or uint32 [padded(N) (K + 1) // 2] with the bits of two bfloat16."""
     scales: Any
     """float32 [padded(N)], one an output, where the strips are int8; else [0]."""
 
@@ -64,7 +64,7 @@ class PackedWeight:
         if x.ndim != 2 or x.shape[1] != self.K or x.dtype != torch.float32 or not x.is_contiguous():
             raise ValueError(f"x must be contiguous float32 [M, {self.K}], not {x.dtype} {tuple(x.shape)}")
         out = x.new_empty(len(x), padded(self.N))
-        scratch = np.empty(scratch_size(self.K), dtype=np.float32)
+        scratch = np.empty(SUMS, dtype=np.float32)
         linear(
             self.strips, 0, self.scales, 0, self.N, self.K, x.numpy().reshape(-1), self.K, len(x),
             out.numpy().reshape(-1), out.shape[1], False, 0, panel_count(self.N), scratch, 0,
@@ -79,11 +79,6 @@ def _pack(weight: Tensor) -> Any:
     whole[:N, :K] = weight.detach()
     strips = whole.view(-1, LANES, whole.shape[1] // halves, halves).movedim(1, 2).flatten()
     return strips.view(torch.uint32).numpy() if halves == 2 else strips.numpy()
-
-
-def scratch_size(K: int) -> int:
-    """Floats that `linear` wants of its thread for products of K: a widened strip, and the sums of a tile."""
-    return K * LANES + _ROWS * PANEL
 
 
 @njit(cache=True)
@@ -122,26 +117,6 @@ def _rows(
         tile(1, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, o_sums, LANES)
 
 
-def _widen(w: Any, o_w: int, K: int, strip: Any, o_strip: int) -> None:
-    """A strip to float32."""
-
-
-@overload(_widen, strict=False)
-def _widen_of(w: Any, o_w: Any, K: Any, strip: Any, o_strip: Any) -> Any:
-    def single(w: Any, o_w: int, K: int, strip: Any, o_strip: int) -> None:
-        for k in range(K):
-            store(strip, o_strip + k * LANES, widened(w, o_w + k * LANES))
-
-    def pairs(w: Any, o_w: int, K: int, strip: Any, o_strip: int) -> None:
-        for k in range(0, K - 1, 2):
-            store(strip, o_strip + k * LANES, pair(w, o_w + k // 2 * LANES, 0))
-            store(strip, o_strip + (k + 1) * LANES, pair(w, o_w + k // 2 * LANES, 1))
-        if K % 2 == 1:
-            store(strip, o_strip + (K - 1) * LANES, pair(w, o_w + K // 2 * LANES, 0))
-
-    return pairs if w.dtype == types.uint32 else single
-
-
 def _strip_size(K: int, w: Any) -> int:
     """Elements of one strip."""
     return LANES * (-(-K // 2) if w.dtype == np.uint32 else K)
@@ -157,15 +132,14 @@ def _strip_size_of(K: Any, w: Any) -> Any:
 @njit(cache=True)
 def linear(
     w: Any, o_w: int, scales: Any, o_s: int, N: int, K: int, x: Any, x_row: int, M: int, out: Any, out_row: int,
-    add: bool, first: int, last: int, scratch: Any, o_scratch: int,
+    add: bool, first: int, last: int, sums: Any, o_sums: int,
 ) -> None:  # fmt: skip
     """Panels `first` to `last` of a packed weight: out [M, out_row] = x [M, x_row] weight^T, or that added to out.
 
-    The strips begin at o_w of w, the scales at o_s of scales, `scratch_size(K)` floats at o_scratch of scratch; all
+    The strips begin at o_w of w, the scales at o_s of scales, `SUMS` floats at o_sums of sums are for scratch; all
     arrays are [..]. Outputs beyond N up to `padded(N)` become 0.
     """
     scaled = len(scales) > 0
-    strip, sums = o_scratch, o_scratch + K * LANES
     size = _strip_size(K, w)
     whole = -(-N // LANES) * LANES
     for panel in range(first, last):
@@ -173,22 +147,17 @@ def linear(
         width = min(PANEL, whole - begin)
         o_p = o_w + begin // LANES * size
         if M == 1 and width == PANEL:
-            tile(1, 4, 0, x, 0, 0, 1, w, o_p, LANES, size, K, scratch, sums, 0)
-            _emit(scratch, sums, scales, o_s + begin, scaled, add, out, begin, PANEL)
+            tile(1, 4, 0, x, 0, 0, 1, w, o_p, LANES, size, K, sums, o_sums, 0)
+            _emit(sums, o_sums, scales, o_s + begin, scaled, add, out, begin, PANEL)
             continue
         for j in range(0, width, LANES):
             o_j = o_p + j // LANES * size
-            if M > _FEW:
-                _widen(w, o_j, K, scratch, strip)
             i = 0
             while i < M:
                 # As many tiles as it takes, all but equally tall: a low one would leave the processor waiting.
                 rows = -(-(M - i) // -(-(M - i) // _ROWS))
-                if M > _FEW:
-                    _rows(rows, x, i * x_row, x_row, scratch, strip, K, scratch, sums)
-                else:
-                    _rows(rows, x, i * x_row, x_row, w, o_j, K, scratch, sums)
+                _rows(rows, x, i * x_row, x_row, w, o_j, K, sums, o_sums)
                 for r in range(rows):
                     o_out = (i + r) * out_row + begin + j
-                    _emit(scratch, sums + r * LANES, scales, o_s + begin + j, scaled, add, out, o_out, LANES)
+                    _emit(sums, o_sums + r * LANES, scales, o_s + begin + j, scaled, add, out, o_out, LANES)
                 i += rows
