@@ -73,6 +73,8 @@ class EngineConfig(BaseModel):
     """Bytes for the state pool when `max_rows` is not given."""
     max_step_tokens: int = Field(default=512, ge=1)
     """Tokens a step, prefill and decode together."""
+    step_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds that a step may take while answers are under way: prompts are cut to fit. None: no such limit."""
     max_waiting: int = Field(default=1024, ge=0)
     """Sequences that may wait for a row; more are refused."""
     threads: int | None = Field(default=None, ge=1)

@@ -14,6 +14,7 @@ from lattice_serve.engine.config import EngineConfig, ModelConfig
 from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError, NumericalError
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit, TokenOutput
+from lattice_serve.engine.pace import Pace
 from lattice_serve.engine.runner import Runner
 from lattice_serve.engine.sampler import Sampled, SampleRow, TokenCounts, penalised
 from lattice_serve.engine.sampling import SamplingParams
@@ -58,6 +59,7 @@ class Engine:
         self.scheduler = Scheduler(
             rows=self.pool.rows, max_step_tokens=config.max_step_tokens, max_waiting=config.max_waiting
         )
+        self._pace = Pace(config.step_seconds, config.max_step_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._seeds = random.Random(os.urandom(16))
         self._prompt_tokens = self._generated = self._steps = self._step_tokens = 0
@@ -117,9 +119,11 @@ class Engine:
 
     def step(self) -> StepOutputs:
         """Schedule, run, sample, advance, emit. At most `max_step_tokens` tokens."""
-        batch = self.scheduler.schedule()
+        batch = self.scheduler.schedule(self._pace.tokens(self.scheduler.decoding))
         self._move_states(batch)
+        began = time.monotonic()
         results = self.runner.run(batch.pieces) if batch.pieces else []
+        self._pace.record(batch.tokens, time.monotonic() - began)
         self._steps += 1
         self._step_tokens = batch.tokens
         outputs: list[TokenOutput] = []

@@ -85,8 +85,16 @@ class Scheduler:
         (self.running if sequence.status is Status.RUNNING else self.waiting).remove(sequence)
         self._since.pop(sequence.request_id, None)
 
-    def schedule(self) -> Batch:
-        """Choose the next step. Sequences change their status here; rows and states are the caller's to move."""
+    @property
+    def decoding(self) -> int:
+        """Sequences that run and wait for their next token."""
+        return sum(sequence.decoding for sequence in self.running)
+
+    def schedule(self, tokens: int | None = None) -> Batch:
+        """Choose the next step, of up to `tokens` or `max_step_tokens`.
+
+        Sequences change their status here; rows and states are the caller's to move.
+        """
         self._step += 1
         batch = Batch()
         self._refresh_deadlines()
@@ -95,7 +103,7 @@ class Scheduler:
         # share the rest evenly, what the short ones leave going to the long: none waits for another's to end.
         decoding = [sequence for sequence in self.running if sequence.decoding]
         prompts = sorted((s for s in self.running if not s.decoding), key=lambda sequence: sequence.uncomputed)
-        left = self.max_step_tokens
+        left = self.max_step_tokens if tokens is None else min(tokens, self.max_step_tokens)
         for place, sequence in enumerate(decoding + prompts):
             share = 1 if place < len(decoding) else max(1, left // (len(self.running) - place))
             count = min(sequence.uncomputed, share, left)

@@ -47,6 +47,10 @@ def serve(
     max_step_tokens: Annotated[
         int | None, typer.Option(help="Tokens a step, prompts and answers together.", show_default="512")
     ] = None,
+    step_seconds: Annotated[
+        float | None,
+        typer.Option(help="Seconds that a step may take while answers run: prompts are cut.", show_default="0.05"),
+    ] = None,
     max_waiting: Annotated[
         int | None, typer.Option(help="Requests that may wait; more are answered 429.", show_default="1024")
     ] = None,
@@ -80,6 +84,7 @@ def serve(
             max_rows=max_rows,
             state_memory=None if state_memory is None else parse_size(state_memory),
             max_step_tokens=max_step_tokens,
+            step_seconds=step_seconds,
             max_waiting=max_waiting,
             grace_period=grace_period,
             log_level=log_level,
