@@ -15,7 +15,7 @@ def test_defaults() -> None:
     settings = Settings.load()
     assert (settings.host, settings.port, settings.api_keys) == ("127.0.0.1", 8000, ())
     assert settings.model_name == "lattice"
-    assert settings.engine_config() == EngineConfig(model=settings.model)
+    assert settings.engine_config() == EngineConfig(model=settings.model, step_seconds=0.05)
 
 
 def test_a_keyword_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
