@@ -19,6 +19,10 @@ from lattice_serve.kernels.decoder.cpu import CpuDecoder, DecoderWeights, LayerW
 from lattice_serve.kernels.linear import RowInvariantLinear
 from lattice_serve.kernels.mixer import Segments, StateLayout, mix
 
+_PARALLEL_ALONE, _PARALLEL_BESIDE = 4_000_000, 60_000_000
+"""Multiply-adds of a step from which on it is shared out over threads: a fifth of a millisecond, where nothing else
+wants the processors; some milliseconds where threads would mostly take them from those who send the answers."""
+
 
 class Backend(Protocol):
     name: str
@@ -72,19 +76,26 @@ def make_backend(
     *,
     max_tokens: int,
     threads: int,
+    beside: bool,
     quantization: Literal["int8"] | None = None,
 ) -> Backend:
     """The fastest there is for the device of `pool` [rows, row_size], for steps of up to `max_tokens` tokens.
 
-    The matrices of `model` may be the backend's alone afterwards: only its small tensors are there for others. Raises
-    `ConfigError` for a quantization that the device does not have.
+    beside: whether other work wants the processors too. The matrices of `model` may be the backend's alone afterwards:
+    only its small tensors are there for others. Raises `ConfigError` for a quantization that the device does not have.
     """
     if pool.device.type != "cpu":
         if quantization is not None:
             raise ConfigError("quantization is for the CPU: leave it out", param="quantization")
         return TorchBackend(model, layout, pool, max_tokens)
     backend = CpuDecoder(
-        decoder_weights(model), layout, pool, max_tokens=max_tokens, threads=threads, quantization=quantization
+        decoder_weights(model),
+        layout,
+        pool,
+        max_tokens=max_tokens,
+        threads=threads,
+        parallel_from=_PARALLEL_BESIDE if beside else _PARALLEL_ALONE,
+        quantization=quantization,
     )
     for layer in model.layers:  # packed now, and not to be kept twice
         for linear in (layer.mixer.in_proj, layer.mixer.out_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):

@@ -30,8 +30,8 @@ MAX_ROWS = 256
 
 
 class Engine:
-    def __init__(self, config: EngineConfig, *, progress: bool = False) -> None:
-        """Load the model and reserve the state pool.
+    def __init__(self, config: EngineConfig, *, progress: bool = False, beside: bool = False) -> None:
+        """Load the model and reserve the state pool. beside: whether other work wants the processors too.
 
         Raises `CheckpointError` for a bad model folder, `ConfigError` for settings that do not fit it.
         """
@@ -52,6 +52,7 @@ class Engine:
             self.pool.memory,
             max_tokens=config.max_step_tokens,
             threads=threads,
+            beside=beside,
             quantization=config.quantization,
         )
         self._check_bits(backend)

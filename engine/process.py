@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         listener.bind(str(options.socket))
         listener.listen(1)
         try:
-            engine = Engine(EngineConfig.model_validate_json(options.config), progress=True)
+            engine = Engine(EngineConfig.model_validate_json(options.config), progress=True, beside=True)
         except LatticeError as error:
             print(f"error: {error.message}", file=sys.stderr)
             return 1

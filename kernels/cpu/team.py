@@ -22,8 +22,8 @@ _TICKET, _DONE, _OPEN, _INSIDE, _ASLEEP = 0, 8, 16, 24, 32
 """Places in the shared int64 array, each on a cache line of its own: the next item, items done, number of the step that
 may be entered (0: none), threads inside it, and from there on whether each thread sleeps."""
 _LOOKS_A_YIELD = 64
-_YIELDS_BEFORE_SLEEP = 2000
-"""A thread without work gives way to others that many times, about a millisecond, before it sleeps."""
+_YIELDS_BEFORE_SLEEP = 500
+"""A thread without work gives way to others that many times, a fraction of a millisecond, before it sleeps."""
 
 _HINTS = {
     "x86_64": ("llvm.x86.sse2.pause", []),

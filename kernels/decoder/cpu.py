@@ -34,8 +34,6 @@ _ROWS = 8
 """Rows of an item that works row by row."""
 _COLUMNS = 512
 """Columns of a unit of SwiGLU."""
-_PARALLEL_PRODUCTS = 4_000_000
-"""Multiply-adds of a step, about 200 microseconds, from which on a second thread is worth its meeting points."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +105,13 @@ class CpuDecoder:
 
     def __init__(
         self, weights: DecoderWeights, layout: StateLayout, pool: Tensor, *, max_tokens: int, threads: int,
-        quantization: Literal["int8"] | None = None,
+        parallel_from: int = 4_000_000, quantization: Literal["int8"] | None = None,
     ) -> None:  # fmt: skip
-        """pool: [rows, row_size] float32, the state rows; they are read and written in place, always."""
+        """pool: [rows, row_size] float32, the state rows; they are read and written in place, always.
+
+        Steps of fewer multiply-adds than `parallel_from` (a fifth of a millisecond) are one thread's: they are not
+        worth the meeting of several.
+        """
         block = MixerBlock(layout)
         V, hidden = weights.head.shape
         intermediate = weights.layers[0].down_proj.shape[1]
@@ -134,6 +136,7 @@ class CpuDecoder:
         self._embedding = stored  # keeps alive what the array below shows
         embedding = (stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored).numpy().reshape(-1)
         widths = (hidden, block.in_width, block.out_width, intermediate, V)
+        self._parallel_from = parallel_from
         self.name = f"{vectors()}, {threads} {'thread' if threads == 1 else 'threads'}"
         """What it runs on."""
         self._step = np.zeros(4, dtype=np.int64)
@@ -176,7 +179,7 @@ class CpuDecoder:
         self._segments[0, :n], self._segments[1, :n] = segments.rows, segments.positions
         self._segments[2, : n + 1] = segments.starts
         self._wanted[:R] = wanted
-        threads = self.team.size if M * self._products >= _PARALLEL_PRODUCTS else 1
+        threads = self.team.size if M * self._products >= self._parallel_from else 1
         self._step[:] = M, n, R, threads
         self.team.run(threads)
         return torch.from_numpy(self._logits[:R, : self._vocab_size])

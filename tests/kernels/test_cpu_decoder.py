@@ -16,7 +16,6 @@ from torch import Tensor
 from lattice_serve.engine.backend import decoder_weights
 from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.models.lattice import LatticeForCausalLM
-from lattice_serve.kernels.decoder import cpu
 from lattice_serve.kernels.decoder.cpu import CpuDecoder
 from lattice_serve.kernels.mixer import MixerState, Segments, StateLayout
 from tests.kernels.harness import poison, same_bits
@@ -38,7 +37,9 @@ TOKENS = 48
 class Network:
     """A model of random weights, its decoder, and state rows at their start."""
 
-    def __init__(self, *, threads: int = 1, rows: int = 6, quantization: Any = None, **changes: Any) -> None:
+    def __init__(
+        self, *, threads: int = 1, parallel_from: int = 0, rows: int = 6, quantization: Any = None, **changes: Any
+    ) -> None:
         config = CONFIG.model_copy(update=changes)
         self.model = LatticeForCausalLM(config).requires_grad_(False)
         self.model.initialize(0)
@@ -52,11 +53,12 @@ class Network:
             layout.store(self.start, i, MixerState.initial(self.model.shape, layer.mixer.weights(), 1))
         self.pool = self.start.repeat(rows, 1)
         self.decoder = CpuDecoder(
-            decoder_weights(self.model),
+            weights,
             layout,
             self.pool,
             max_tokens=TOKENS,
             threads=threads,
+            parallel_from=parallel_from,
             quantization=quantization,
         )
 
@@ -94,8 +96,7 @@ def network() -> Network:
         {"hidden_size": 7, "num_heads": 1, "head_dim": 1, "intermediate_size": 3, "vocab_size": 9},
     ],
 )
-def test_it_is_the_model_in_float64(changes: dict[str, Any], threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_PARALLEL_PRODUCTS", 0)
+def test_it_is_the_model_in_float64(changes: dict[str, Any], threads: int) -> None:
     network = Network(threads=threads, **changes)
     ids = [token % network.model.config.vocab_size for token in tokens(TOKENS)]
     logits, _ = network.alone(ids)
@@ -148,9 +149,9 @@ def test_neighbours_do_not_matter(network: Network, data: st.DataObject) -> None
 @pytest.mark.parametrize("threads", [2, 5])
 def test_any_team_gives_the_same_bits(threads: int, quantization: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """More threads than there are processors, step after step, large and small."""
-    alone, team = (Network(threads=count, quantization=quantization) for count in (1, threads))
+    # Small steps are one thread's between larger ones.
+    alone, team = (Network(threads=count, parallel_from=200_000, quantization=quantization) for count in (1, threads))
     for seed in range(30):
-        monkeypatch.setattr(cpu, "_PARALLEL_PRODUCTS", 10**18 if seed % 7 == 3 else 0)
         sizes = [1, 1, 9] if seed % 2 else [1 + seed]
         batch = [(row, 0, tokens(n, seed)) for row, n in enumerate(sizes)]
         results = []
@@ -160,8 +161,7 @@ def test_any_team_gives_the_same_bits(threads: int, quantization: str | None, mo
         assert all(map(same_bits, *results)), seed
 
 
-def test_members_that_sleep_are_woken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_PARALLEL_PRODUCTS", 0)
+def test_members_that_sleep_are_woken() -> None:
     network = Network(threads=3)
     expected, _ = network.alone(tokens(9))
     for _ in range(5):
@@ -169,8 +169,7 @@ def test_members_that_sleep_are_woken(monkeypatch: pytest.MonkeyPatch) -> None:
         assert same_bits(network.alone(tokens(9))[0], expected)
 
 
-def test_a_team_ends_with_its_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_PARALLEL_PRODUCTS", 0)
+def test_a_team_ends_with_its_decoder() -> None:
     before = threading.active_count()
     for asleep in (False, True):
         network = Network(threads=3)
