@@ -53,7 +53,7 @@ class Network:
             layout.store(self.start, i, MixerState.initial(self.model.shape, layer.mixer.weights(), 1))
         self.pool = self.start.repeat(rows, 1)
         self.decoder = CpuDecoder(
-            weights,
+            decoder_weights(self.model),
             layout,
             self.pool,
             max_tokens=TOKENS,
