@@ -15,7 +15,8 @@ from torch import Tensor
 from lattice_serve import kernels
 from lattice_serve.engine.errors import ConfigError
 from lattice_serve.engine.models.lattice import LatticeForCausalLM
-from lattice_serve.kernels.decoder.cpu import CpuDecoder, DecoderWeights, LayerWeights
+from lattice_serve.kernels.decoder.cpu import CpuDecoder
+from lattice_serve.kernels.decoder.weights import DecoderWeights, LayerWeights
 from lattice_serve.kernels.linear import RowInvariantLinear
 from lattice_serve.kernels.mixer import Segments, StateLayout, mix
 

@@ -23,6 +23,7 @@ from lattice_serve.engine.sequence import Sequence, Status
 from lattice_serve.engine.state_pool import StatePool
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.engine.weights import load_model, pick_dtype
+from lattice_serve.kernels.cpu_features import available_cpus
 from lattice_serve.kernels.mixer import Segments, StateLayout
 
 MAX_ROWS = 256
@@ -286,19 +287,6 @@ class Engine:
         sequence.parked = None
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request_id]
-
-
-def available_cpus() -> int:
-    """Processors that this process may use, by its affinity and its control group's quota."""
-    try:
-        cpus = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        cpus = os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cpus, -(-int(quota) // int(period))))
-    except (OSError, ValueError):  # no control group, or "max"
-        return cpus
 
 
 def failure(request_id: str, error: LatticeError) -> RequestFailed:

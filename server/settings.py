@@ -34,6 +34,7 @@ class Settings(EngineConfig, BaseSettings):
     api_key: SecretStr | None = None
     """One key, or several with commas between them. None: no key is asked for."""
     step_seconds: float | None = Field(default=0.05, gt=0, allow_inf_nan=False)
+    """As the engine's, but limited: a server's clients wait for their next tokens."""
     grace_period: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     """Seconds that running streams have to finish after SIGTERM."""
     max_body_bytes: int = Field(default=8 << 20, ge=1)

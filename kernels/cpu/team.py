@@ -82,6 +82,16 @@ def _pause(typingctx: Any) -> Any:
 
 
 @njit(cache=True)
+def _look_again(looks: int) -> int:
+    """Let a moment pass between looks, and others have the processor after some of them; their number."""
+    _pause()
+    looks += 1
+    if looks % _LOOKS_A_YIELD == 0:
+        _sched_yield()
+    return looks
+
+
+@njit(cache=True)
 def take(sync: Any) -> int:
     """The next ticket of the step."""
     return _add(sync, _TICKET, 1)
@@ -99,10 +109,7 @@ def wait_for(sync: Any, items: int) -> None:
     """Until so many items of the step are done."""
     looks = 0
     while _get(sync, _DONE) < items:
-        _pause()
-        looks += 1
-        if looks % _LOOKS_A_YIELD == 0:
-            _sched_yield()
+        looks = _look_again(looks)
 
 
 @njit(cache=True)
@@ -119,10 +126,7 @@ def enter(sync: Any, last: int, member: int, pipe: int, byte: Any) -> int:
                 return step
             _add(sync, _INSIDE, -1)  # it was closed meanwhile
             continue
-        _pause()
-        looks += 1
-        if looks % _LOOKS_A_YIELD == 0:
-            _sched_yield()
+        looks = _look_again(looks)
         if looks == _LOOKS_A_YIELD * _YIELDS_BEFORE_SLEEP:
             looks = 0
             _swap(sync, _ASLEEP + member, 1)
@@ -155,10 +159,7 @@ def _close(sync: Any) -> None:
     _swap(sync, _OPEN, 0)
     looks = 0
     while _get(sync, _INSIDE) > 0:
-        _pause()
-        looks += 1
-        if looks % _LOOKS_A_YIELD == 0:
-            _sched_yield()
+        looks = _look_again(looks)
 
 
 class Team:

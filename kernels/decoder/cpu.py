@@ -10,23 +10,24 @@ how many rows there are and how a sequence was cut into steps make no difference
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+from torch.nn import functional as F
 
 from lattice_serve.kernels.cpu.team import Team, enter, finish, leave, take, wait_for
 from lattice_serve.kernels.cpu.vector import store, widened
 from lattice_serve.kernels.cpu_features import vectors
+from lattice_serve.kernels.decoder.weights import DecoderWeights, Packer
 from lattice_serve.kernels.lanes import LANES, padded
-from lattice_serve.kernels.linear.cpu import SUMS, PackedWeight, linear, panel_count
-from lattice_serve.kernels.mixer.cpu import MixerBlock, mix_head
+from lattice_serve.kernels.linear.cpu import SUMS, linear, panel_count
+from lattice_serve.kernels.mixer.block import MixerBlock
+from lattice_serve.kernels.mixer.cpu import mix_head
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.segments import Segments
-from lattice_serve.kernels.mixer.shape import MixerWeights
 from lattice_serve.kernels.norm.cpu import rms_norm
 from lattice_serve.kernels.swiglu.cpu import swiglu
 
@@ -34,70 +35,6 @@ _ROWS = 8
 """Rows of an item that works row by row."""
 _COLUMNS = 512
 """Columns of a unit of SwiGLU."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerWeights:
-    """One layer, matrices [out, in] float32 or bfloat16, the rest float32."""
-
-    mixer_norm: Tensor
-    in_proj: Tensor
-    mixer: MixerWeights
-    out_proj: Tensor
-    mlp_norm: Tensor
-    gate_up_proj: Tensor
-    down_proj: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecoderWeights:
-    """The network. Head and embedding [V, hidden] may be one tensor."""
-
-    embedding: Tensor
-    layers: Sequence[LayerWeights]
-    norm: Tensor
-    head: Tensor
-    norm_eps: float
-
-
-class _Packer:
-    """Lays tensors one after another into flat arrays."""
-
-    def __init__(self, quantization: Literal["int8"] | None) -> None:
-        self._quantization = quantization
-        self._strips: list[Any] = []
-        self._scales: list[Any] = []
-        self._small: list[Any] = []
-        self._ends = [0, 0, 0]
-
-    def matrix(self, weight: Tensor) -> tuple[int, int]:
-        """Offsets of its strips and its scales."""
-        packed = PackedWeight.quantized(weight) if self._quantization else PackedWeight.of(weight)
-        at = self._ends[0], self._ends[1]
-        self._strips.append(packed.strips)
-        self._scales.append(packed.scales)
-        self._ends[0] += len(packed.strips)
-        self._ends[1] += len(packed.scales)
-        return at
-
-    def vector(self, values: Any) -> int:
-        """Offset of float32 values, filled up with zeros to whole vectors."""
-        at = self._ends[2]
-        filled = np.zeros(padded(len(values)), dtype=np.float32)
-        filled[: len(values)] = values
-        self._small.append(filled)
-        self._ends[2] += len(filled)
-        return at
-
-    def arrays(self) -> tuple[Any, Any, Any]:
-        """Strips, scales and small values; the packer is empty after it."""
-        strips = np.empty(self._ends[0], dtype=self._strips[0].dtype)
-        at = 0
-        while self._strips:  # one by one, so that memory is not doubled
-            part = self._strips.pop(0)
-            strips[at : at + len(part)] = part
-            at += len(part)
-        return strips, np.concatenate(self._scales), np.concatenate(self._small)
 
 
 class CpuDecoder:
@@ -115,7 +52,7 @@ class CpuDecoder:
         block = MixerBlock(layout)
         V, hidden = weights.head.shape
         intermediate = weights.layers[0].down_proj.shape[1]
-        pack = _Packer(quantization)
+        pack = Packer(quantization)
         table = []
         for layer in weights.layers:
             gate, up = layer.gate_up_proj.chunk(2)
@@ -133,6 +70,8 @@ class CpuDecoder:
         ends = (*pack.matrix(weights.head), pack.vector(weights.norm.float().numpy()))
         strips, scales, small = pack.arrays()
         stored = weights.embedding.detach().contiguous()
+        if hidden % LANES:
+            stored = F.pad(stored, (0, padded(hidden) - hidden))
         self._embedding = stored  # keeps alive what the array below shows
         embedding = (stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored).numpy().reshape(-1)
         widths = (hidden, block.in_width, block.out_width, intermediate, V)
@@ -220,8 +159,7 @@ def _work(
 ) -> None:  # fmt: skip
     M, n, R, threads = step[0], step[1], step[2], step[3]
     width, z_width, y_width, inner, V = widths[0], widths[1], widths[2], widths[3], widths[4]
-    row, z_row, y_row = -(-width // LANES) * LANES, -(-z_width // LANES) * LANES, -(-y_width // LANES) * LANES
-    inner_row = -(-inner // LANES) * LANES
+    row, z_row, y_row, inner_row = padded(width), padded(z_width), padded(y_width), padded(inner)
     row_size, layer_size, head_size = sizes[0], sizes[1], sizes[2]
     H = dims[0]
     scratch = scratches[thread]
@@ -236,32 +174,15 @@ def _work(
             first = (ticket - base) * _ROWS
             for t in range(first, min(first + _ROWS, M)):
                 if layer == 0:
-                    for i in range(0, width - LANES + 1, LANES):
-                        store(x, t * row + i, widened(embedding, ids[t] * width + i))
-                    for i in range(width // LANES * LANES, width):
-                        x[t * row + i] = _one(embedding, ids[t] * width + i)
+                    for i in range(0, width, LANES):
+                        store(x, t * row + i, widened(embedding, ids[t] * row + i))
                 rms_norm(x, t * row, width, small, at[8], eps, normed, t * row)
             ticket = finish(sync)
         base += by_rows
         ticket, base = _linear_phase(
-            sync,
-            ticket,
-            base,
-            threads,
-            w,
-            at[0],
-            scales,
-            at[1],
-            z_width,
-            width,
-            normed,
-            row,
-            M,
-            z,
-            z_row,
-            False,
+            sync, ticket, base, threads, w, at[0], scales, at[1], z_width, width, normed, row, M, z, z_row, False,
             scratch,
-        )
+        )  # fmt: skip
         units = H * n
         # A head's tokens of a prompt are work for one thread; those of one token each go by the sequence, as they lie.
         share = 1 if n < M else -(-H // 2)
@@ -317,20 +238,9 @@ def _work(
     base += count
     ticket, base = _linear_phase(
         sync, ticket, base, threads, w, ends[0], scales, ends[1], V, width, hidden, row, R, logits,
-        -(-V // LANES) * LANES, False, scratch,
+        padded(V), False, scratch,
     )  # fmt: skip
     wait_for(sync, base)
-
-
-@njit(cache=True)
-def _one(array: Any, offset: int) -> float:
-    """One element, as `widened` reads sixteen."""
-    last = np.empty(LANES, dtype=array.dtype)
-    last[:] = 0
-    last[0] = array[offset]
-    out = np.empty(LANES, dtype=np.float32)
-    store(out, 0, widened(last, 0))
-    return out[0]
 
 
 @njit(nogil=True, cache=True)

@@ -99,9 +99,7 @@ def _emit(sums: Any, o_sums: int, scales: Any, o_s: int, scaled: bool, add: bool
 
 
 @njit(cache=True)
-def _rows(
-    rows: int, x: Any, o_x: int, x_row: int, w: Any, o_w: int, K: int, sums: Any, o_sums: int
-) -> None:  # fmt: skip
+def _rows(rows: int, x: Any, o_x: int, x_row: int, w: Any, o_w: int, K: int, sums: Any, o_sums: int) -> None:
     """A tile of up to `_ROWS` rows and one strip."""
     if rows == 6:
         tile(6, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, o_sums, LANES)
@@ -141,7 +139,7 @@ def linear(
     """
     scaled = len(scales) > 0
     size = _strip_size(K, w)
-    whole = -(-N // LANES) * LANES
+    whole = padded(N)
     for panel in range(first, last):
         begin = panel * PANEL
         width = min(PANEL, whole - begin)

@@ -12,7 +12,7 @@ from typing import Any
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.llm import Completion
-from lattice_serve.engine.messages import RequestFailed, Submit
+from lattice_serve.engine.messages import RequestFailed, StepOutputs, Submit
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.sequence import Sequence
 
@@ -66,13 +66,7 @@ def drive(
         assert step.stats.step_tokens <= engine.config.max_step_tokens
         assert step.stats.rows_used == step.stats.running <= engine.pool.rows
         assert step.stats.running + step.stats.waiting == len(engine.scheduler)
-        for output in step.outputs:
-            running[output.request_id].add(output)
-            if output.finish_reason is not None:
-                results[output.request_id] = running.pop(output.request_id)
-        for failed in step.failures:
-            del running[failed.request_id]
-            results[failed.request_id] = failed
+        take_in(step, running, results)
     assert not running, "a request was forgotten"
     assert_idle(engine)
     return results
@@ -96,3 +90,14 @@ def assert_idle(engine: Engine) -> None:
     assert engine.pool.used == 0
     engine.check_idle()
     assert not engine.pool.memory.any()
+
+
+def take_in(step: StepOutputs, running: dict[str, Completion], results: dict[str, Completion | RequestFailed]) -> None:
+    """What a step says of the `running`; those that end move to `results`."""
+    for output in step.outputs:
+        running[output.request_id].add(output)
+        if output.finish_reason is not None:
+            results[output.request_id] = running.pop(output.request_id)
+    for failed in step.failures:
+        del running[failed.request_id]
+        results[failed.request_id] = failed

@@ -19,7 +19,7 @@ from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.llm import Completion
 from lattice_serve.engine.messages import Abort, FromEngine, Ready, RequestFailed, StepOutputs, Submit, ToEngine
 from lattice_serve.engine.process import Connection, serve
-from tests.engine.harness import assert_idle, complete, live, make_engine, submit
+from tests.engine.harness import assert_idle, complete, live, make_engine, submit, take_in
 from tests.server.harness import wait_for
 
 SECONDS = 60.0
@@ -82,14 +82,7 @@ class Peer:
         open_ids = {request.request_id: Completion(list(request.prompt_ids)) for request in requests}
         results: dict[str, Completion | RequestFailed] = {}
         while open_ids:
-            step = self.step()
-            for output in step.outputs:
-                open_ids[output.request_id].add(output)
-                if output.finish_reason is not None:
-                    results[output.request_id] = open_ids.pop(output.request_id)
-            for failed in step.failures:
-                del open_ids[failed.request_id]
-                results[failed.request_id] = failed
+            take_in(self.step(), open_ids, results)
         return results
 
     def answers(self, *requests: Submit) -> dict[str, Completion | RequestFailed]:
