@@ -13,12 +13,14 @@ from lattice_serve.engine.backend import Backend, make_backend
 from lattice_serve.engine.config import EngineConfig, ModelConfig
 from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError, NumericalError
+from lattice_serve.engine.memory import Memory
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit, TokenOutput
 from lattice_serve.engine.pace import Pace
+from lattice_serve.engine.prefix_cache import PrefixCache
 from lattice_serve.engine.runner import Runner
 from lattice_serve.engine.sampler import Sampled, SampleRow, TokenCounts, penalised
 from lattice_serve.engine.sampling import SamplingParams
-from lattice_serve.engine.scheduler import Batch, Scheduler
+from lattice_serve.engine.scheduler import Scheduler
 from lattice_serve.engine.sequence import Sequence, Status
 from lattice_serve.engine.state_pool import StatePool
 from lattice_serve.engine.tokenizer import Tokenizer
@@ -61,6 +63,8 @@ class Engine:
         self.scheduler = Scheduler(
             rows=self.pool.rows, max_step_tokens=config.max_step_tokens, max_waiting=config.max_waiting
         )
+        self.cache = PrefixCache([("cpu", config.prefix_cache_memory)])
+        self.memory = Memory(self.pool, self.cache)
         self._pace = Pace(config.step_seconds, config.max_step_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._seeds = random.Random(os.urandom(16))
@@ -85,6 +89,11 @@ class Engine:
         Tokenizer.check(request.prompt_ids, vocab_size)
         Tokenizer.check(params.stop_token_ids, vocab_size, param="stop_token_ids")
         Tokenizer.check(params.logit_bias, vocab_size, param="logit_bias")
+        if not all(0 < point <= len(request.prompt_ids) for point in request.cache_points):
+            raise InvalidParameter(
+                f"cache_points must be from 1 to {len(request.prompt_ids)}, the tokens of the prompt",
+                param="cache_points",
+            )
         if params.max_tokens == 0 and params.prompt_logprobs is None:
             raise InvalidParameter("max_tokens is 0: give at least 1, or ask for prompt_logprobs", param="max_tokens")
 
@@ -121,30 +130,32 @@ class Engine:
 
     def step(self) -> StepOutputs:
         """Schedule, run, sample, advance, emit. At most `max_step_tokens` tokens."""
-        batch = self.scheduler.schedule(self._pace.tokens(self.scheduler.decoding))
-        self._move_states(batch)
+        self.memory.move(self.scheduler.assign(), self.scheduler.running)
+        pieces = self.scheduler.schedule(self._pace.tokens(self.scheduler.decoding))
         began = time.monotonic()
-        results = self.runner.run(batch.pieces) if batch.pieces else []
-        self._pace.record(batch.tokens, time.monotonic() - began)
+        results = self.runner.run(pieces) if pieces else []
         self._steps += 1
-        self._step_tokens = batch.tokens
+        self._step_tokens = sum(piece.tokens for piece in pieces)
+        self._pace.record(self._step_tokens, time.monotonic() - began)
         outputs: list[TokenOutput] = []
         failures: list[RequestFailed] = []
         for result in results:
+            sequence = result.piece.sequence
+            self._prompt_tokens += max(0, min(result.piece.end, len(sequence.prompt_ids)) - result.piece.start)
             if result.error is not None:
-                failures.append(failure(result.sequence.request_id, result.error))
-                self._finish(result.sequence)
-            elif result.sampled is not None:
-                outputs.append(self._advance(result.sequence, result.sampled))
-            elif result.sequence.decoding:
-                outputs.append(self._scored(result.sequence))
-        for piece in batch.pieces:
-            self._prompt_tokens += max(0, min(piece.end, len(piece.sequence.prompt_ids)) - piece.start)
+                failures.append(failure(sequence.request_id, result.error))
+                self._finish(sequence)
+                continue
+            self.memory.keep_prompt(result.piece, result.logits)
+            if result.sampled is not None:
+                outputs.append(self._advance(sequence, result.sampled))
+            elif sequence.decoding:
+                outputs.append(self._scored(sequence))
         return StepOutputs(outputs=outputs, failures=failures, stats=self.stats())
 
     def check_idle(self) -> None:
         """Assert that nothing is left of what has run. To be called when there is no work, and time for it."""
-        self.pool.check_integrity(())
+        self.memory.check_idle()
 
     def stats(self) -> EngineStats:
         waiting = self.scheduler.waiting
@@ -159,6 +170,9 @@ class Engine:
             generation_tokens_total=self._generated,
             steps_total=self._steps,
             step_tokens=self._step_tokens,
+            cache_entries=len(self.cache),
+            cache_bytes=self.cache.nbytes,
+            cache_outcomes=dict(self.cache.outcomes),
         )
 
     def _check_bits(self, backend: Backend) -> None:
@@ -194,6 +208,7 @@ class Engine:
         while self.has_work:
             self.step()
         self._prompt_tokens = self._generated = self._steps = self._step_tokens = 0
+        self.cache.clear()
 
     def _rows(self, row_bytes: int) -> int:
         if self.config.max_rows is not None:
@@ -210,19 +225,6 @@ class Engine:
     def _ends(self, stop_token_ids: tuple[int, ...]) -> tuple[int, ...]:
         eos = self.model.config.eos_token_id
         return stop_token_ids if eos is None else (*stop_token_ids, eos)
-
-    def _move_states(self, batch: Batch) -> None:
-        for sequence in batch.park:
-            assert sequence.row is not None, "a parked sequence had no state row"
-            sequence.parked = self.pool.park(sequence.row)
-            sequence.row = None
-        for sequence in batch.admit:
-            if sequence.parked is None:
-                sequence.row = self.pool.allocate()
-            else:
-                sequence.row, sequence.parked = self.pool.restore(sequence.parked), None
-            if sequence.started is None:
-                sequence.started = time.monotonic()
 
     def _advance(self, sequence: Sequence, sampled: Sampled) -> TokenOutput:
         """Take a sampled token into its sequence, and end that where it should."""
@@ -270,21 +272,20 @@ class Engine:
             finish_reason=sequence.finish_reason,
             stop_reason=stop_reason,
             logprob=None if sampled is None else sampled.logprob,
+            cached_tokens=sequence.cached_tokens if first else 0,
             prompt_logprobs=sequence.prompt_logprobs if first else None,
             queue_seconds=started - sequence.arrived if first else None,
             prefill_seconds=time.monotonic() - started if first else None,
         )
         if sequence.finish_reason is not None:
+            self.memory.keep_answer(sequence)
             self._finish(sequence)
         return output
 
     def _finish(self, sequence: Sequence) -> None:
         """Take a sequence out of everything, and scrub its state."""
         self.scheduler.remove(sequence)
-        if sequence.row is not None:
-            self.pool.free(sequence.row)
-            sequence.row = None
-        sequence.parked = None
+        self.memory.release(sequence)
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request_id]
 

@@ -36,6 +36,8 @@ class Completion:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """One a token, where `SamplingParams.logprobs` asks."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    cached_tokens: int = field(default=0, compare=False)
+    """Tokens of the prompt whose state was there already: it is the same answer without them."""
 
     def add(self, output: TokenOutput) -> None:
         """Take in the next output of this request."""
@@ -46,6 +48,7 @@ class Completion:
             self.logprobs.append(output.logprob)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
+        self.cached_tokens += output.cached_tokens
         self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
 
 

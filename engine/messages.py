@@ -32,6 +32,10 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     params: SamplingParams
     priority: int = 0
     """Lower runs first; equal ones in order of arrival."""
+    cache_salt: str = ""
+    """Only requests with the same one may share cached states."""
+    cache_points: tuple[int, ...] = ()
+    """Numbers of prompt tokens after which to keep the state, beside the places that the cache chooses itself."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -97,6 +101,10 @@ class EngineStats(msgspec.Struct, frozen=True):
     steps_total: int = 0
     step_tokens: int = 0
     """Tokens in the step just run."""
+    cache_entries: int = 0
+    cache_bytes: int = 0
+    cache_outcomes: dict[str, int] = {}
+    """Look-ups in the prefix cache, by how they ended (`engine.prefix_cache.Outcome`)."""
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):

@@ -17,12 +17,14 @@ from lattice_serve.kernels.mixer import Segments
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came out for one piece of a batch."""
+    """What came out for one piece of a step."""
 
-    sequence: Sequence
+    piece: Piece
     sampled: Sampled | None
     """Where the piece ends in a choice."""
     error: NumericalError | None = None
+    logits: Tensor | None = None
+    """[V] that it was chosen from; good until the next step."""
 
 
 class Runner:
@@ -36,21 +38,29 @@ class Runner:
         segments = []
         wanted: list[int] = []
         scoring: dict[int, tuple[int, list[int]]] = {}
-        sampling: dict[int, int] = {}
+        sampling: dict[int, int | None] = {}
+        """Piece -> its place in `wanted`; None where its sequence came with logits."""
         for i, piece in enumerate(pieces):
             assert piece.sequence.row is not None, "a sequence runs without a state row"
+            if not piece.tokens:
+                sampling[i] = None
+                continue
             begin = len(ids)
             ids += piece.sequence.tokens(piece.start, piece.end)
-            segments.append((piece.sequence.row, piece.start, piece.end - piece.start))
+            segments.append((piece.sequence.row, piece.start, piece.tokens))
             if targets := piece.scored:
                 scoring[i] = len(wanted), targets
                 wanted += range(begin, begin + len(targets))
             if piece.samples:
                 sampling[i] = len(wanted)
                 wanted.append(len(ids) - 1)
-        logits = self._backend(ids, Segments.of(segments), wanted)
-        rows = logits if len(sampling) == len(wanted) else logits[list(sampling.values())]
+        logits = self._backend(ids, Segments.of(segments), wanted) if ids else torch.empty(0)
+        if len(sampling) == len(wanted) and None not in sampling.values():
+            rows = logits
+        else:
+            rows = _rows(logits, [(place, pieces[i].sequence) for i, place in sampling.items()])
         sampled = dict(zip(sampling, sample(rows, [pieces[i].sequence.sample_row for i in sampling]), strict=True))
+        places = {i: place for place, i in enumerate(sampling)}
         results = []
         for i, piece in enumerate(pieces):
             error = None
@@ -63,8 +73,20 @@ class Runner:
             except NumericalError as failure:
                 error = failure
             piece.sequence.computed = piece.end
-            results.append(StepResult(piece.sequence, sampled.get(i), error))
+            chosen_from = rows[places[i]] if i in sampled else None
+            results.append(StepResult(piece, sampled.get(i), error, chosen_from))
         return results
+
+
+def _rows(logits: Tensor, places: list[tuple[int | None, Sequence]]) -> Tensor:
+    """[B, V]: of each a row of `logits`, or those that its sequence came with."""
+    rows = []
+    for place, sequence in places:
+        row = sequence.logits if place is None else logits[place]
+        assert row is not None, "a sequence without tokens to run has no logits"
+        rows.append(row)
+        sequence.logits = None
+    return torch.stack(rows) if rows else logits[:0]
 
 
 def _score(sequence: Sequence, logits: Tensor, targets: list[int]) -> None:

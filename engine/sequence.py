@@ -11,6 +11,8 @@ from lattice_serve.engine.messages import FinishReason, Submit, TokenLogprob
 from lattice_serve.engine.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lattice_serve.engine.detokenizer import Detokenizer
     from lattice_serve.engine.sampler import SampleRow
     from lattice_serve.engine.state_pool import ParkedState
@@ -48,6 +50,15 @@ class Sequence:
     """Order of arrival, which parts equal deadlines."""
     output_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    cache_salt: str = ""
+    marks: list[int] = field(default_factory=list)
+    """Places in the prompt where its state is to be kept: no piece goes beyond the next one."""
+    leader: Sequence | None = None
+    """A running sequence with the same prompt, whose state at the prompt's end this one waits for."""
+    cached_tokens: int = 0
+    """Tokens whose state was not computed for it."""
+    logits: Tensor | None = None
+    """[V] of its last token, where they came with a cached state: its next token is chosen without running any."""
     started: float | None = None
     """Monotonic seconds of its first step."""
     finish_reason: FinishReason | None = None
@@ -64,6 +75,8 @@ class Sequence:
             sample_row=sample_row,
             detokenizer=detokenizer,
             prompt_logprobs=scored,
+            cache_salt=request.cache_salt,
+            marks=list(request.cache_points),
         )
 
     @property
@@ -75,6 +88,11 @@ class Sequence:
     def uncomputed(self) -> int:
         """Tokens that its state has yet to see; 1 in decode."""
         return self.length - self.computed
+
+    @property
+    def runnable(self) -> int:
+        """Tokens that may run in one piece."""
+        return min([self.uncomputed, *(mark - self.computed for mark in self.marks if mark > self.computed)])
 
     @property
     def decoding(self) -> bool:

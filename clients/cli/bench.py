@@ -45,7 +45,12 @@ def offline(
 
     batches = batch or [1, 8, 32]
     llm = LLM(
-        model, dtype=dtype or "auto", quantization=quantization, threads=threads, max_rows=max(*batches, GATE_PROMPTS)
+        model,
+        dtype=dtype or "auto",
+        quantization=quantization,
+        threads=threads,
+        max_rows=max(*batches, GATE_PROMPTS),
+        prefix_cache_memory=0,
     )
     runner = OfflineBench(llm, repeats=repeats)
     with report.progress() as progress:

@@ -44,6 +44,9 @@ def serve(
     state_memory: Annotated[
         str | None, typer.Option(help="Memory for the states of requests, such as 512M.", show_default="1G")
     ] = None,
+    prefix_cache_memory: Annotated[
+        str | None, typer.Option(help="Memory for states that may come again; 0 keeps none.", show_default="1G")
+    ] = None,
     max_step_tokens: Annotated[
         int | None, typer.Option(help="Tokens a step, prompts and answers together.", show_default="512")
     ] = None,
@@ -83,6 +86,7 @@ def serve(
             threads=threads,
             max_rows=max_rows,
             state_memory=None if state_memory is None else parse_size(state_memory),
+            prefix_cache_memory=None if prefix_cache_memory is None else parse_size(prefix_cache_memory),
             max_step_tokens=max_step_tokens,
             step_seconds=step_seconds,
             max_waiting=max_waiting,

@@ -185,7 +185,20 @@ def test_serve_leaves_what_is_not_given_to_the_environment(
 def test_serve_passes_every_option_on(served: list[Settings]) -> None:
     result = _run(
         *["serve", "folder", "--host", "0.0.0.0", "--port", "1", "--api-key", "k", "--served-model-name", "n"],
-        *["--dtype", "float32", "--device", "cpu", "--threads", "2", "--max-rows", "3", "--state-memory", "2M"],
+        *[
+            "--dtype",
+            "float32",
+            "--device",
+            "cpu",
+            "--threads",
+            "2",
+            "--max-rows",
+            "3",
+            "--state-memory",
+            "2M",
+            "--prefix-cache-memory",
+            "3M",
+        ],
         *["--max-step-tokens", "64", "--max-waiting", "5", "--grace-period", "1.5", "--log-level", "debug"],
     )
     assert result.exit_code == 0, result.output
@@ -199,6 +212,7 @@ def test_serve_passes_every_option_on(served: list[Settings]) -> None:
         "threads": 2,
         "max_rows": 3,
         "state_memory": 2 << 20,
+        "prefix_cache_memory": 3 << 20,
         "max_step_tokens": 64,
         "max_waiting": 5,
         "grace_period": 1.5,

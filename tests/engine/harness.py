@@ -31,8 +31,10 @@ def submit(request_id: str, prompt_ids: AbstractSequence[int], *, priority: int 
 
 
 def make_engine(model: Path, *, quantum: int | None = None, **settings: Any) -> Engine:
-    """With 4 rows and small steps, unless `settings` say otherwise."""
-    engine = Engine(EngineConfig(**{"model": model, "max_rows": 4, "max_step_tokens": 16, **settings}))
+    """With 4 rows, small steps and no prefix cache, unless `settings` say otherwise."""
+    engine = Engine(
+        EngineConfig(**{"model": model, "max_rows": 4, "max_step_tokens": 16, "prefix_cache_memory": 0, **settings})
+    )
     if quantum is not None:
         engine.scheduler.quantum = quantum
     return engine
