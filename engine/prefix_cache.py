@@ -60,8 +60,8 @@ class PrefixCache:
         """budgets: (device, bytes), the first to be filled first; what is pushed out of one goes to the next."""
         self._tiers = [_Tier(device, budget) for device, budget in budgets]
         self._trees: dict[str, RadixTree[Snapshot]] = {}
-        self.outcomes: defaultdict[Outcome, int] = defaultdict(int)
-        """Of all look-ups so far."""
+        self.outcomes: defaultdict[str, int] = defaultdict(int)
+        """Look-ups so far, by `Outcome`."""
 
     @property
     def enabled(self) -> bool:

@@ -67,15 +67,7 @@ class RadixTree(Generic[V]):
     def remove(self, node: Node[V]) -> None:
         """Take away a node's value, and the tokens that nothing needs any more."""
         node.value = None
-        while node.parent is not None and node.value is None and not node.children:
-            self.tokens -= len(node.edge)
-            del node.parent.children[int(node.edge[0])]
-            node = node.parent
-        if node.parent is not None and node.value is None and len(node.children) == 1:
-            (child,) = node.children.values()
-            child.edge = np.concatenate((node.edge, child.edge))
-            child.parent = node.parent
-            self._attach(child)
+        self._prune(node)
 
     def __iter__(self) -> Iterator[Node[V]]:
         """Every node that has a value."""
@@ -85,6 +77,20 @@ class RadixTree(Generic[V]):
             nodes += node.children.values()
             if node.value is not None:
                 yield node
+
+    def _prune(self, node: Node[V]) -> None:
+        """Mend the tree where a node may be one too many."""
+        if node.parent is None or node.value is not None:
+            return
+        if not node.children:
+            self.tokens -= len(node.edge)
+            del node.parent.children[int(node.edge[0])]
+            self._prune(node.parent)
+        elif len(node.children) == 1:
+            (child,) = node.children.values()
+            child.edge = np.concatenate((node.edge, child.edge))
+            child.parent = node.parent
+            self._attach(child)
 
     def _split(self, child: Node[V], at: int) -> Node[V]:
         """A node in the middle of the edge to `child`."""
