@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as AbstractSequence
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -31,7 +31,8 @@ class Sequence:
     """Owned by the engine; the scheduler moves it between its queues."""
 
     request_id: str
-    prompt_ids: AbstractSequence[int]
+    prompt_ids: array[int]
+    """As C integers: a prompt may have millions of tokens, and so may an answer."""
     params: SamplingParams
     priority: int
     arrived: float
@@ -48,7 +49,7 @@ class Sequence:
     """Step before which the scheduler would like to run it; earlier goes first."""
     ticket: int = 0
     """Order of arrival, which parts equal deadlines."""
-    output_ids: list[int] = field(default_factory=list)
+    output_ids: array[int] = field(default_factory=lambda: array("i"))
     prompt_logprobs: list[TokenLogprob | None] | None = None
     cache_salt: str = ""
     marks: list[int] = field(default_factory=list)
@@ -68,7 +69,7 @@ class Sequence:
         scored: list[TokenLogprob | None] | None = None if request.params.prompt_logprobs is None else [None]
         return cls(
             request_id=request.request_id,
-            prompt_ids=request.prompt_ids,
+            prompt_ids=array("i", request.prompt_ids),
             params=request.params,
             priority=request.priority,
             arrived=arrived,
@@ -101,6 +102,4 @@ class Sequence:
     def tokens(self, start: int, end: int) -> list[int]:
         """Ids at places `start` to `end` of prompt and answer together."""
         prompt = len(self.prompt_ids)
-        if end <= prompt:
-            return list(self.prompt_ids[start:end])
-        return [*self.prompt_ids[start:prompt], *self.output_ids[max(0, start - prompt) : end - prompt]]
+        return [*self.prompt_ids[start:end], *self.output_ids[max(0, start - prompt) : max(0, end - prompt)]]

@@ -288,14 +288,16 @@ class TestInit:
 
 class TestBenchHttp:
     def test_table_and_json(self, played: PlayedServer, tmp_path: Path) -> None:
-        file = tmp_path / "out.json"
+        file, picture = tmp_path / "out.json", tmp_path / "out.png"
         result = _run(
             *["bench", "http", "--url", played.url, "--concurrency", "2", "--rate", "500", "--requests", "4"],
             *["--prompt-tokens", "3", "--output-tokens", "5", "--ttft-ms", "60000", "--json", str(file)],
+            *["--plot", str(picture)],
         )
         assert result.exit_code == 0, result.output
         *table, line = result.stdout.splitlines()
         assert file.read_text() == line + "\n"
+        assert picture.read_bytes().startswith(b"\x89PNG")
         assert [row.split()[0] for row in table if "0 of 4" in row] == ["2", "500"]
         shown = json.loads(line)
         assert (shown["benchmark"], shown["model"], shown["goal"]["ttft_ms"]) == ("http", "tiny", 60000)
