@@ -26,7 +26,7 @@ def test_init_then_bench(model: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     _lattice("init", model, made, "--seed", "1", "--dtype", "float32")
     sizes = ["--batch", "2", "--decode-tokens", "8", "--prefill-tokens", "32", "--repeats", "1"]
-    sizes += ["--position", "50", "--plot", tmp_path / "drawn.png"]
+    sizes += ["--position", "50", "--plot", str(tmp_path / "drawn.png")]
     *_, line = _lattice("bench", "offline", made, "--threads", "1", *sizes).stdout.splitlines()
     report = json.loads(line)
     assert report["engine"]["dtype"] == "float32"
