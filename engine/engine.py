@@ -94,8 +94,10 @@ class Engine:
                 f"cache_points must be from 1 to {len(request.prompt_ids)}, the tokens of the prompt",
                 param="cache_points",
             )
-        if params.max_tokens == 0 and params.prompt_logprobs is None:
-            raise InvalidParameter("max_tokens is 0: give at least 1, or ask for prompt_logprobs", param="max_tokens")
+        if params.max_tokens == 0 and params.prompt_logprobs is None and request.pooling is None:
+            raise InvalidParameter(
+                "max_tokens is 0: give at least 1, or ask for prompt_logprobs or pooling", param="max_tokens"
+            )
 
     def submit(self, request: Submit) -> None:
         """Queue a request. Raises `InvalidParameter` or `Overloaded`; then nothing was queued."""
@@ -187,12 +189,12 @@ class Engine:
         with torch.inference_mode():
             row, other = self.pool.allocate(), self.pool.allocate()
             for start in (0, n):
-                whole = backend(ids[start : start + n], Segments.of([(row, start, n)]), [n - 1]).clone()
+                whole = backend(ids[start : start + n], Segments.of([(row, start, n)]), [n - 1])[0].clone()
             self.pool.free(row)
             row = self.pool.allocate()
             for start in range(2 * n):
                 beside = Segments.of([(other, start, 1), (row, start, 1)])
-                alone = backend([ids[0], ids[start]], beside, [1])
+                alone, _ = backend([ids[0], ids[start]], beside, [1])
             self.pool.free(row)
             self.pool.free(other)
         if not torch.equal(whole, alone):
@@ -274,6 +276,7 @@ class Engine:
             logprob=None if sampled is None else sampled.logprob,
             cached_tokens=sequence.cached_tokens if first else 0,
             prompt_logprobs=sequence.prompt_logprobs if first else None,
+            embedding=sequence.pooled.result() if first and sequence.pooled is not None else None,
             queue_seconds=started - sequence.arrived if first else None,
             prefill_seconds=time.monotonic() - started if first else None,
         )

@@ -45,9 +45,8 @@ class Memory:
         logits: [V] of its last token, if they are known.
         """
         sequence = piece.sequence
-        whole = piece.end == len(sequence.prompt_ids)
-        if piece.tokens and (whole or piece.end in sequence.marks):
-            self._keep(sequence, sequence.prompt_ids[: piece.end], logits if whole else None)
+        if piece.tokens and (piece.ends_prompt or piece.end in sequence.marks):
+            self._keep(sequence, sequence.prompt_ids[: piece.end], logits if piece.ends_prompt else None)
 
     def keep_answer(self, sequence: Sequence) -> None:
         """Cache the state at the end of an answer: the next turn of a conversation begins with this one."""
@@ -75,7 +74,7 @@ class Memory:
         before it among `running` that is at work on the same prompt."""
         if not self._cache.enabled:
             return
-        if sequence.prompt_logprobs is not None:
+        if sequence.needs_every_token:
             self._cache.outcomes["bypass"] += 1
             return
         before = takewhile(lambda other: other is not sequence, running)

@@ -23,7 +23,7 @@ _TOKEN_BYTES = 4
 
 Outcome: TypeAlias = Literal["hit", "new", "no_snapshot", "bypass"]
 """Of a look-up. new: nothing known begins like it; no_snapshot: no state of that beginning is kept; bypass: every token
-has to be run, for its log-probability was asked for."""
+has to be run, for more than the state behind it was asked for."""
 
 
 @dataclass(slots=True, eq=False)

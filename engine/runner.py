@@ -38,6 +38,7 @@ class Runner:
         segments = []
         wanted: list[int] = []
         scoring: dict[int, tuple[int, list[int]]] = {}
+        pooling: dict[int, range] = {}
         sampling: dict[int, int | None] = {}
         """Piece -> its place in `wanted`; None where its sequence came with logits."""
         for i, piece in enumerate(pieces):
@@ -51,16 +52,22 @@ class Runner:
             if targets := piece.scored:
                 scoring[i] = len(wanted), targets
                 wanted += range(begin, begin + len(targets))
+            if (pooled := piece.sequence.pooled) is not None and not piece.sequence.output_ids:
+                pooling[i] = pooled.places(begin, len(ids), piece.ends_prompt)
             if piece.samples:
                 sampling[i] = len(wanted)
                 wanted.append(len(ids) - 1)
-        logits = self._backend(ids, Segments.of(segments), wanted) if ids else torch.empty(0)
+        logits = hidden = torch.empty(0)
+        if ids:
+            places = [place for span in pooling.values() for place in span]
+            logits, hidden = self._backend(ids, Segments.of(segments), wanted, places)
+        vectors = dict(zip(pooling, hidden.split([len(span) for span in pooling.values()]), strict=True))
         if len(sampling) == len(wanted) and None not in sampling.values():
-            rows = logits
+            chosen = logits
         else:
-            rows = _rows(logits, [(place, pieces[i].sequence) for i, place in sampling.items()])
-        sampled = dict(zip(sampling, sample(rows, [pieces[i].sequence.sample_row for i in sampling]), strict=True))
-        places = {i: place for place, i in enumerate(sampling)}
+            chosen = _rows(logits, [(place, pieces[i].sequence) for i, place in sampling.items()])
+        sampled = dict(zip(sampling, sample(chosen, [pieces[i].sequence.sample_row for i in sampling]), strict=True))
+        row_of = {i: place for place, i in enumerate(sampling)}
         results = []
         for i, piece in enumerate(pieces):
             error = None
@@ -68,12 +75,14 @@ class Runner:
                 if i in scoring:
                     first, targets = scoring[i]
                     _score(piece.sequence, logits[first : first + len(targets)], targets)
+                if i in vectors and (pooled := piece.sequence.pooled) is not None:
+                    pooled.add(vectors[i])
                 if i in sampled and not sampled[i].finite:
                     raise NumericalError("the model's output for this request is not finite: its state was discarded")
             except NumericalError as failure:
                 error = failure
             piece.sequence.computed = piece.end
-            chosen_from = rows[places[i]] if i in sampled else None
+            chosen_from = chosen[row_of[i]] if i in sampled else None
             results.append(StepResult(piece, sampled.get(i), error, chosen_from))
         return results
 

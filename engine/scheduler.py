@@ -39,6 +39,10 @@ class Piece:
         return self.end == self.sequence.length and self.sequence.params.max_tokens > 0
 
     @property
+    def ends_prompt(self) -> bool:
+        return self.end == len(self.sequence.prompt_ids)
+
+    @property
     def scored(self) -> list[int]:
         """Prompt tokens that follow those of this piece, if their log-probabilities are asked for."""
         if self.sequence.prompt_logprobs is None:

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from lattice_serve.engine.messages import FinishReason, Submit, TokenLogprob
+from lattice_serve.engine.pooled import Pooled
 from lattice_serve.engine.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Sequence:
     """Order of arrival, which parts equal deadlines."""
     output_ids: array[int] = field(default_factory=lambda: array("i"))
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    pooled: Pooled | None = None
+    """Of its prompt's hidden states, where they are asked for."""
     cache_salt: str = ""
     marks: list[int] = field(default_factory=list)
     """Places in the prompt where its state is to be kept: no piece goes beyond the next one."""
@@ -76,9 +79,15 @@ class Sequence:
             sample_row=sample_row,
             detokenizer=detokenizer,
             prompt_logprobs=scored,
+            pooled=None if request.pooling is None else Pooled(request.pooling),
             cache_salt=request.cache_salt,
             marks=list(request.cache_points),
         )
+
+    @property
+    def needs_every_token(self) -> bool:
+        """Whether each token of its prompt has to be run, even if the state behind it is known."""
+        return self.prompt_logprobs is not None or self.pooled is not None
 
     @property
     def length(self) -> int:

@@ -68,7 +68,7 @@ class Metrics:
         self._cache_misses = Counter(
             "lattice:prefix_cache_misses",
             "Prompts that began with no cached state: nothing known begins like them (new), no state of that beginning "
-            "is kept (no_snapshot), or every token had to be run for its log-probability (bypass).",
+            "is kept (no_snapshot), or every token had to be run for more than the state (bypass).",
             (*_LABELS, "reason"),
             registry=self.registry,
         )

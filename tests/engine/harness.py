@@ -12,7 +12,7 @@ from typing import Any
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.llm import Completion
-from lattice_serve.engine.messages import RequestFailed, StepOutputs, Submit
+from lattice_serve.engine.messages import Pooling, RequestFailed, StepOutputs, Submit
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.sequence import Sequence
 
@@ -26,8 +26,15 @@ class Visit:
     leaves: int | None = None
 
 
-def submit(request_id: str, prompt_ids: AbstractSequence[int], *, priority: int = 0, **params: Any) -> Submit:
-    return Submit(request_id, list(prompt_ids), SamplingParams(**params), priority)
+def submit(
+    request_id: str,
+    prompt_ids: AbstractSequence[int],
+    *,
+    priority: int = 0,
+    pooling: Pooling | None = None,
+    **params: Any,
+) -> Submit:
+    return Submit(request_id, list(prompt_ids), SamplingParams(**params), priority, pooling=pooling)
 
 
 def make_engine(model: Path, *, quantum: int | None = None, **settings: Any) -> Engine:
