@@ -12,6 +12,7 @@ import torch
 from lattice_serve.engine.backend import Backend, make_backend
 from lattice_serve.engine.config import EngineConfig, ModelConfig
 from lattice_serve.engine.detokenizer import Detokenizer
+from lattice_serve.engine.drafter import Drafter
 from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError, NumericalError
 from lattice_serve.engine.memory import Memory
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit, TokenOutput
@@ -68,7 +69,7 @@ class Engine:
         self._pace = Pace(config.step_seconds, config.max_step_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._seeds = random.Random(os.urandom(16))
-        self._prompt_tokens = self._generated = self._steps = self._step_tokens = 0
+        self._prompt_tokens = self._generated = self._steps = self._step_tokens = self._drafted = self._accepted = 0
         self._warm_up()
         self.info = Ready(
             model_name=Path(config.model).resolve().name,
@@ -117,6 +118,8 @@ class Engine:
             ),
             detokenizer=Detokenizer(self.tokenizer.token_bytes, params.stop, params.include_stop, params.min_tokens),
         )
+        if self.config.speculative_tokens and not penalised(params):
+            sequence.drafter = Drafter(self.config.speculative_tokens)
         self.scheduler.add(sequence)
         self._sequences[request.request_id] = sequence
 
@@ -134,6 +137,7 @@ class Engine:
         """Schedule, run, sample, advance, emit. At most `max_step_tokens` tokens."""
         self.memory.move(self.scheduler.assign(), self.scheduler.running)
         pieces = self.scheduler.schedule(self._pace.tokens(self.scheduler.decoding))
+        self.memory.hold(pieces)
         began = time.monotonic()
         results = self.runner.run(pieces) if pieces else []
         self._steps += 1
@@ -148,10 +152,16 @@ class Engine:
                 failures.append(failure(sequence.request_id, result.error))
                 self._finish(sequence)
                 continue
+            accepted = max(0, len(result.sampled) - 1)
+            self._drafted += len(result.piece.draft)
+            self._accepted += accepted
+            self.memory.settle(result.piece, accepted)
             self.memory.keep_prompt(result.piece, result.logits)
-            if result.sampled is not None:
-                outputs.append(self._advance(sequence, result.sampled))
-            elif sequence.decoding:
+            for sampled in result.sampled:
+                outputs.append(self._advance(sequence, sampled))
+                if sequence.status is Status.FINISHED:
+                    break
+            if not result.sampled and sequence.decoding and sequence.params.max_tokens == 0:
                 outputs.append(self._scored(sequence))
         return StepOutputs(outputs=outputs, failures=failures, stats=self.stats())
 
@@ -172,6 +182,8 @@ class Engine:
             generation_tokens_total=self._generated,
             steps_total=self._steps,
             step_tokens=self._step_tokens,
+            draft_tokens_total=self._drafted,
+            accepted_tokens_total=self._accepted,
             cache_entries=len(self.cache),
             cache_bytes=self.cache.nbytes,
             cache_outcomes=dict(self.cache.outcomes),

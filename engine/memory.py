@@ -19,6 +19,8 @@ class Memory:
 
     def __init__(self, pool: StatePool, cache: PrefixCache) -> None:
         self._pool, self._cache = pool, cache
+        self._held: dict[Piece, Tensor] = {}
+        """Rows as they were before pieces with drafts."""
 
     def move(self, moves: Moves, running: AbstractSequence[Sequence]) -> None:
         """Take and give rows; `running` are all that hold one then."""
@@ -39,6 +41,24 @@ class Memory:
             if leader is not None and (leader.status is not Status.RUNNING or leader.decoding):
                 self._begin(sequence, running)
 
+    def hold(self, pieces: AbstractSequence[Piece]) -> None:
+        """Before a step: remember the states that its drafts may spoil."""
+        self._held = {piece: self._row(piece.sequence).clone() for piece in pieces if piece.draft}
+
+    def settle(self, piece: Piece, accepted: int) -> None:
+        """After it: where a draft was wrong, back to the state before it; what was right is run again, with the next
+        token, in no more time than that takes alone."""
+        if not piece.draft:
+            return
+        sequence = piece.sequence
+        if accepted == len(piece.draft):
+            sequence.computed = piece.end + accepted
+        else:
+            self._row(sequence).copy_(self._held[piece])
+            sequence.computed = piece.start
+        if sequence.drafter is not None:
+            sequence.drafter.learn(len(piece.draft), accepted)
+
     def keep_prompt(self, piece: Piece, logits: Tensor | None) -> None:
         """Cache the state after a piece that has run, where it ends at a place of interest in its prompt.
 
@@ -50,7 +70,7 @@ class Memory:
 
     def keep_answer(self, sequence: Sequence) -> None:
         """Cache the state at the end of an answer: the next turn of a conversation begins with this one."""
-        if sequence.computed > len(sequence.prompt_ids):
+        if len(sequence.prompt_ids) < sequence.computed < sequence.length:
             self._keep(sequence, sequence.tokens(0, sequence.computed), None)
 
     def release(self, sequence: Sequence) -> None:
@@ -58,7 +78,7 @@ class Memory:
         if sequence.row is not None:
             self._pool.free(sequence.row)
             sequence.row = None
-        sequence.parked = sequence.leader = sequence.logits = None
+        sequence.parked = sequence.leader = sequence.logits = sequence.drafter = None
 
     def check_idle(self) -> None:
         """Assert that no sequence holds anything, and that nothing of the cache is lost."""
@@ -66,8 +86,11 @@ class Memory:
         self._cache.check()
 
     def _keep(self, sequence: Sequence, ids: AbstractSequence[int], logits: Tensor | None) -> None:
-        assert sequence.row is not None, "a state is kept that is nowhere"
-        self._cache.put(sequence.cache_salt, ids, self._pool.memory[sequence.row], logits)
+        self._cache.put(sequence.cache_salt, ids, self._row(sequence), logits)
+
+    def _row(self, sequence: Sequence) -> Tensor:
+        assert sequence.row is not None, "a sequence has run without a state row"
+        return self._pool.memory[sequence.row]
 
     def _begin(self, sequence: Sequence, running: AbstractSequence[Sequence]) -> None:
         """Give a sequence that has run nothing the state of as much of its prompt as is known, or let it wait for one
@@ -83,8 +106,7 @@ class Memory:
             return
         snapshot, shared = self._cache.find(sequence.cache_salt, sequence.prompt_ids)
         if snapshot is not None:
-            assert sequence.row is not None
-            self._pool.memory[sequence.row].copy_(snapshot.row)
+            self._row(sequence).copy_(snapshot.row)
             sequence.computed = sequence.cached_tokens = snapshot.length
             if sequence.decoding:
                 sequence.logits = snapshot.logits

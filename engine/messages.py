@@ -107,6 +107,10 @@ class EngineStats(msgspec.Struct, frozen=True):
     steps_total: int = 0
     step_tokens: int = 0
     """Tokens in the step just run."""
+    draft_tokens_total: int = 0
+    """Tokens guessed in advance."""
+    accepted_tokens_total: int = 0
+    """Those of them that were right."""
     cache_entries: int = 0
     cache_bytes: int = 0
     cache_outcomes: dict[str, int] = {}

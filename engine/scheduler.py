@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lattice_serve.engine.errors import Overloaded
 from lattice_serve.engine.sequence import Sequence, Status
@@ -28,10 +28,12 @@ class Piece:
     sequence: Sequence
     start: int
     end: int
+    draft: tuple[int, ...] = ()
+    """Guesses at the tokens that follow."""
 
     @property
     def tokens(self) -> int:
-        return self.end - self.start
+        return self.end - self.start + len(self.draft)
 
     @property
     def samples(self) -> bool:
@@ -112,12 +114,20 @@ class Scheduler:
         pieces = []
         left = self.max_step_tokens if tokens is None else min(tokens, self.max_step_tokens)
         for place, sequence in enumerate(order):
-            share = 1 if place < len(decoding) else max(1, left // (len(order) - place))
+            share = left if place < len(decoding) else max(1, left // (len(order) - place))
             count = min(sequence.runnable, share, left)
             if count or sequence.logits is not None:
                 pieces.append(Piece(sequence, sequence.computed, sequence.computed + count))
                 left -= count
-        return pieces
+        return [self._with_draft(piece, left // len(pieces)) for piece in pieces]
+
+    def _with_draft(self, piece: Piece, room: int) -> Piece:
+        """The piece, and guesses at what follows where its sequence makes any."""
+        sequence = piece.sequence
+        limit = min(room, sequence.params.max_tokens - len(sequence.output_ids) - 1)
+        if sequence.drafter is None or not (sequence.decoding and piece.tokens and piece.samples) or limit < 1:
+            return piece
+        return replace(piece, draft=tuple(sequence.drafter.draft(sequence.tokens, sequence.length, limit)))
 
     def __iter__(self) -> Iterator[Sequence]:
         """Every sequence that is not finished."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lattice_serve.engine.detokenizer import Detokenizer
+    from lattice_serve.engine.drafter import Drafter
     from lattice_serve.engine.sampler import SampleRow
     from lattice_serve.engine.state_pool import ParkedState
 
@@ -61,6 +62,7 @@ class Sequence:
     """A running sequence with the same prompt, whose state at the prompt's end this one waits for."""
     cached_tokens: int = 0
     """Tokens whose state was not computed for it."""
+    drafter: Drafter | None = None
     logits: Tensor | None = None
     """[V] of its last token, where they came with a cached state: its next token is chosen without running any."""
     started: float | None = None
@@ -96,7 +98,7 @@ class Sequence:
 
     @property
     def uncomputed(self) -> int:
-        """Tokens that its state has yet to see; 1 in decode."""
+        """Tokens that its state has yet to see; in decode 1, or more after a wrong draft."""
         return self.length - self.computed
 
     @property

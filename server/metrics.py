@@ -38,6 +38,8 @@ class Metrics:
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens the engine has run.")
         self.generation_tokens = counter("generation_tokens", "Tokens the engine has generated.")
         self.preemptions = counter("num_preemptions", "Sequences whose state was parked to free their row.")
+        self.draft_tokens = counter("spec_decode_num_draft_tokens", "Tokens guessed in advance.")
+        self.accepted_tokens = counter("spec_decode_num_accepted_tokens", "Those of them that were right.")
         self.cache_queries = counter("prefix_cache_queries", "Prompt tokens that could have been cached.")
         self.cache_hits = counter("prefix_cache_hits", "Prompt tokens whose state was cached.")
         self.cache_entries = gauge("prefix_cache_entries", "States that the prefix cache holds.")
@@ -98,6 +100,8 @@ class Metrics:
         self.prompt_tokens.inc(stats.prompt_tokens_total - last.prompt_tokens_total)
         self.generation_tokens.inc(stats.generation_tokens_total - last.generation_tokens_total)
         self.preemptions.inc(stats.preemptions_total - last.preemptions_total)
+        self.draft_tokens.inc(stats.draft_tokens_total - last.draft_tokens_total)
+        self.accepted_tokens.inc(stats.accepted_tokens_total - last.accepted_tokens_total)
         for reason in _MISSES:
             more = stats.cache_outcomes.get(reason, 0) - last.cache_outcomes.get(reason, 0)
             self._cache_misses.labels(**self._labels, reason=reason).inc(more)
