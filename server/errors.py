@@ -1,8 +1,10 @@
 """Errors as HTTP: the leaves of `engine.errors` that only a server raises, and the shape clients see.
 
 RequestError (engine.errors)
-├── Unauthorized   401  no API key, or a wrong one
-└── BodyTooLarge   413  the body is larger than the server takes
+├── Unauthorized    401  no API key, or a wrong one
+├── TimedOut        408  the answer was not complete within the timeout that its request gave
+├── BodyTooLarge    413  the body is larger than the server takes
+└── HeaderTooLarge  431  the request line and headers are
 """
 
 from __future__ import annotations
@@ -30,8 +32,16 @@ class Unauthorized(RequestError):
     status = 401
 
 
+class TimedOut(RequestError):
+    status = 408
+
+
 class BodyTooLarge(RequestError):
     status = 413
+
+
+class HeaderTooLarge(RequestError):
+    status = 431
 
 
 def error_json(message: str, status: int, param: str | None = None) -> bytes:
@@ -49,7 +59,9 @@ def error_response(error: Exception) -> Response:
         headers["retry-after"] = str(error.retry_after)
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    if isinstance(error, Unauthorized | BodyTooLarge):
+    if isinstance(error, TimedOut):
+        headers["x-should-retry"] = "false"  # Clients of OpenAI's take a 408 for a reason to ask again.
+    if isinstance(error, Unauthorized | BodyTooLarge | HeaderTooLarge):
         headers["connection"] = "close"  # The rest of the body is not wanted.
     return _respond(error_json(error.message, error.status, error.param), error.status, headers)
 
