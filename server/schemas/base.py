@@ -37,4 +37,7 @@ class RequestModel(BaseModel):
         if not fault["loc"]:
             raise InvalidParameter(f"the body is not a JSON object of this route: {fault['msg']}")
         name = str(fault["loc"][0])
-        raise InvalidParameter(f"{name}: {cls.remedies.get(name, fault['msg'])}", param=name)
+        if name in cls.remedies:
+            raise InvalidParameter(f"{name}: {cls.remedies[name]}", param=name)
+        path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in fault["loc"][1:])
+        raise InvalidParameter(f"{name}{path}: {fault['msg']}", param=name)
