@@ -38,8 +38,6 @@ class Tokenizer:
         self.vocab_size: int = len(self._bytes)
         eos = processor.eos_id()
         self.eos_token_id: int | None = eos if eos >= 0 else None
-        bos = processor.bos_id()
-        self.bos_token_id: int | None = bos if bos >= 0 else None
         self.controls: dict[str, int] = {
             processor.id_to_piece(token_id): token_id
             for token_id in range(self.pieces)
@@ -98,6 +96,17 @@ class Tokenizer:
             ids += self._space_ids
             ids += self._processor.encode(part)
         return ids
+
+    @property
+    def eos_token(self) -> str | None:
+        """Name of the piece that ends a text."""
+        return None if self.eos_token_id is None else str(self._processor.id_to_piece(self.eos_token_id))
+
+    @property
+    def bos_token(self) -> str | None:
+        """Name of the piece that begins one."""
+        bos = self._processor.bos_id()
+        return None if bos < 0 else str(self._processor.id_to_piece(bos))
 
     def encode_marked(self, text: str) -> list[int]:
         """Token ids of `text` in which the name of a control piece stands for that piece, but in what `unmark` gave."""

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from starlette.middleware.cors import CORSMiddleware
 
 from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.errors import ConfigError, Draining
@@ -27,6 +28,7 @@ from lattice_serve.server.engine_client import EngineClient
 from lattice_serve.server.errors import install_handlers
 from lattice_serve.server.limits import Limits
 from lattice_serve.server.metrics import Metrics
+from lattice_serve.server.protocol import BoundedProtocol
 from lattice_serve.server.routes import chat, completions, health, models, tokenize
 from lattice_serve.server.services import Services
 from lattice_serve.server.settings import Settings
@@ -55,8 +57,22 @@ def create_app(services: Services) -> FastAPI:
         app.include_router(module.router)
     install_handlers(app)
     settings = services.settings
-    app.add_middleware(Limits, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes)
-    app.add_middleware(AccessLog)  # Added last, so outermost.
+    # The one added last is outermost. Errors of the limits, too, must be readable for pages of allowed origins.
+    app.add_middleware(
+        Limits,
+        api_keys=settings.api_keys,
+        max_body_bytes=settings.max_body_bytes,
+        max_header_bytes=settings.max_header_bytes,
+    )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(AccessLog)
     return app
 
 
@@ -89,7 +105,7 @@ class _Server(uvicorn.Server):
         config = uvicorn.Config(
             create_app(services),
             loop="uvloop",
-            http="httptools",
+            http=BoundedProtocol,
             ws="none",
             lifespan="on",
             log_config=None,

@@ -85,8 +85,8 @@ async def prompt_ids(services: Services, request: ChatPrompt) -> list[int]:
     given = _unmarked(tokenizer, {**(request.chat_template_kwargs or {}), "messages": messages, "tools": tools or None})
     text = await template.render(
         {
-            "bos_token": _name(tokenizer, tokenizer.bos_token_id),
-            "eos_token": _name(tokenizer, tokenizer.eos_token_id),
+            "bos_token": tokenizer.bos_token or "",
+            "eos_token": tokenizer.eos_token or "",
             "add_generation_prompt": request.begins_message,
             **given,
         }
@@ -127,10 +127,6 @@ def _unmarked(tokenizer: Tokenizer, value: Any) -> Any:
     if isinstance(value, Mapping):
         return {tokenizer.unmark(key): _unmarked(tokenizer, each) for key, each in value.items()}
     return value
-
-
-def _name(tokenizer: Tokenizer, token_id: int | None) -> str:
-    return "" if token_id is None else tokenizer.token_text(token_id)
 
 
 def _stopped(params: SamplingParams, stop: tuple[str, ...]) -> SamplingParams:

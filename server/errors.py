@@ -23,6 +23,7 @@ from lattice_serve.engine.errors import InvalidParameter, LatticeError, RequestE
 _TYPES = {
     401: "authentication_error",
     404: "not_found_error",
+    408: "timeout_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }

@@ -40,4 +40,4 @@ class RequestModel(BaseModel):
         if name in cls.remedies:
             raise InvalidParameter(f"{name}: {cls.remedies[name]}", param=name)
         path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in fault["loc"][1:])
-        raise InvalidParameter(f"{name}{path}: {fault['msg']}", param=name)
+        raise InvalidParameter(f"{name}{path}: {fault['msg'].removeprefix('Value error, ')}", param=name)

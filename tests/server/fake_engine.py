@@ -1,12 +1,14 @@
 """A stand-in for the engine process: the same messages over the same socket, without a model.
 
-Answers are letters drawn from a hash of prompt, seed and place. What a prompt says steers it:
+Answers are letters drawn from a hash of prompt, seed and place. What a prompt, or the one message of a plain chat, says
+steers it:
 
 - `!slow`        50 ms a token
 - `!stall`       never a token
 - `!eos`         end-of-text after 3 tokens
 - `!stop`        the first stop string after 2 tokens
 - `!utf8`        the two bytes of one character first
+- `!say TEXT`    TEXT, token by token, then end-of-text
 - `!fail X`      the error X of `engine.errors` instead of a token; `!fail-late X` after 2 tokens
 - `!exit`        the process ends; `!exit-late` after 2 tokens
 - `!garbage`     a frame that is no message
@@ -66,7 +68,7 @@ class FakeEngine:
             message = decoder.decode(await reader.readexactly(size))
             if isinstance(message, Submit):
                 params = message.params
-                self.record("submit", id=message.request_id, tokens=len(message.prompt_ids), seed=params.seed)
+                self.record("submit", id=message.request_id, ids=message.prompt_ids, seed=params.seed)
                 self.tasks[message.request_id] = asyncio.create_task(self.answer(message))
             else:
                 self.record("abort", id=message.request_id)
@@ -100,7 +102,8 @@ class FakeEngine:
         params = request.params
         text = self.tokenizer.decode(request.prompt_ids)
         self.counts["prompt_tokens_total"] += len(request.prompt_ids)
-        order, _, error = text.partition(" ")
+        order, _, error = text.removeprefix("User: ").removesuffix("\nAssistant:").partition(" ")
+        said = self.tokenizer.encode(error) if order == "!say" else []
         if order == "!stall":
             await asyncio.sleep(3600)
         if params.max_tokens == 0:
@@ -120,7 +123,9 @@ class FakeEngine:
             token_id, delta, reason, stop = self.word(request, place), None, "length" if last else None, None
             if order == "!utf8" and place < 2:
                 token_id, delta = self.pieces["é".encode()[place : place + 1]], "é" * place
-            if order == "!eos" and place == 3:
+            if place < len(said):
+                token_id, delta = said[place], self.tokenizer.decode(said[place : place + 1])
+            if (order == "!eos" and place == 3) or (order == "!say" and place == len(said)):
                 token_id, delta, reason = self.tokenizer.eos_token_id or 0, "", "stop"
             if order == "!stop" and place == 2:
                 delta, reason, stop = "", "stop", params.stop[0]
