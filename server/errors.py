@@ -20,6 +20,20 @@ from starlette.responses import Response
 
 from lattice_serve.engine.errors import InvalidParameter, LatticeError, RequestError
 
+STATUSES = {
+    400: "The request cannot be served as it is: `param` names the field at fault.",
+    401: "No API key, or a wrong one.",
+    404: "There is no such model, or no such route.",
+    405: "The route does not take that method.",
+    408: "The answer took longer than the `timeout` of its request.",
+    413: "The body is too large.",
+    429: "Too many requests wait: come back after `Retry-After` seconds.",
+    431: "Path and headers are too large.",
+    500: "The engine failed at this request.",
+    503: "The engine is starting, or the server is shutting down: come back after `Retry-After` seconds.",
+}
+"""What the statuses of errors mean to a client."""
+
 _TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -45,10 +59,23 @@ class HeaderTooLarge(RequestError):
     status = 431
 
 
-def error_json(message: str, status: int, param: str | None = None) -> bytes:
+class Fault(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None
+    code: int
+    """The HTTP status."""
+
+
+class Failure(msgspec.Struct):
     """The OpenAI error object."""
+
+    error: Fault
+
+
+def error_json(message: str, status: int, param: str | None = None) -> bytes:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": status}})
+    return msgspec.json.encode(Failure(Fault(message, kind, param, status)))
 
 
 def error_response(error: Exception) -> Response:

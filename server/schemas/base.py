@@ -22,7 +22,9 @@ class RequestModel(BaseModel):
     Unknown fields are ignored, for clients send many.
     """
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(
+        strict=True, extra="ignore", allow_inf_nan=False, frozen=True, use_attribute_docstrings=True
+    )
 
     remedies: ClassVar[dict[str, str]] = {}
     """Field -> what to give, where pydantic explains a type poorly."""
