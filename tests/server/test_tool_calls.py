@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -33,9 +34,10 @@ def read(
     """Content, and name and arguments of each call, of `text` fed in pieces."""
     parser = ToolCallParser(tagged=tagged, parallel=parallel)
     places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
-    pieces = [text[start:end] for start, end in zip(places, places[1:], strict=False)]
+    pieces = [text[start:end] for start, end in itertools.pairwise(places)]
     deltas = [delta for piece in pieces for delta in parser.feed(piece)] + parser.finish()
-    content, calls, ids = "", [], []
+    content, ids = "", []
+    calls: list[tuple[str, str]] = []
     for delta in deltas:
         content += delta.content or ""
         for call in delta.tool_calls or ():
@@ -85,10 +87,10 @@ def test_arguments_come_as_they_are_written() -> None:
     for piece in ("<tool_call>", '{"name": "add", ', '"arguments": '):
         assert parser.feed(piece) == []
     (begin, first) = parser.feed('{"a"')
-    assert begin.tool_calls[0].function.name == "add"  # type: ignore[union-attr,index]
-    assert first.tool_calls[0].function.arguments == '{"a"'  # type: ignore[union-attr,index]
+    assert begin.tool_calls[0].function.name == "add"  # type: ignore[index]
+    assert first.tool_calls[0].function.arguments == '{"a"'  # type: ignore[index]
     (more,) = parser.feed(": 1")
-    assert more.tool_calls[0].function.arguments == ": 1"  # type: ignore[union-attr,index]
+    assert more.tool_calls[0].function.arguments == ": 1"  # type: ignore[index]
 
 
 def test_only_the_first_call_without_parallel_ones() -> None:
