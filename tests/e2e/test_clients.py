@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
 from lattice_serve.clients.client import AsyncClient, Client
 from lattice_serve.engine.llm import LLM
@@ -66,6 +68,65 @@ async def test_openai_asynchronous(server: RealServer, text: str) -> None:
             model="lattice", prompt="Once", max_tokens=24, seed=4, temperature=0.8, stream=True
         )
         assert "".join([chunk.choices[0].text async for chunk in stream]) == text
+
+
+def test_openai_chat(server: RealServer) -> None:
+    messages: list[ChatCompletionMessageParam] = [
+        {"role": "system", "content": "Answer in rhyme."},
+        {"role": "user", "content": [{"type": "text", "text": "Who are you?"}]},
+    ]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        whole = client.chat.completions.create(
+            model="lattice", messages=messages, max_tokens=24, seed=4, logprobs=True, top_logprobs=2
+        )
+        stream = client.chat.completions.create(
+            model="lattice",
+            messages=messages,
+            max_tokens=24,
+            seed=4,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        *chunks, last = stream
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert text == whole.choices[0].message.content
+        assert last.usage == whole.usage
+        # The transcript is a prompt as any other.
+        prompt = "System: Answer in rhyme.\nUser: Who are you?\nAssistant:"
+        same = client.completions.create(model="lattice", prompt=prompt, max_tokens=24, seed=4, logprobs=2)
+        assert whole.usage is not None
+        assert same.usage == whole.usage
+        assert same.choices[0].text.removeprefix(" ") == text
+        scores, logprobs = whole.choices[0].logprobs, same.choices[0].logprobs
+        assert scores is not None
+        assert scores.content is not None
+        assert logprobs is not None
+        assert [score.logprob for score in scores.content] == logprobs.token_logprobs
+
+
+async def test_openai_chat_asynchronous(server: RealServer) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        whole = await client.chat.completions.create(
+            model="lattice", messages=[{"role": "user", "content": "Hello"}], max_tokens=12, seed=4, n=2
+        )
+        stream = await client.chat.completions.create(
+            model="lattice", messages=[{"role": "user", "content": "Hello"}], max_tokens=12, seed=4, n=2, stream=True
+        )
+        texts = ["", ""]
+        async for chunk in stream:
+            texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+        assert texts == [choice.message.content for choice in whole.choices]
+
+
+def test_the_best_of_several_and_scores_of_the_prompt(server: RealServer) -> None:
+    several = [server.complete("Once", max_tokens=8, seed=seed, logprobs=0)["choices"][0] for seed in range(4)]
+    means = [statistics.fmean(each["logprobs"]["token_logprobs"]) for each in several]
+    best = server.complete("Once", max_tokens=8, seed=0, best_of=4)["choices"][0]
+    assert best["text"] == several[means.index(max(means))]["text"]
+    scored = server.complete("Once upon", max_tokens=1, prompt_logprobs=1, echo=True, logprobs=1)["choices"][0]
+    assert [None if each is None else next(iter(each.values()))["logprob"] for each in scored["prompt_logprobs"]] == (
+        scored["logprobs"]["token_logprobs"][:-1]
+    )
 
 
 def test_client(client: Client, text: str) -> None:

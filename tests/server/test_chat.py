@@ -379,6 +379,10 @@ def test_what_is_refused_is_named(server: ServerProcess, fields: dict[str, Any],
     assert param in error["message"]
 
 
+def test_unknown_model(server: ServerProcess) -> None:
+    assert check_error(server.post(PATH, messages=user("a"), model="gpt-4"), 404)["param"] == "model"
+
+
 def test_the_place_of_a_fault_is_told(server: ServerProcess) -> None:
     messages = [*user("a"), *user([{"type": "text", "text": "a"}, *IMAGE])]
     message = check_error(server.post(PATH, messages=messages), 400)["message"]
