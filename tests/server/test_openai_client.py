@@ -58,7 +58,7 @@ def test_chat(url: str) -> None:
         ) as stream:
             kinds = [event.type for event in stream]
             final = stream.get_final_completion()
-        assert kinds.count("content.delta") == 4
+        assert kinds.count("content.delta") == 5  # of them one with the role
         assert final.choices[0].message.content == choice.message.content
         assert final.usage is not None
         assert final.usage.completion_tokens == 4
