@@ -37,7 +37,7 @@ _LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 # Without a bound a model may fill its answer with white space.
-_JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
+_JSON_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 _LONGEST_ERROR = 300
 
 _TRIED_TOKENS = 64
@@ -64,11 +64,13 @@ class Compiler:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._vocabulary = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)))
+        self.end: int = tokenizer.vocab_size
+        """The token that stands for the end of a text."""
 
     def compile(self, grammar: Grammar) -> LLMatcher:
         """At its start, with at least one token to come. Raises `ValueError` that says what is wrong with the grammar.
 
-        Its bitmasks have a bit more than the model has tokens: whether the text may end.
+        Its bitmasks have a bit more than the model has tokens: `end`, whether the text may end.
         """
         matcher = LLMatcher(self._vocabulary, _source(grammar), log_level=0, limits=_LIMITS)
         _check(matcher)
@@ -128,7 +130,7 @@ class _Vocabulary:
 def _source(grammar: Grammar) -> str:
     """For llguidance. Raises `ValueError`."""
     if grammar.kind == "json_schema":
-        return LLMatcher.grammar_from_json_schema(grammar.text, overrides=_JSON_OPTIONS)
+        return LLMatcher.grammar_from_json_schema(grammar.text, overrides={"whitespace_pattern": _JSON_WHITE_SPACE})
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(grammar.text)
     if grammar.kind == "choice":
@@ -138,9 +140,19 @@ def _source(grammar: Grammar) -> str:
     return LLMatcher.grammar_from_lark(to_lark(grammar.text) if is_gbnf(grammar.text) else grammar.text)
 
 
-def _check(matcher: LLMatcher) -> None:
-    if matcher.is_error():
-        raise ValueError(matcher.get_error())
+def error_of(matcher: LLMatcher) -> str:
+    """Why it cannot go on, in one line; empty where it can."""
+    return _line(matcher.get_error().replace("<non-verbose/>", "")) if matcher.is_error() else ""
+
+
+def _line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_ERROR else f"{line[:_LONGEST_ERROR]}..."
+
+
+def _check(matcher: LLMatcher, reason: str = "") -> None:
+    if error := error_of(matcher):
+        raise ValueError(f"{reason}{error}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -166,15 +178,13 @@ def _try(compiler: Compiler, grammar: Grammar) -> Verdict:
         # One path of it, too, for some explode only after some tokens.
         for place in range(_TRIED_TOKENS):
             bits = int.from_bytes(matcher.compute_bitmask(), "little")
-            if matcher.is_stopped():
+            allowed = [token_id for token_id in range(compiler.end) if bits >> token_id & 1]
+            if not allowed:
                 break
-            allowed = [token_id for token_id in range(bits.bit_length()) if bits >> token_id & 1]
             matcher.consume_token(allowed[place * 31 % len(allowed)])
-        if matcher.is_error():
-            raise ValueError(f"it is too complex: {matcher.get_error()}")
+        _check(matcher, "it is too complex: ")
     except ValueError as error:
-        message = " ".join(str(error).split())
-        return Verdict(message if len(message) <= _LONGEST_ERROR else message[:_LONGEST_ERROR] + "...")
+        return Verdict(_line(str(error)))
     return Verdict(bytes=max(0, _resident() - before))
 
 

@@ -15,7 +15,7 @@ import torch
 from llguidance import LLMatcher
 from torch import Tensor
 
-from lattice_serve.engine.compiler import Compiler, Trial
+from lattice_serve.engine.compiler import Compiler, Trial, error_of
 from lattice_serve.engine.errors import InvalidParameter, Overloaded
 from lattice_serve.engine.sampling import Grammar
 from lattice_serve.engine.tokenizer import Tokenizer
@@ -126,8 +126,8 @@ class Matcher:
 
     def _look(self) -> None:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
-            raise self._too_complex(self._matcher.get_error())
+        if error := error_of(self._matcher):
+            raise self._too_complex(error)
         allowed = np.unpackbits(bits, count=self._vocab_size + 1, bitorder="little").view(bool)
         # The last bit says whether the text may end here.
         allowed, may_end = allowed[:-1], bool(allowed[-1])

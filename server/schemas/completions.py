@@ -12,6 +12,7 @@ from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.engine.messages import FinishReason
 from lattice_serve.engine.sampling import MAX_LOGIT_BIAS, SamplingParams
 from lattice_serve.server.schemas.base import Count, RequestModel, Strings, TokenIds
+from lattice_serve.server.schemas.structured import StructuredRequest
 
 MAX_CHOICES = 128
 MAX_STOP_TOKEN_IDS = 1024
@@ -31,18 +32,13 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool | None = None
 
 
-class TextFormat(RequestModel):
-    type: Literal["text"]
-
-
-class CompletionRequest(RequestModel):
+class CompletionRequest(StructuredRequest):
     """Names and defaults as OpenAI's, then the extensions that other servers share. null means absent."""
 
-    remedies: ClassVar[dict[str, str]] = {
+    remedies: ClassVar[dict[str, str]] = StructuredRequest.remedies | {
         "prompt": "give a string, a list of strings, a list of token ids or a list of lists of token ids",
         "stop": "give a string or a list of strings",
         "suffix": _NOT_SUPPORTED,
-        "response_format": _NOT_SUPPORTED,
         "prompt_logprobs": "not supported by this server: use echo with logprobs",
         "use_beam_search": _NOT_SUPPORTED,
     }
@@ -75,7 +71,6 @@ class CompletionRequest(RequestModel):
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
     priority: Annotated[int, Field(gt=-(2**31), lt=2**31)] | None = None
-    response_format: TextFormat | None = None
     prompt_logprobs: None = None
     use_beam_search: Literal[False] | None = None
 
@@ -117,6 +112,7 @@ class CompletionRequest(RequestModel):
             "include_stop": self.include_stop_str_in_output,
             "stop_token_ids": tuple(self.stop_token_ids or ()),
             "prompt_logprobs": self._prompt_logprobs,
+            "grammar": self.grammar,
         }
         return SamplingParams(**{name: value for name, value in fields.items() if value is not None})
 
