@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from lattice_serve.engine.backend import Backend, make_backend
 from lattice_serve.engine.config import EngineConfig, ModelConfig
 from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError, NumericalError
+from lattice_serve.engine.grammar import Compiled, Grammars
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit, TokenOutput
 from lattice_serve.engine.pace import Pace
 from lattice_serve.engine.runner import Runner
@@ -28,6 +30,8 @@ from lattice_serve.kernels.mixer import Segments, StateLayout
 
 MAX_ROWS = 256
 """State rows when only their memory is bounded."""
+_COMPILE_SECONDS = 0.02
+"""A step that has nothing but grammars to wait for takes that long: messages are read between steps."""
 
 
 class Engine:
@@ -62,7 +66,10 @@ class Engine:
             rows=self.pool.rows, max_step_tokens=config.max_step_tokens, max_waiting=config.max_waiting
         )
         self._pace = Pace(config.step_seconds, config.max_step_tokens)
+        self.grammars = Grammars(config.model, self.tokenizer)
         self._sequences: dict[str, Sequence] = {}
+        self._compiling: dict[str, Future[Compiled]] = {}
+        """Of sequences that the scheduler does not know yet: they wait for their grammars."""
         self._seeds = random.Random(os.urandom(16))
         self._prompt_tokens = self._generated = self._steps = self._step_tokens = 0
         self._warm_up()
@@ -106,7 +113,10 @@ class Engine:
             ),
             detokenizer=Detokenizer(self.tokenizer.token_bytes, params.stop, params.include_stop, params.min_tokens),
         )
-        self.scheduler.add(sequence)
+        if params.grammar is None:
+            self.scheduler.add(sequence)
+        else:
+            self._compiling[request.request_id] = self.grammars.compile(params.grammar)
         self._sequences[request.request_id] = sequence
 
     def abort(self, request_id: str) -> None:
@@ -121,6 +131,8 @@ class Engine:
 
     def step(self) -> StepOutputs:
         """Schedule, run, sample, advance, emit. At most `max_step_tokens` tokens."""
+        outputs: list[TokenOutput] = []
+        failures = self._queue_compiled()
         batch = self.scheduler.schedule(self._pace.tokens(self.scheduler.decoding))
         self._move_states(batch)
         began = time.monotonic()
@@ -128,14 +140,16 @@ class Engine:
         self._pace.record(batch.tokens, time.monotonic() - began)
         self._steps += 1
         self._step_tokens = batch.tokens
-        outputs: list[TokenOutput] = []
-        failures: list[RequestFailed] = []
         for result in results:
             if result.error is not None:
-                failures.append(failure(result.sequence.request_id, result.error))
-                self._finish(result.sequence)
+                failures.append(self._fail(result.sequence, result.error))
             elif result.sampled is not None:
-                outputs.append(self._advance(result.sequence, result.sampled))
+                try:
+                    outputs.append(self._advance(result.sequence, result.sampled))
+                except InvalidParameter as error:
+                    assert result.sequence.params.grammar is not None
+                    self.grammars.discard(result.sequence.params.grammar)
+                    failures.append(self._fail(result.sequence, error))
             elif result.sequence.decoding:
                 outputs.append(self._scored(result.sequence))
         for piece in batch.pieces:
@@ -150,7 +164,7 @@ class Engine:
         waiting = self.scheduler.waiting
         return EngineStats(
             running=len(self.scheduler.running),
-            waiting=len(waiting),
+            waiting=len(waiting) + len(self._compiling),
             rows=self.pool.rows,
             rows_used=self.pool.used,
             preempted=sum(sequence.status is Status.PARKED for sequence in waiting),
@@ -207,9 +221,29 @@ class Engine:
             )
         return rows
 
-    def _ends(self, stop_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    def _ends(self, stop_token_ids: tuple[int, ...], ignore_eos: bool = False) -> tuple[int, ...]:
         eos = self.model.config.eos_token_id
-        return stop_token_ids if eos is None else (*stop_token_ids, eos)
+        return stop_token_ids if eos is None or ignore_eos else (*stop_token_ids, eos)
+
+    def _queue_compiled(self) -> list[RequestFailed]:
+        """Hand the sequences whose grammars are compiled to the scheduler. Waits only where there is no other work."""
+        if self._compiling and not len(self.scheduler):
+            wait(self._compiling.values(), _COMPILE_SECONDS, FIRST_COMPLETED)
+        failures = []
+        for request_id in [request_id for request_id, future in self._compiling.items() if future.done()]:
+            sequence = self._sequences[request_id]
+            grammar, row = sequence.params.grammar, sequence.sample_row
+            assert grammar is not None
+            ends = self._ends(row.params.stop_token_ids, row.params.ignore_eos)
+            try:
+                compiled = self._compiling[request_id].result()
+                row.matcher = compiled.matcher(self.model.config.vocab_size, ends, grammar.param)
+                self.scheduler.add(sequence)
+            except LatticeError as error:
+                failures.append(self._fail(sequence, error))
+            else:
+                del self._compiling[request_id]
+        return failures
 
     def _move_states(self, batch: Batch) -> None:
         for sequence in batch.park:
@@ -225,7 +259,10 @@ class Engine:
                 sequence.started = time.monotonic()
 
     def _advance(self, sequence: Sequence, sampled: Sampled) -> TokenOutput:
-        """Take a sampled token into its sequence, and end that where it should."""
+        """Take a sampled token into its sequence, and end that where it should.
+
+        Raises `InvalidParameter` where its grammar is too complex to go on with.
+        """
         params, token_id = sequence.params, sampled.token_id
         sequence.output_ids.append(token_id)
         sequence.sample_row.index += 1
@@ -239,8 +276,11 @@ class Engine:
         elif token_id == self.model.config.eos_token_id and not params.ignore_eos:
             text, sequence.finish_reason = "", "stop"
         else:
+            matcher = sequence.sample_row.matcher
+            if matcher is not None:
+                matcher.push(token_id)
             text, stop_reason = sequence.detokenizer.push(token_id)
-            if stop_reason is not None:
+            if stop_reason is not None or (matcher is not None and matcher.complete):
                 sequence.finish_reason = "stop"
             elif len(sequence.output_ids) >= params.max_tokens:
                 sequence.finish_reason = "length"
@@ -278,9 +318,14 @@ class Engine:
             self._finish(sequence)
         return output
 
+    def _fail(self, sequence: Sequence, error: LatticeError) -> RequestFailed:
+        self._finish(sequence)
+        return failure(sequence.request_id, error)
+
     def _finish(self, sequence: Sequence) -> None:
         """Take a sequence out of everything, and scrub its state."""
-        self.scheduler.remove(sequence)
+        if self._compiling.pop(sequence.request_id, None) is None:
+            self.scheduler.remove(sequence)
         if sequence.row is not None:
             self.pool.free(sequence.row)
             sequence.row = None

@@ -27,6 +27,7 @@ from lattice_serve.server.schemas.chat import (
     ChunkChoice,
     Delta,
     Message,
+    NamedTool,
     TokenScore,
     TopLogprob,
 )
@@ -52,10 +53,10 @@ class ChatAnswer(Answer[ChatRequest, ChunkChoice]):
     @classmethod
     async def prepare(cls, services: Services, request: ChatRequest) -> ChatAnswer:
         check(services, request)
-        if request.offered_tools and not services.template.knows_tools:
+        if request.offered_tools and not (request.must_call or services.template.knows_tools):
             raise InvalidParameter(
                 f"tools: the model's chat template does not have calls as {TOOL_CALL}, which this server reads: "
-                "leave tools out",
+                "leave tools out, or set tool_choice to none, required or a function",
                 param="tools",
             )
         services.admit(request.choices)
@@ -143,8 +144,11 @@ class _Choice:
         self._begun = False
         self._drop_space = plain and request.begins_message
         self._parser: ToolCallParser | None = None
+        # OpenAI's finish reason says whether the model chose to call, which a named function leaves it no choice of.
+        self._chooses = not isinstance(request.tool_choice, NamedTool)
         if request.offered_tools:
-            self._parser = ToolCallParser(tagged=True, parallel=request.parallel_tool_calls is not False)
+            parallel = request.parallel_tool_calls is not False
+            self._parser = ToolCallParser(tagged=not request.must_call, parallel=parallel)
 
     def parts(self, output: TokenOutput) -> list[ChunkChoice]:
         """What `output` adds: a choice with the role at the beginning, one a delta, one with the reason at the end."""
@@ -172,7 +176,8 @@ class _Choice:
         return deltas or [Delta(content="")]
 
     def _finish_reason(self, output: TokenOutput) -> ChatFinishReason | None:
-        if output.finish_reason == "stop" and self._parser is not None and self._parser.calls:
+        called = self._parser is not None and self._parser.calls > 0
+        if output.finish_reason == "stop" and called and self._chooses:
             return "tool_calls"
         return output.finish_reason
 

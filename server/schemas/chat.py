@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.engine.messages import FinishReason
-from lattice_serve.engine.sampling import MAX_LOGPROBS
+from lattice_serve.engine.sampling import MAX_LOGPROBS, Grammar
 from lattice_serve.server.schemas.base import RequestModel
 from lattice_serve.server.schemas.generation import NOT_SUPPORTED, GenerationRequest, Usage
 
@@ -81,6 +81,13 @@ class Function(RequestModel):
     parameters: dict[str, Any] | None = None
     """A JSON schema."""
     strict: bool | None = None
+    """Arguments keep to the schema where a call must be made, and are the model's own where it may be."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Function:
+        if self.parameters is not None and self.parameters.get("type", "object") != "object":
+            raise ValueError("parameters describe no object: give a schema of type object")
+        return self
 
 
 class Tool(RequestModel):
@@ -187,7 +194,7 @@ class ChatRequest(GenerationRequest, ChatPrompt):
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
             raise InvalidParameter("tools: two functions have one name", param="tools")
-        if self.tool_choice not in (None, "none", "auto") and not names:
+        if self.must_call and not names:
             raise InvalidParameter("tool_choice: there are no tools to choose from", param="tool_choice")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
             raise InvalidParameter("tool_choice: names a function that is not in tools", param="tool_choice")
@@ -197,11 +204,53 @@ class ChatRequest(GenerationRequest, ChatPrompt):
     def offered_tools(self) -> list[Tool]:
         return [] if self.tool_choice == "none" else self.tools or []
 
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer is to be tool calls and nothing else."""
+        return self.tool_choice not in (None, "none", "auto")
+
     def _own_sampling(self) -> dict[str, Any]:
+        if self.must_call and self.grammar is not None:
+            raise InvalidParameter(
+                f"tool_choice: an answer that must be a call cannot keep to {self.grammar.param}: give one of the two",
+                param="tool_choice",
+            )
         return {
             "max_tokens": DEFAULT_MAX_TOKENS if self.token_limit is None else self.token_limit,
             "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+            "grammar": self._calls() if self.must_call else self.grammar,
         }
+
+    def _calls(self) -> Grammar:
+        """A JSON list of calls of the functions that may be called."""
+        chosen = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        functions = [tool.function for tool in self.tools or () if chosen in (None, tool.function.name)]
+        calls = []
+        shared: dict[str, dict[str, Any]] = {}
+        for function in functions:
+            parameters: dict[str, Any] = {"type": "object"} | (function.parameters or {})
+            # References are from the root of the schema.
+            for place in ("$defs", "definitions"):
+                if not isinstance(parameters.get(place), dict):
+                    continue
+                for name, definition in parameters.pop(place).items():
+                    if shared.setdefault(place, {}).setdefault(name, definition) != definition:
+                        raise InvalidParameter(
+                            f"tools: two functions have different {place} of the name {name[:100]!r}: rename one",
+                            param="tools",
+                        )
+            properties = {"name": {"const": function.name}, "arguments": parameters}
+            calls.append(
+                {
+                    "type": "object",
+                    "properties": properties,
+                    "required": list(properties),
+                    "additionalProperties": False,
+                }
+            )
+        one = chosen is not None or self.parallel_tool_calls is False
+        limits = {"minItems": 1, "maxItems": 1} if one else {"minItems": 1}
+        return Grammar.json_schema({"type": "array", "items": {"anyOf": calls}, **limits, **shared}, "tools")
 
 
 class TopLogprob(msgspec.Struct):

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.engine.sampling import MAX_LOGIT_BIAS, SamplingParams
 from lattice_serve.server.schemas.base import Count, RequestModel, Strings, TokenIds
+from lattice_serve.server.schemas.structured import StructuredRequest
 
 MAX_CHOICES = 128
 MAX_STOP_TOKEN_IDS = 1024
@@ -31,16 +32,11 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool | None = None
 
 
-class TextFormat(RequestModel):
-    type: Literal["text"]
-
-
-class GenerationRequest(RequestModel):
+class GenerationRequest(StructuredRequest):
     """Names and defaults as OpenAI's, then the extensions that other servers share. null means absent."""
 
-    remedies: ClassVar[dict[str, str]] = {
+    remedies: ClassVar[dict[str, str]] = StructuredRequest.remedies | {
         "stop": "give a string or a list of strings",
-        "response_format": NOT_SUPPORTED,
         "use_beam_search": NOT_SUPPORTED,
     }
 
@@ -57,7 +53,6 @@ class GenerationRequest(RequestModel):
     frequency_penalty: float | None = None
     logit_bias: Annotated[dict[str, float], BeforeValidator(_check_size)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    response_format: TextFormat | None = None
 
     min_p: float | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
@@ -107,6 +102,7 @@ class GenerationRequest(RequestModel):
             "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             "include_stop": self.include_stop_str_in_output,
             "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "grammar": self.grammar,
         }
         fields |= self._own_sampling()
         return SamplingParams(**{name: value for name, value in fields.items() if value is not None})

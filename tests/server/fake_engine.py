@@ -69,7 +69,14 @@ class FakeEngine:
             message = decoder.decode(await reader.readexactly(size))
             if isinstance(message, Submit):
                 params = message.params
-                self.record("submit", id=message.request_id, ids=message.prompt_ids, seed=params.seed, stop=params.stop)
+                self.record(
+                    "submit",
+                    id=message.request_id,
+                    ids=message.prompt_ids,
+                    seed=params.seed,
+                    stop=params.stop,
+                    grammar=msgspec.to_builtins(params.grammar),
+                )
                 self.tasks[message.request_id] = asyncio.create_task(self.answer(message))
             else:
                 self.record("abort", id=message.request_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -222,6 +223,61 @@ class TestTools:
         ask(server, user("a"), tools=TOOLS, tool_choice="auto", max_tokens=1)
         assert prompt(server).startswith("System: To call functions")
 
+    @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+    def test_calls_that_must_be_made(self, server: ServerProcess, choice: Any) -> None:
+        said = '[{"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {}}]'
+        *chunks, last, _ = stream(server, user(f"!say {said}"), tools=TOOLS, tool_choice=choice)
+        calls = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", ())]
+        assert [call["function"]["name"] for call in calls if "id" in call] == ["add", "add"]
+        assert "".join(call["function"]["arguments"] for call in calls if call["index"] == 0) == '{"a": 1}'
+        (whole,) = ask(server, user(f"!say {said}"), tools=TOOLS, tool_choice=choice)["choices"]
+        assert whole["message"]["content"] is None
+        assert [call["function"]["arguments"] for call in whole["message"]["tool_calls"]] == ['{"a": 1}', "{}"]
+        # As OpenAI has it: a function that was named was not the model's choice.
+        expected = "tool_calls" if choice == "required" else "stop"
+        assert whole["finish_reason"] == last["choices"][0]["finish_reason"] == expected
+
+    def test_what_must_be_called_is_a_schema(self, server: ServerProcess) -> None:
+        shared = {"$defs": {"n": {"type": "integer"}}}
+        add = {"name": "add", "parameters": {"properties": {"a": {"$ref": "#/$defs/n"}}, **shared}}
+        tools = [{"type": "function", "function": function} for function in (add, {"name": "now"})]
+
+        def schema(**fields: Any) -> Any:
+            ask(server, user("a"), tools=tools, max_tokens=1, **fields)
+            grammar = server.records("submit")[-1]["grammar"]
+            return grammar and json.loads(grammar["text"])
+
+        required = schema(tool_choice="required")
+        assert (required["type"], required["minItems"], "maxItems" in required) == ("array", 1, False)
+        assert required["$defs"] == shared["$defs"]
+        first, second = (call["properties"] for call in required["items"]["anyOf"])
+        assert first == {
+            "name": {"const": "add"},
+            "arguments": {"type": "object", "properties": {"a": {"$ref": "#/$defs/n"}}},
+        }
+        assert second == {"name": {"const": "now"}, "arguments": {"type": "object"}}
+        assert schema(tool_choice="required", parallel_tool_calls=False)["maxItems"] == 1
+        named = schema(tool_choice={"type": "function", "function": {"name": "now"}})
+        assert (len(named["items"]["anyOf"]), named["maxItems"]) == (1, 1)
+        assert schema(tool_choice="auto") is None
+
+
+class TestStructure:
+    def test_response_format(self, server: ServerProcess) -> None:
+        def schema(**form: Any) -> Any:
+            ask(server, user("a"), max_tokens=1, response_format=form)
+            grammar = server.records("submit")[-1]["grammar"]
+            return grammar and json.loads(grammar["text"])
+
+        assert schema(type="text") is None
+        assert schema(type="json_object") == {"type": "object"}
+        wanted = {"type": "object", "properties": {"a": {"type": "integer"}}}
+        assert schema(type="json_schema", json_schema={"name": "x", "strict": True, "schema": wanted}) == wanted
+
+    def test_other_servers_names(self, server: ServerProcess) -> None:
+        ask(server, user("a"), max_tokens=1, structured_outputs={"choice": ["yes", "no"]})
+        assert server.records("submit")[-1]["grammar"]["kind"] == "choice"
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -284,6 +340,7 @@ class TestTemplate:
         (folder / "chat_template.jinja").write_text(source + "{% endif %}{% if silent %}{% endif %}developer")
         server = start_server(model=str(folder))
         check_error(server.post(PATH, messages=user("a"), tools=TOOLS), 400)
+        assert ask(server, user("a"), tools=TOOLS, tool_choice="required", max_tokens=1)
         assert ask(server, user("a"), tools=TOOLS, tool_choice="none", max_tokens=1)
         error = check_error(server.post(PATH, messages=user("a"), chat_template_kwargs={"refuse": True}), 400)
         assert error["param"] == "messages"
@@ -305,6 +362,10 @@ class TestTemplate:
         server = start_server(model=str(folder))
         assert "line 1" in check_error(server.post(PATH, messages=user("a")), 500)["message"]
         assert server.complete("a")
+
+
+def function(name: str = "add", **fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **fields}}
 
 
 def called(arguments: str) -> dict[str, Any]:
@@ -363,6 +424,20 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "http://a.example"}}]
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
+        ({"tools": [function(parameters={"type": "string"})]}, "tools"),
+        ({"tools": [function(parameters=[])]}, "tools"),
+        (
+            {
+                "tools": [
+                    function(name="f", parameters={"$defs": {"x": {"type": "null"}}}),
+                    function(name="g", parameters={"$defs": {"x": {"type": "string"}}}),
+                ],
+                "tool_choice": "required",
+            },
+            "tools",
+        ),
         (
             {"messages": [*user("a"), {"role": "assistant"}], "continue_final_message": True},
             "continue_final_message",

@@ -76,7 +76,7 @@ DEEP = b'{"prompt":' + b"[" * 100_000
         (b'{"prompt": "a", "use_beam_search": true}', "use_beam_search"),
         (b'{"prompt": "a", "timeout": 0}', "timeout"),
         (b'{"prompt": "a", "timeout": 1e9}', "timeout"),
-        (b'{"prompt": "a", "response_format": {"type": "json_object"}}', "response_format"),
+        (b'{"prompt": "a", "response_format": {"type": "xml"}}', "response_format"),
         (b'{"prompt": "a", "logprobs": 21}', "logprobs"),
         (b'{"prompt": "a", "logprobs": true}', "logprobs"),
         (b'{"prompt": "a", "echo": 1}', "echo"),
