@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
 import torch
@@ -14,9 +15,11 @@ from lattice_serve.engine.config import EngineConfig, ModelConfig
 from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.drafter import Drafter
 from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError, NumericalError
+from lattice_serve.engine.grammar import Compiled, Grammars
 from lattice_serve.engine.memory import Memory
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit, TokenOutput
 from lattice_serve.engine.pace import Pace
+from lattice_serve.engine.pooled import Pooled
 from lattice_serve.engine.prefix_cache import PrefixCache
 from lattice_serve.engine.runner import Runner
 from lattice_serve.engine.sampler import Sampled, SampleRow, TokenCounts, penalised
@@ -31,6 +34,8 @@ from lattice_serve.kernels.mixer import Segments, StateLayout
 
 MAX_ROWS = 256
 """State rows when only their memory is bounded."""
+_COMPILE_SECONDS = 0.02
+"""A step that has nothing but grammars to wait for takes that long: messages are read between steps."""
 
 
 class Engine:
@@ -67,7 +72,10 @@ class Engine:
         self.cache = PrefixCache([("cpu", config.prefix_cache_memory)])
         self.memory = Memory(self.pool, self.cache)
         self._pace = Pace(config.step_seconds, config.max_step_tokens)
+        self.grammars = Grammars(config.model, self.tokenizer)
         self._sequences: dict[str, Sequence] = {}
+        self._compiling: dict[str, Future[Compiled]] = {}
+        """Of sequences that the scheduler does not know yet: they wait for their grammars."""
         self._seeds = random.Random(os.urandom(16))
         self._prompt_tokens = self._generated = self._steps = self._step_tokens = self._drafted = self._accepted = 0
         self._warm_up()
@@ -117,10 +125,14 @@ class Engine:
                 forbidden=self._ends(params.stop_token_ids) if params.min_tokens else (),
             ),
             detokenizer=Detokenizer(self.tokenizer.token_bytes, params.stop, params.include_stop, params.min_tokens),
+            pooled=None if request.pooling is None else Pooled(request.pooling),
         )
-        if self.config.speculative_tokens and not penalised(params):
-            sequence.drafter = Drafter(self.config.speculative_tokens)
-        self.scheduler.add(sequence)
+        if params.grammar is not None:
+            self._compiling[request.request_id] = self.grammars.compile(params.grammar)
+        else:
+            if self.config.speculative_tokens and not penalised(params):
+                sequence.drafter = Drafter(self.config.speculative_tokens)
+            self.scheduler.add(sequence)
         self._sequences[request.request_id] = sequence
 
     def abort(self, request_id: str) -> None:
@@ -135,6 +147,8 @@ class Engine:
 
     def step(self) -> StepOutputs:
         """Schedule, run, sample, advance, emit. At most `max_step_tokens` tokens."""
+        outputs: list[TokenOutput] = []
+        failures = self._queue_compiled()
         self.memory.move(self.scheduler.assign(), self.scheduler.running)
         pieces = self.scheduler.schedule(self._pace.tokens(self.scheduler.decoding))
         self.memory.hold(pieces)
@@ -143,26 +157,28 @@ class Engine:
         self._steps += 1
         self._step_tokens = sum(piece.tokens for piece in pieces)
         self._pace.record(self._step_tokens, time.monotonic() - began)
-        outputs: list[TokenOutput] = []
-        failures: list[RequestFailed] = []
         for result in results:
             sequence = result.piece.sequence
             self._prompt_tokens += max(0, min(result.piece.end, len(sequence.prompt_ids)) - result.piece.start)
             if result.error is not None:
-                failures.append(failure(sequence.request_id, result.error))
-                self._finish(sequence)
+                failures.append(self._fail(sequence, result.error))
                 continue
             accepted = max(0, len(result.sampled) - 1)
             self._drafted += len(result.piece.draft)
             self._accepted += accepted
             self.memory.settle(result.piece, accepted)
             self.memory.keep_prompt(result.piece, result.logits)
-            for sampled in result.sampled:
-                outputs.append(self._advance(sequence, sampled))
-                if sequence.status is Status.FINISHED:
-                    break
             if not result.sampled and sequence.decoding and sequence.params.max_tokens == 0:
                 outputs.append(self._scored(sequence))
+            try:
+                for sampled in result.sampled:
+                    outputs.append(self._advance(sequence, sampled))
+                    if sequence.finish_reason is not None:
+                        break
+            except InvalidParameter as error:
+                assert sequence.params.grammar is not None
+                self.grammars.discard(sequence.params.grammar)
+                failures.append(self._fail(sequence, error))
         return StepOutputs(outputs=outputs, failures=failures, stats=self.stats())
 
     def check_idle(self) -> None:
@@ -173,7 +189,7 @@ class Engine:
         waiting = self.scheduler.waiting
         return EngineStats(
             running=len(self.scheduler.running),
-            waiting=len(waiting),
+            waiting=len(waiting) + len(self._compiling),
             rows=self.pool.rows,
             rows_used=self.pool.used,
             preempted=sum(sequence.status is Status.PARKED for sequence in waiting),
@@ -236,12 +252,35 @@ class Engine:
             )
         return rows
 
-    def _ends(self, stop_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    def _ends(self, stop_token_ids: tuple[int, ...], ignore_eos: bool = False) -> tuple[int, ...]:
         eos = self.model.config.eos_token_id
-        return stop_token_ids if eos is None else (*stop_token_ids, eos)
+        return stop_token_ids if eos is None or ignore_eos else (*stop_token_ids, eos)
+
+    def _queue_compiled(self) -> list[RequestFailed]:
+        """Hand the sequences whose grammars are compiled to the scheduler. Waits only where there is no other work."""
+        if self._compiling and not len(self.scheduler):
+            wait(self._compiling.values(), _COMPILE_SECONDS, FIRST_COMPLETED)
+        failures = []
+        for request_id in [request_id for request_id, future in self._compiling.items() if future.done()]:
+            sequence = self._sequences[request_id]
+            grammar, row = sequence.params.grammar, sequence.sample_row
+            assert grammar is not None
+            ends = self._ends(row.params.stop_token_ids, row.params.ignore_eos)
+            try:
+                compiled = self._compiling[request_id].result()
+                row.matcher = compiled.matcher(self.model.config.vocab_size, ends, grammar.param)
+                self.scheduler.add(sequence)
+            except LatticeError as error:
+                failures.append(self._fail(sequence, error))
+            else:
+                del self._compiling[request_id]
+        return failures
 
     def _advance(self, sequence: Sequence, sampled: Sampled) -> TokenOutput:
-        """Take a sampled token into its sequence, and end that where it should."""
+        """Take a sampled token into its sequence, and end that where it should.
+
+        Raises `InvalidParameter` where its grammar is too complex to go on with.
+        """
         params, token_id = sequence.params, sampled.token_id
         sequence.output_ids.append(token_id)
         sequence.sample_row.index += 1
@@ -255,8 +294,11 @@ class Engine:
         elif token_id == self.model.config.eos_token_id and not params.ignore_eos:
             text, sequence.finish_reason = "", "stop"
         else:
+            matcher = sequence.sample_row.matcher
+            if matcher is not None:
+                matcher.push(token_id)
             text, stop_reason = sequence.detokenizer.push(token_id)
-            if stop_reason is not None:
+            if stop_reason is not None or (matcher is not None and matcher.complete):
                 sequence.finish_reason = "stop"
             elif len(sequence.output_ids) >= params.max_tokens:
                 sequence.finish_reason = "length"
@@ -297,9 +339,14 @@ class Engine:
             self._finish(sequence)
         return output
 
+    def _fail(self, sequence: Sequence, error: LatticeError) -> RequestFailed:
+        self._finish(sequence)
+        return failure(sequence.request_id, error)
+
     def _finish(self, sequence: Sequence) -> None:
         """Take a sequence out of everything, and scrub its state."""
-        self.scheduler.remove(sequence)
+        if self._compiling.pop(sequence.request_id, None) is None:
+            self.scheduler.remove(sequence)
         self.memory.release(sequence)
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request_id]

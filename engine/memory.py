@@ -78,7 +78,7 @@ class Memory:
         if sequence.row is not None:
             self._pool.free(sequence.row)
             sequence.row = None
-        sequence.parked = sequence.leader = sequence.logits = sequence.drafter = None
+        sequence.parked = sequence.leader = sequence.recalled = sequence.drafter = None
 
     def check_idle(self) -> None:
         """Assert that no sequence holds anything, and that nothing of the cache is lost."""
@@ -109,7 +109,7 @@ class Memory:
             self._row(sequence).copy_(snapshot.row)
             sequence.computed = sequence.cached_tokens = snapshot.length
             if sequence.decoding:
-                sequence.logits = snapshot.logits
+                sequence.recalled = snapshot
         # Where this prompt leaves what is known, the next one may, too: that is where a system prompt ends.
         sequence.marks += [shared, *intervals(sequence.computed, len(sequence.prompt_ids))]
 

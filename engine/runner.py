@@ -108,9 +108,9 @@ class _Plan:
         for ahead in range(choices):
             index = sequence.sample_row.index + ahead
             self.rows.append(replace(sequence.sample_row, index=index) if ahead else sequence.sample_row)
-            if sequence.logits is not None:
-                self._chosen.append(sequence.logits)
-                sequence.logits = None
+            if sequence.recalled is not None and sequence.recalled.logits is not None:
+                self._chosen.append(sequence.recalled.logits)
+                sequence.recalled = None
             else:
                 self._chosen.append(len(self.wanted))
                 self.wanted.append(end - 1 + ahead)

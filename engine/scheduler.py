@@ -116,7 +116,7 @@ class Scheduler:
         for place, sequence in enumerate(order):
             share = left if place < len(decoding) else max(1, left // (len(order) - place))
             count = min(sequence.runnable, share, left)
-            if count or sequence.logits is not None:
+            if count or sequence.recalled is not None:
                 pieces.append(Piece(sequence, sequence.computed, sequence.computed + count))
                 left -= count
         return [self._with_draft(piece, left // len(pieces)) for piece in pieces]

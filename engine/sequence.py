@@ -8,14 +8,13 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from lattice_serve.engine.messages import FinishReason, Submit, TokenLogprob
-from lattice_serve.engine.pooled import Pooled
 from lattice_serve.engine.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lattice_serve.engine.detokenizer import Detokenizer
     from lattice_serve.engine.drafter import Drafter
+    from lattice_serve.engine.pooled import Pooled
+    from lattice_serve.engine.prefix_cache import Snapshot
     from lattice_serve.engine.sampler import SampleRow
     from lattice_serve.engine.state_pool import ParkedState
 
@@ -63,14 +62,22 @@ class Sequence:
     cached_tokens: int = 0
     """Tokens whose state was not computed for it."""
     drafter: Drafter | None = None
-    logits: Tensor | None = None
-    """[V] of its last token, where they came with a cached state: its next token is chosen without running any."""
+    recalled: Snapshot | None = None
+    """A state of the whole prompt with the logits of its last token: the next one is chosen without running any."""
     started: float | None = None
     """Monotonic seconds of its first step."""
     finish_reason: FinishReason | None = None
 
     @classmethod
-    def of(cls, request: Submit, *, arrived: float, sample_row: SampleRow, detokenizer: Detokenizer) -> Sequence:
+    def of(
+        cls,
+        request: Submit,
+        *,
+        arrived: float,
+        sample_row: SampleRow,
+        detokenizer: Detokenizer,
+        pooled: Pooled | None = None,
+    ) -> Sequence:
         scored: list[TokenLogprob | None] | None = None if request.params.prompt_logprobs is None else [None]
         return cls(
             request_id=request.request_id,
@@ -81,7 +88,7 @@ class Sequence:
             sample_row=sample_row,
             detokenizer=detokenizer,
             prompt_logprobs=scored,
-            pooled=None if request.pooling is None else Pooled(request.pooling),
+            pooled=pooled,
             cache_salt=request.cache_salt,
             marks=list(request.cache_points),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,6 +31,13 @@ def serve(
     api_key: Annotated[
         str | None,
         typer.Option(help="Key that clients must send. Better in LATTICE_API_KEY: others can read a command line."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with such keys, one a line.", show_default="none")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin whose web pages may send requests; can be given again.", show_default="none"),
     ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model.", show_default="the name of its folder")
@@ -82,6 +90,8 @@ def serve(
             host=host,
             port=port,
             api_key=api_key,
+            api_key_file=api_key_file,
+            cors_origins=cors_origin or None,
             served_model_name=served_model_name,
             dtype=dtype,
             quantization=quantization,

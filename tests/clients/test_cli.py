@@ -182,7 +182,9 @@ def test_serve_leaves_what_is_not_given_to_the_environment(
     )
 
 
-def test_serve_passes_every_option_on(served: list[Settings]) -> None:
+def test_serve_passes_every_option_on(served: list[Settings], tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("from file\n")
     result = _run(
         *["serve", "folder", "--host", "0.0.0.0", "--port", "1", "--api-key", "k", "--served-model-name", "n"],
         *[
@@ -202,6 +204,7 @@ def test_serve_passes_every_option_on(served: list[Settings]) -> None:
             "3M",
         ],
         *["--max-step-tokens", "64", "--max-waiting", "5", "--grace-period", "1.5", "--log-level", "debug"],
+        *["--api-key-file", str(keys), "--cors-origin", "http://a.example", "--cors-origin", "http://b.example"],
     )
     assert result.exit_code == 0, result.output
     given = served[0].model_dump(exclude_defaults=True, exclude={"api_key"})
@@ -220,8 +223,10 @@ def test_serve_passes_every_option_on(served: list[Settings]) -> None:
         "max_waiting": 5,
         "grace_period": 1.5,
         "log_level": "debug",
+        "api_key_file": keys,
+        "cors_origins": ("http://a.example", "http://b.example"),
     }
-    assert served[0].api_keys == (b"k",)
+    assert served[0].api_keys == (b"k", b"from file")
 
 
 @pytest.mark.parametrize(

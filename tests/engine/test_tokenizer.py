@@ -36,6 +36,20 @@ def test_no_text_makes_a_control_or_unknown_token(text: str) -> None:
     assert not {0, TOKENIZER.eos_token_id} & set(TOKENIZER.encode(text))
 
 
+@given(texts)
+def test_control_pieces_are_made_only_of_marked_text(text: str) -> None:
+    assert TOKENIZER.encode_marked(TOKENIZER.unmark(text)) == TOKENIZER.encode(text)
+    ids = TOKENIZER.encode_marked(f"<|endoftext|>{TOKENIZER.unmark(text)}<|endoftext|>")
+    assert ids == [1, *TOKENIZER.encode(text), 1]
+
+
+@pytest.mark.parametrize(
+    "text", ["<|endoftext|><|endoftext|>", "<<|endoftext|>\ufdd0", "<\ufdd0|endoftext|>", "\ufdd0"]
+)
+def test_a_guard_in_the_text_is_kept(text: str) -> None:
+    assert TOKENIZER.encode_marked(TOKENIZER.unmark(text)) == TOKENIZER.encode(text)
+
+
 @given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1)))
 def test_any_ids_decode_to_their_bytes(ids: list[int]) -> None:
     assert TOKENIZER.decode(ids) == b"".join(map(TOKENIZER.token_bytes, ids)).decode(errors="replace")

@@ -31,7 +31,7 @@ def test_metrics_add_up(start_server: Callable[..., ServerProcess]) -> None:
     assert ended == {"length": 6, "stop": 1, "error": 1, "abort": 1}
     generated = sum(usage["completion_tokens"] for usage in usages)
     assert metrics["generation_tokens_total"] == metrics["request_generation_tokens_sum"] == generated == 20
-    assert metrics["prompt_tokens_total"] == sum(record["tokens"] for record in server.records("submit"))
+    assert metrics["prompt_tokens_total"] == sum(len(record["ids"]) for record in server.records("submit"))
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_decode_time_seconds"):
         assert metrics[f"{name}_count"] == 7
     for name in ("request_prompt_tokens", "request_generation_tokens", "request_queue_time_seconds"):
