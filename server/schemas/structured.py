@@ -11,7 +11,7 @@ from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.engine.sampling import Grammar
 from lattice_serve.server.schemas.base import RequestModel, Strings
 
-JsonSchema: TypeAlias = "dict[str, Any] | str"
+JsonSchema: TypeAlias = dict[str, Any] | str
 """An object, or its text."""
 
 

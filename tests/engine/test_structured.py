@@ -138,7 +138,12 @@ class TestTheEnd:
         assert (answer.finish_reason, answer.stop_reason) == ("stop", None)
 
     def test_end_of_text_where_more_could_follow(self, llm: LLM) -> None:
-        params = {"max_tokens": 12, "seed": 1, "grammar": Grammar.regex("x{2,}"), "logit_bias": {1: 100.0}}
+        params: dict[str, Any] = {
+            "max_tokens": 12,
+            "seed": 1,
+            "grammar": Grammar.regex("x{2,}"),
+            "logit_bias": {1: 100.0},
+        }
         ended, least, ignored = ask(
             llm,
             SamplingParams(**params),
