@@ -268,7 +268,7 @@ class Engine:
             ends = self._ends(row.params.stop_token_ids, row.params.ignore_eos)
             try:
                 compiled = self._compiling[request_id].result()
-                row.matcher = compiled.matcher(self.model.config.vocab_size, ends, grammar.param)
+                row.matcher = self.grammars.matcher(compiled, ends, grammar.param)
                 self.scheduler.add(sequence)
             except LatticeError as error:
                 failures.append(self._fail(sequence, error))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from llguidance import LLMatcher
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lattice_serve.engine.compiler import Compiler, Trial, error_of
@@ -39,12 +40,6 @@ class Compiled:
     error: str = ""
     bytes: int = 0
 
-    def matcher(self, vocab_size: int, ends: Sequence[int], param: str) -> Matcher:
-        """At the start of the grammar. Raises `InvalidParameter`, naming `param`, where it is none."""
-        if self.root is None:
-            raise InvalidParameter(f"{param}: {self.error}", param=param)
-        return Matcher(self.root.deep_copy(), vocab_size, ends, param)
-
 
 class Grammars:
     """Compiled grammars, the last used ones kept. Belongs to one engine's thread."""
@@ -55,6 +50,7 @@ class Grammars:
         self._tokenizer = tokenizer
         self._compiler: Compiler | None = None
         self._trial = Trial(model, tokenizer.vocab_size)
+        self._spellings = _Spellings(tokenizer)
 
     def compile(self, grammar: Grammar) -> Future[Compiled]:
         """Raises `Overloaded` when `MAX_PENDING` others wait to be compiled."""
@@ -73,6 +69,15 @@ class Grammars:
             size -= freed
         self._cache[key] = self._thread.submit(self._compile, grammar)
         return self._cache[key]
+
+    def matcher(self, compiled: Compiled, ends: Sequence[int], param: str) -> Matcher:
+        """At the start of the grammar. Raises `InvalidParameter`, naming `param`, where it is none.
+
+        `ends`: the tokens that end an answer, allowed where its text is complete and nowhere else.
+        """
+        if compiled.root is None:
+            raise InvalidParameter(f"{param}: {compiled.error}", param=param)
+        return Matcher(compiled.root.deep_copy(), self._spellings, ends, param)
 
     def discard(self, grammar: Grammar) -> None:
         """Compile it anew when it is next asked for: what its matchers share may have reached a limit."""
@@ -99,15 +104,12 @@ class Grammars:
 class Matcher:
     """Where one sequence is in its grammar, and which tokens may come next."""
 
-    __slots__ = ("_ends", "_matcher", "_param", "_vocab_size", "allowed", "complete")
+    __slots__ = ("_ends", "_matcher", "_param", "_spellings", "allowed", "complete")
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, ends: Sequence[int], param: str) -> None:
-        """`ends`: the tokens that end an answer, allowed where its text is complete and nowhere else.
-
-        Raises `InvalidParameter` as `push` does.
-        """
+    def __init__(self, matcher: LLMatcher, spellings: _Spellings, ends: Sequence[int], param: str) -> None:
+        """See `Grammars.matcher`. Raises `InvalidParameter` as `push` does."""
         self._matcher = matcher
-        self._vocab_size = vocab_size
+        self._spellings = spellings
         self._ends = list(ends)
         self._param = param
         self.allowed: Tensor
@@ -128,9 +130,7 @@ class Matcher:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if error := error_of(self._matcher):
             raise self._too_complex(error)
-        allowed = np.unpackbits(bits, count=self._vocab_size + 1, bitorder="little").view(bool)
-        # The last bit says whether the text may end here.
-        allowed, may_end = allowed[:-1], bool(allowed[-1])
+        allowed, may_end = self._spellings.allowed(bits)
         allowed[self._ends] = False
         goes_on = bool(allowed.any())
         if not goes_on and not may_end:
@@ -141,6 +141,29 @@ class Matcher:
 
     def _too_complex(self, reason: str) -> InvalidParameter:
         return InvalidParameter(f"{self._param} is too complex: {reason}", param=self._param)
+
+
+class _Spellings:
+    """Tokens of one spelling, of which llguidance knows one: the bytes of a character's piece are often one, too."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._vocab_size = tokenizer.vocab_size
+        groups: dict[bytes, list[int]] = {}
+        for token_id in range(tokenizer.vocab_size):
+            if text := tokenizer.token_bytes(token_id):
+                groups.setdefault(text, []).append(token_id)
+        several = [ids for ids in groups.values() if len(ids) > 1]
+        self._ids = np.array([token_id for ids in several for token_id in ids], np.int64)
+        self._group = np.array([group for group, ids in enumerate(several) for _ in ids], np.int64)
+        self._groups = len(several)
+
+    def allowed(self, bits: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], bool]:
+        """`[V]`, and whether the text may end. bits: the bitmask of a grammar of `engine.compiler`."""
+        allowed = np.unpackbits(bits, count=self._vocab_size + 1, bitorder="little").view(np.bool_)
+        groups = np.zeros(self._groups, np.bool_)
+        groups[self._group[allowed[self._ids]]] = True
+        allowed[self._ids] = groups[self._group]
+        return allowed[:-1], bool(allowed[-1])
 
 
 def restrict(scores: Tensor, matchers: Sequence[Matcher | None]) -> None:

@@ -44,10 +44,9 @@ class Tokenizer:
             if processor.is_control(token_id)
         }
         """Name of each control piece, such as `<|endoftext|>`, and its id."""
-        names = "|".join(sorted(map(re.escape, self.controls), key=len, reverse=True)) or "(?!)"
-        self._marks = re.compile(names)
-        # Also those that begin within another one.
-        self._mark_starts = re.compile(f"(?={names})(?s:.)")
+        # A name of one character could not be told from text: there is no place in it for a guard.
+        self._names = sorted((name for name in self.controls if len(name) > 1), key=len, reverse=True)
+        self._marks = re.compile("|".join(map(re.escape, self._names)) or "(?!)")
 
     @classmethod
     def load(cls, folder: Path, vocab_size: int | None = None) -> Tokenizer:
@@ -120,7 +119,12 @@ class Tokenizer:
 
     def unmark(self, text: str) -> str:
         """`text` with a guard in each name of a control piece, so that `encode_marked` takes it for text."""
-        return self._mark_starts.sub(rf"\g<0>{_GUARD}", text.replace(_GUARD, _GUARD * 2))
+        text = text.replace(_GUARD, _GUARD * 2)
+        for name in self._names:
+            # Again where names overlap.
+            while name in text:
+                text = text.replace(name, name[0] + _GUARD + name[1:])
+        return text
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, each within the vocabulary; bytes that are no UTF-8 become U+FFFD."""

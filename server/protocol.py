@@ -9,7 +9,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from lattice_serve.server.errors import HeaderTooLarge, error_json
 
 MAX_HEAD_BYTES = 1 << 20
-"""Beyond it the connection is closed. `Limits` answers what is smaller and still too large."""
+"""Beyond it the connection is closed. What is smaller, and larger than the settings have it, `Limits` answers."""
 
 
 class BoundedProtocol(HttpToolsProtocol):

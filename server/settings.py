@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from lattice_serve.engine import config as engine_config
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import ConfigError
+from lattice_serve.server.protocol import MAX_HEAD_BYTES
 
 BUNDLED_MODEL = Path(engine_config.__file__).parent / "bundled"
 
@@ -51,7 +52,7 @@ class Settings(EngineConfig, BaseSettings):
     grace_period: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     """Seconds that running streams have to finish after SIGTERM."""
     max_body_bytes: int = Field(default=8 << 20, ge=1)
-    max_header_bytes: int = Field(default=64 << 10, ge=1)
+    max_header_bytes: int = Field(default=64 << 10, ge=1, le=MAX_HEAD_BYTES)
     keep_alive_seconds: float = Field(default=15.0, gt=0, allow_inf_nan=False)
     """Silence on a stream after which a comment is sent, so that proxies keep it open."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -16,9 +16,10 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import msgspec
-from jinja2 import Template
+from jinja2 import Template, nodes
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY_BYTES = 1 << 30
@@ -43,6 +44,16 @@ class Refused(TemplateError):
     """What a template raises itself, by `raise_exception`."""
 
 
+class _Generation(Extension):
+    """`{% generation %}` marks what a model is trained on; here it is as if it were not there."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja's own type is not a ClassVar)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _raise_exception(message: str) -> NoReturn:
     raise Refused(message)
 
@@ -54,7 +65,8 @@ def _to_json(value: object, indent: int | None = None, ensure_ascii: bool = Fals
 
 def _compile(source: str) -> Template:
     """The template, with the functions that chat templates count on."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    extensions = [loopcontrols, _Generation]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

@@ -119,6 +119,21 @@ def test_a_broken_file_is_named(tmp_path: Path, content: bytes) -> None:
     ids=lambda fault: next(iter(fault)),
 )
 def test_a_tokenizer_that_changes_text_is_refused(tmp_path: Path, fault: dict[str, Any]) -> None:
+    _train(tmp_path, **fault)
+    with pytest.raises(CheckpointError, match="does not give a text back as it was"):
+        Tokenizer.load(tmp_path)
+
+
+def test_names_of_control_pieces_that_overlap(tmp_path: Path) -> None:
+    _train(tmp_path, control_symbols=["<a<a", "<a", "|a|", "~"])
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = tokenizer.controls
+    for text in ("<a<a<a<a", "|a|a|a|", "<a|a|<a<a", "~"):
+        assert tokenizer.encode_marked(tokenizer.unmark(text)) == tokenizer.encode(text)
+    assert tokenizer.encode_marked("<a<a<a|a|") == [ids["<a<a"], ids["<a"], ids["|a|"]]
+
+
+def _train(folder: Path, **changes: Any) -> None:
     settings: dict[str, Any] = {
         "byte_fallback": True,
         "normalization_rule_name": "identity",
@@ -132,8 +147,6 @@ def test_a_tokenizer_that_changes_text_is_refused(tmp_path: Path, fault: dict[st
         vocab_size=290,
         hard_vocab_limit=False,
         minloglevel=2,
-        **(settings | fault),
+        **(settings | changes),
     )
-    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
-    with pytest.raises(CheckpointError, match="does not give a text back as it was"):
-        Tokenizer.load(tmp_path)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())

@@ -54,10 +54,12 @@ async def test_what_templates_of_models_count_on(tmp_path: Path) -> None:
         {% set ns.n = ns.n + 1 %}
 <|{{ message['role'] }}|>{{ message['content'].strip() | tojson }}
     {% endfor %}
-{{ ns.n }} {{ strftime_now('%Y') | length }} {{ missing is defined }} {{ {'a': [1]} | tojson(indent=1) }}"""
+{% generation %}{{ ns.n }}
+{% endgeneration %}
+{{ strftime_now('%Y') | length }} {{ missing is defined }} {{ {'a': [1]} | tojson(indent=1) }}"""
     messages = [*HELLO, {"role": "user", "content": "skip"}, {"role": "user", "content": " <&'é\n"}]
     text = await render(tmp_path, source, messages=messages)
-    assert text == '<|user|>"Hello"\n<|user|>"<&\'é"\n2 4 False {\n "a": [\n  1\n ]\n}'
+    assert text == '<|user|>"Hello"\n<|user|>"<&\'é"\n2\n4 False {\n "a": [\n  1\n ]\n}'
 
 
 async def test_a_template_can_refuse(tmp_path: Path) -> None:
