@@ -52,6 +52,12 @@ def serve(
     state_memory: Annotated[
         str | None, typer.Option(help="Memory for the states of requests, such as 512M.", show_default="1G")
     ] = None,
+    prefix_cache_memory: Annotated[
+        str | None, typer.Option(help="Memory for states that may come again; 0 keeps none.", show_default="1G")
+    ] = None,
+    speculative_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to guess ahead where a text repeats itself.", show_default="0, none")
+    ] = None,
     max_step_tokens: Annotated[
         int | None, typer.Option(help="Tokens a step, prompts and answers together.", show_default="512")
     ] = None,
@@ -93,6 +99,8 @@ def serve(
             threads=threads,
             max_rows=max_rows,
             state_memory=None if state_memory is None else parse_size(state_memory),
+            speculative_tokens=speculative_tokens,
+            prefix_cache_memory=None if prefix_cache_memory is None else parse_size(prefix_cache_memory),
             max_step_tokens=max_step_tokens,
             step_seconds=step_seconds,
             max_waiting=max_waiting,

@@ -52,7 +52,12 @@ class FakeEngine:
         self.pieces = {self.tokenizer.token_bytes(token_id): token_id for token_id in vocabulary}
         self.rows = asyncio.Semaphore(config.max_rows or 8)
         self.tasks: dict[str, asyncio.Task[None]] = {}
-        self.counts = {"rows_used": 0, "prompt_tokens_total": 0, "generation_tokens_total": 0, "steps_total": 0}
+        self.counts: dict[str, Any] = {
+            "rows_used": 0,
+            "prompt_tokens_total": 0,
+            "generation_tokens_total": 0,
+            "steps_total": 0,
+        }
         self.record_path = record
 
     def record(self, event: str, **fields: Any) -> None:

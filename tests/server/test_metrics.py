@@ -56,10 +56,25 @@ def test_a_new_engine_counts_on() -> None:
     metrics = Metrics("m")
     for _ in range(2):
         metrics.engine_started(rows=4)
-        metrics.step(EngineStats(rows=4, rows_used=1, running=1, steps_total=1, step_tokens=5, prompt_tokens_total=5))
+        metrics.step(
+            EngineStats(
+                rows=4,
+                rows_used=1,
+                running=1,
+                steps_total=1,
+                step_tokens=5,
+                prompt_tokens_total=5,
+                cache_entries=3,
+                cache_bytes=300,
+                cache_outcomes={"hit": 4, "new": 2},
+            )
+        )
     labels = {"model_name": "m", "engine": "0"}
     assert metrics.registry.get_sample_value("lattice:prompt_tokens_total", labels) == 10
     assert metrics.registry.get_sample_value("lattice:iteration_tokens_total_sum", labels) == 10
+    assert metrics.registry.get_sample_value("lattice:prefix_cache_misses_total", labels | {"reason": "new"}) == 4
+    assert metrics.registry.get_sample_value("lattice:prefix_cache_misses_total", labels | {"reason": "bypass"}) == 0
+    assert metrics.registry.get_sample_value("lattice:prefix_cache_bytes", labels) == 300
     assert metrics.registry.get_sample_value("lattice:state_pool_usage_ratio", labels) == 0.25
     metrics.engine_started(rows=0)
     assert metrics.registry.get_sample_value("lattice:state_pool_usage_ratio", labels) == 0
