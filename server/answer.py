@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lattice_serve.engine.messages import Submit, TokenOutput
+from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.server.engine_client import Generation
 from lattice_serve.server.schemas.generation import GenerationRequest, Usage
@@ -40,14 +41,17 @@ class Answer(ABC, Generic[R, C]):
     chunk_type: ClassVar[type[msgspec.Struct]]
     """Both have `id`, `created`, `model`, `choices` and `usage`."""
 
-    def __init__(self, services: Services, request: R, sequences: Sequence[Submit]) -> None:
-        """`sequences` of one prompt stand together. Their ids, priority and salt are not theirs to choose."""
-        self.tokenizer = services.tokenizer
+    def __init__(
+        self, services: Services, request: R, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+    ) -> None:
+        """Every prompt is answered once with each of `params`: sequence i is of prompt i // len(params)."""
         self._services = services
         self._request = request
-        self._sequences = sequences
+        self._prompts = prompts
+        points = tuple(request.cache_points or ())
+        self._sequences = [Submit("", prompt, each, cache_points=points) for prompt in prompts for each in params]
         self._completion_tokens = 0
-        self._cached_tokens = 0
+        self._cached_tokens = [0] * len(self._sequences)
         self._head: dict[str, Any] = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -66,11 +70,6 @@ class Answer(ABC, Generic[R, C]):
     @abstractmethod
     def joined(self, parts: list[list[C]]) -> Sequence[msgspec.Struct]:
         """The choices of a whole answer, from the parts of each sequence."""
-
-    @property
-    @abstractmethod
-    def prompt_tokens(self) -> int:
-        """Of each prompt once, however many sequences it has."""
 
     async def whole(self, salt: str) -> bytes:
         """The answer as JSON. salt: whose cached states it may use."""
@@ -103,15 +102,19 @@ class Answer(ABC, Generic[R, C]):
 
     def _count(self, index: int, output: TokenOutput) -> list[C]:
         self._completion_tokens += output.token_id is not None
-        self._cached_tokens += output.cached_tokens
+        self._cached_tokens[index] += output.cached_tokens
         return self.parts(index, output)
 
     def _usage(self) -> Usage:
+        # Of a prompt what was run at least once counts as run, and the prompt counts once.
+        width = len(self._sequences) // len(self._prompts)
+        cached = (min(self._cached_tokens[start : start + width]) for start in range(0, len(self._sequences), width))
+        prompt_tokens = sum(map(len, self._prompts))
         return Usage(
-            prompt_tokens=self.prompt_tokens,
+            prompt_tokens=prompt_tokens,
             completion_tokens=self._completion_tokens,
-            total_tokens=self.prompt_tokens + self._completion_tokens,
-            prompt_tokens_details={"cached_tokens": self._cached_tokens},
+            total_tokens=prompt_tokens + self._completion_tokens,
+            prompt_tokens_details={"cached_tokens": sum(cached)},
         )
 
     def _chunk(self, choices: list[C], usage: Usage | msgspec.UnsetType | None = msgspec.UNSET) -> bytes:

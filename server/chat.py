@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import uuid
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from lattice_serve.engine.errors import InvalidParameter
-from lattice_serve.engine.messages import Submit, TokenLogprob, TokenOutput
+from lattice_serve.engine.messages import TokenLogprob, TokenOutput
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.server.answer import LOWEST_LOGPROB, Answer, check
@@ -35,6 +35,9 @@ from lattice_serve.server.services import Services
 from lattice_serve.server.template import TOOL_CALL
 from lattice_serve.server.tool_calls import ToolCallParser
 
+MAX_DEPTH = 100
+"""Of objects and lists in each other, in what a chat template gets."""
+
 
 class ChatAnswer(Answer[ChatRequest, ChunkChoice]):
     id_prefix = "chatcmpl"
@@ -44,8 +47,7 @@ class ChatAnswer(Answer[ChatRequest, ChunkChoice]):
     def __init__(self, services: Services, request: ChatRequest, prompt_ids: list[int]) -> None:
         template = services.template
         params = [_stopped(request.sampling(choice), template.stop) for choice in range(request.choices)]
-        super().__init__(services, request, [Submit("", prompt_ids, each) for each in params])
-        self._prompt_ids = prompt_ids
+        super().__init__(services, request, [prompt_ids], params)
         self._choices = [
             _Choice(index, request, services.tokenizer, plain=template.plain) for index in range(request.choices)
         ]
@@ -61,10 +63,6 @@ class ChatAnswer(Answer[ChatRequest, ChunkChoice]):
             )
         services.admit(request.choices)
         return cls(services, request, await prompt_ids(services, request))
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self._prompt_ids)
 
     def parts(self, index: int, output: TokenOutput) -> list[ChunkChoice]:
         return self._choices[index].parts(output)
@@ -112,21 +110,26 @@ def _variables(message: Message, knows_developers: bool) -> dict[str, Any]:
         variables["role"] = "system"
     for call in variables.get("tool_calls", ()):
         try:
-            call["function"]["arguments"] = msgspec.json.decode(call["function"]["arguments"] or "{}")
-        except (msgspec.DecodeError, RecursionError) as error:
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
+        except (ValueError, RecursionError) as error:
             raise InvalidParameter(
                 f"messages: arguments of a tool call are no JSON: {error}", param="messages"
             ) from error
     return variables
 
 
-def _unmarked(tokenizer: Tokenizer, value: Any) -> Any:
+def _unmarked(tokenizer: Tokenizer, value: Any, depth: int = 0) -> Any:
+    """`value` with no name of a control piece in its strings."""
+    if depth > MAX_DEPTH:
+        raise InvalidParameter(
+            f"messages: objects and lists are nested more than {MAX_DEPTH} deep: give flatter ones", param="messages"
+        )
     if isinstance(value, str):
         return tokenizer.unmark(value)
     if isinstance(value, list):
-        return [_unmarked(tokenizer, each) for each in value]
-    if isinstance(value, Mapping):
-        return {tokenizer.unmark(key): _unmarked(tokenizer, each) for key, each in value.items()}
+        return [_unmarked(tokenizer, each, depth + 1) for each in value]
+    if isinstance(value, dict):
+        return {tokenizer.unmark(key): _unmarked(tokenizer, each, depth + 1) for key, each in value.items()}
     return value
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,11 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import msgspec
 import structlog
 
 from lattice_serve.engine.errors import CheckpointError, InvalidParameter, Overloaded
-from lattice_serve.server.template_worker import Rendered, Setup
 
 log = structlog.get_logger(__name__)
 
@@ -92,11 +92,11 @@ class ChatTemplate:
                         param="messages",
                     ) from error
                 raise
-        if rendered.error is not None:
+        if "error" in rendered:
             raise InvalidParameter(
-                f"messages: the chat template does not take them: {rendered.error}", param="messages"
+                f"messages: the chat template does not take them: {rendered['error']}", param="messages"
             )
-        return rendered.text
+        return rendered["text"]
 
     async def __aenter__(self) -> ChatTemplate:
         """Ready for the first request. A bad template is logged here, and fails each request."""
@@ -118,11 +118,15 @@ class ChatTemplate:
 
     async def _start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
-            *_WORKER, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True
+            *_WORKER,
+            # No keys, for a template that would find a way out of its sandbox.
+            env={name: value for name, value in os.environ.items() if not name.startswith("LATTICE_")},
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,
         )
         try:
-            rendered = await self._ask(Setup(self.source, _SECONDS))
-            fault = rendered.error
+            fault = (await self._ask({"source": self.source, "seconds": _SECONDS})).get("error")
         except (asyncio.IncompleteReadError, ConnectionError):
             fault = f"reading it takes over {_SECONDS:g} s or too much memory"
         if fault is not None:
@@ -130,12 +134,14 @@ class ChatTemplate:
             log.error("bad chat template", fault=fault)
             raise CheckpointError(f"{TEMPLATE_FILE} of the model folder: {fault}: mend the template")
 
-    async def _ask(self, message: object) -> Rendered:
+    async def _ask(self, message: Mapping[str, Any]) -> dict[str, str]:
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        data = msgspec.json.encode(message)
+        # Integers of any size, which msgspec does not write.
+        data = json.dumps(message).encode()
         self._process.stdin.write(len(data).to_bytes(4, "big") + data)
         await self._process.stdin.drain()
         size = int.from_bytes(await self._process.stdout.readexactly(4), "big")
-        return msgspec.json.decode(await self._process.stdout.readexactly(size), type=Rendered)
+        answer: dict[str, str] = json.loads(await self._process.stdout.readexactly(size))
+        return answer

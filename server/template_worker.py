@@ -1,9 +1,10 @@
 """Renders a chat template, in a process that can be lost: `python -m lattice_serve.server.template_worker`.
 
-Speaks frames over stdin and stdout: a four-byte big-endian length, then JSON. The first one it reads is a `Setup`, the
-others are the variables of one rendering each; each, the first one too, is answered by a `Rendered`. A template runs
-in jinja's sandbox; this process ends, without an answer, when one takes too long, and before one takes the machine's
-memory. It ends with its stdin.
+Speaks frames over stdin and stdout: a four-byte big-endian length, then a JSON object. The first one it reads has the
+`source` of the template, and the `seconds` that reading it may take, and each rendering; the others are the variables
+of one rendering each. Each, the first one too, is answered by an object with `text` or with `error`, which says why
+there is none. A template runs in jinja's sandbox; this process ends, without an answer, when one takes too long, and
+before one takes the machine's memory. It ends with its stdin.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import sys
 from datetime import datetime
 from typing import Any, NoReturn
 
-import msgspec
 from jinja2 import Template, nodes
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
@@ -25,19 +25,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 MEMORY_BYTES = 1 << 30
 MAX_CHARACTERS = 1 << 24
 MAX_ERROR = 500
-
-
-class Setup(msgspec.Struct):
-    source: str
-    """Of the template."""
-    seconds: float
-    """That reading it may take, and each rendering."""
-
-
-class Rendered(msgspec.Struct):
-    text: str = ""
-    error: str | None = None
-    """Why there is no text."""
 
 
 class Refused(TemplateError):
@@ -73,20 +60,20 @@ def _compile(source: str) -> Template:
     return environment.from_string(source)
 
 
-def _render(template: Template, variables: dict[str, Any]) -> Rendered:
+def _render(template: Template, variables: dict[str, Any]) -> dict[str, str]:
     parts, size = [], 0
     try:
-        for part in template.generate(**variables):
+        for part in template.generate(variables):
             parts.append(part)
             size += len(part)
             if size > MAX_CHARACTERS:
-                return Rendered(error=f"the text is longer than {MAX_CHARACTERS} characters")
+                return {"error": f"the text is longer than {MAX_CHARACTERS} characters"}
     except Refused as error:
-        return Rendered(error=str(error)[:MAX_ERROR])
+        return {"error": str(error)[:MAX_ERROR]}
     # A template is a program: it may raise anything, for messages that its author did not think of.
     except Exception as error:
-        return Rendered(error=f"{type(error).__name__}: {error}"[:MAX_ERROR])
-    return Rendered("".join(parts))
+        return {"error": f"{type(error).__name__}: {error}"[:MAX_ERROR]}
+    return {"text": "".join(parts)}
 
 
 def _read() -> bytes:
@@ -94,8 +81,9 @@ def _read() -> bytes:
     return sys.stdin.buffer.read(int.from_bytes(sys.stdin.buffer.read(4), "big"))
 
 
-def _write(answer: Rendered) -> None:
-    data = msgspec.json.encode(answer)
+def _write(answer: dict[str, str]) -> None:
+    # Escaped to ASCII: a template can make what is not valid Unicode.
+    data = json.dumps(answer).encode()
     sys.stdout.buffer.write(len(data).to_bytes(4, "big") + data)
     sys.stdout.buffer.flush()
 
@@ -104,19 +92,19 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     # The default action is the system's, and ends the process whatever the interpreter is at.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    setup = msgspec.json.decode(_read(), type=Setup)
-    signal.setitimer(signal.ITIMER_REAL, setup.seconds)
+    setup = json.loads(_read())
+    signal.setitimer(signal.ITIMER_REAL, setup["seconds"])
     try:
-        template = _compile(setup.source)
+        template = _compile(setup["source"])
     except Exception as error:
         line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
-        _write(Rendered(error=f"{line}{error}"))
+        _write({"error": f"{line}{error}"})
         return
-    _write(Rendered())
+    _write({"text": ""})
     signal.setitimer(signal.ITIMER_REAL, 0)
     while frame := _read():
-        signal.setitimer(signal.ITIMER_REAL, setup.seconds)
-        _write(_render(template, msgspec.json.decode(frame)))
+        signal.setitimer(signal.ITIMER_REAL, setup["seconds"])
+        _write(_render(template, json.loads(frame)))
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 

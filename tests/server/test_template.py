@@ -62,6 +62,12 @@ async def test_what_templates_of_models_count_on(tmp_path: Path) -> None:
     assert text == '<|user|>"Hello"\n<|user|>"<&\'é"\n2\n4 False {\n "a": [\n  1\n ]\n}'
 
 
+async def test_variables_of_any_kind(tmp_path: Path) -> None:
+    odd = {"self": 1, "big": 10**40, "none": None, "nan": float("nan"), "half": "\ud800", "deep": [[[{"é": 1.5}]]]}
+    text = await render(tmp_path, "{{ big }} {{ none }} {{ nan }} {{ half }}{{ deep }}", **odd)
+    assert text == f"{10**40} None nan \ud800[[[{{'é': 1.5}}]]]"
+
+
 async def test_a_template_can_refuse(tmp_path: Path) -> None:
     with pytest.raises(InvalidParameter, match="roles must alternate") as caught:
         await render(tmp_path, "{{ raise_exception('roles must alternate') }}")
