@@ -28,10 +28,13 @@ wants the processors; some milliseconds where threads would mostly take them fro
 class Backend(Protocol):
     name: str
 
-    def __call__(self, ids: Sequence[int], segments: Segments, wanted: Sequence[int]) -> Tensor:
-        """ids: the tokens of all segments; wanted: places among them -> their logits [len(wanted), V] float32.
+    def __call__(
+        self, ids: Sequence[int], segments: Segments, wanted: Sequence[int], hidden: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """ids: the tokens of all segments; wanted, hidden: places among them -> logits [len(wanted), V] of the first,
+        final hidden states [len(hidden), hidden_size] of the second, both float32.
 
-        A token's bits depend on its own sequence alone. The logits are good until the next call.
+        A token's bits depend on its own sequence alone. The tensors are good until the next call.
         """
         ...
 
@@ -46,10 +49,12 @@ class TorchBackend:
         self.linear = RowInvariantLinear(weights, max_tokens)
         self._model, self._layout, self._pool = model, layout, pool
 
-    def __call__(self, ids: Sequence[int], segments: Segments, wanted: Sequence[int]) -> Tensor:
+    def __call__(
+        self, ids: Sequence[int], segments: Segments, wanted: Sequence[int], hidden: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
         self._segments = segments
-        hidden = self._model.hidden(torch.tensor(ids, device=self._pool.device), self)
-        return self.linear(hidden[list(wanted)], self._model.head_weight)
+        final = self._model.hidden(torch.tensor(ids, device=self._pool.device), self)
+        return self.linear(final[list(wanted)], self._model.head_weight), final[list(hidden)].float()
 
     # What `LatticeForCausalLM.hidden` asks for.
 

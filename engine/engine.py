@@ -13,14 +13,18 @@ import torch
 from lattice_serve.engine.backend import Backend, make_backend
 from lattice_serve.engine.config import EngineConfig, ModelConfig
 from lattice_serve.engine.detokenizer import Detokenizer
+from lattice_serve.engine.drafter import Drafter
 from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError, NumericalError
 from lattice_serve.engine.grammar import Compiled, Grammars
+from lattice_serve.engine.memory import Memory
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit, TokenOutput
 from lattice_serve.engine.pace import Pace
+from lattice_serve.engine.pooled import Pooled
+from lattice_serve.engine.prefix_cache import PrefixCache
 from lattice_serve.engine.runner import Runner
 from lattice_serve.engine.sampler import Sampled, SampleRow, TokenCounts, penalised
 from lattice_serve.engine.sampling import SamplingParams
-from lattice_serve.engine.scheduler import Batch, Scheduler
+from lattice_serve.engine.scheduler import Scheduler
 from lattice_serve.engine.sequence import Sequence, Status
 from lattice_serve.engine.state_pool import StatePool
 from lattice_serve.engine.tokenizer import Tokenizer
@@ -65,13 +69,15 @@ class Engine:
         self.scheduler = Scheduler(
             rows=self.pool.rows, max_step_tokens=config.max_step_tokens, max_waiting=config.max_waiting
         )
+        self.cache = PrefixCache([("cpu", config.prefix_cache_memory)])
+        self.memory = Memory(self.pool, self.cache)
         self._pace = Pace(config.step_seconds, config.max_step_tokens)
         self.grammars = Grammars(config.model, self.tokenizer)
         self._sequences: dict[str, Sequence] = {}
         self._compiling: dict[str, Future[Compiled]] = {}
         """Of sequences that the scheduler does not know yet: they wait for their grammars."""
         self._seeds = random.Random(os.urandom(16))
-        self._prompt_tokens = self._generated = self._steps = self._step_tokens = 0
+        self._prompt_tokens = self._generated = self._steps = self._step_tokens = self._drafted = self._accepted = 0
         self._warm_up()
         self.info = Ready(
             model_name=Path(config.model).resolve().name,
@@ -92,8 +98,15 @@ class Engine:
         Tokenizer.check(request.prompt_ids, vocab_size)
         Tokenizer.check(params.stop_token_ids, vocab_size, param="stop_token_ids")
         Tokenizer.check(params.logit_bias, vocab_size, param="logit_bias")
-        if params.max_tokens == 0 and params.prompt_logprobs is None:
-            raise InvalidParameter("max_tokens is 0: give at least 1, or ask for prompt_logprobs", param="max_tokens")
+        if not all(0 < point <= len(request.prompt_ids) for point in request.cache_points):
+            raise InvalidParameter(
+                f"cache_points must be from 1 to {len(request.prompt_ids)}, the tokens of the prompt",
+                param="cache_points",
+            )
+        if params.max_tokens == 0 and params.prompt_logprobs is None and request.pooling is None:
+            raise InvalidParameter(
+                "max_tokens is 0: give at least 1, or ask for prompt_logprobs or pooling", param="max_tokens"
+            )
 
     def submit(self, request: Submit) -> None:
         """Queue a request. Raises `InvalidParameter` or `Overloaded`; then nothing was queued."""
@@ -112,11 +125,14 @@ class Engine:
                 forbidden=self._ends(params.stop_token_ids) if params.min_tokens else (),
             ),
             detokenizer=Detokenizer(self.tokenizer.token_bytes, params.stop, params.include_stop, params.min_tokens),
+            pooled=None if request.pooling is None else Pooled(request.pooling),
         )
-        if params.grammar is None:
-            self.scheduler.add(sequence)
-        else:
+        if params.grammar is not None:
             self._compiling[request.request_id] = self.grammars.compile(params.grammar)
+        else:
+            if self.config.speculative_tokens and not penalised(params):
+                sequence.drafter = Drafter(self.config.speculative_tokens)
+            self.scheduler.add(sequence)
         self._sequences[request.request_id] = sequence
 
     def abort(self, request_id: str) -> None:
@@ -133,32 +149,41 @@ class Engine:
         """Schedule, run, sample, advance, emit. At most `max_step_tokens` tokens."""
         outputs: list[TokenOutput] = []
         failures = self._queue_compiled()
-        batch = self.scheduler.schedule(self._pace.tokens(self.scheduler.decoding))
-        self._move_states(batch)
+        self.memory.move(self.scheduler.assign(), self.scheduler.running)
+        pieces = self.scheduler.schedule(self._pace.tokens(self.scheduler.decoding))
+        self.memory.hold(pieces)
         began = time.monotonic()
-        results = self.runner.run(batch.pieces) if batch.pieces else []
-        self._pace.record(batch.tokens, time.monotonic() - began)
+        results = self.runner.run(pieces) if pieces else []
         self._steps += 1
-        self._step_tokens = batch.tokens
+        self._step_tokens = sum(piece.tokens for piece in pieces)
+        self._pace.record(self._step_tokens, time.monotonic() - began)
         for result in results:
+            sequence = result.piece.sequence
+            self._prompt_tokens += max(0, min(result.piece.end, len(sequence.prompt_ids)) - result.piece.start)
             if result.error is not None:
-                failures.append(self._fail(result.sequence, result.error))
-            elif result.sampled is not None:
-                try:
-                    outputs.append(self._advance(result.sequence, result.sampled))
-                except InvalidParameter as error:
-                    assert result.sequence.params.grammar is not None
-                    self.grammars.discard(result.sequence.params.grammar)
-                    failures.append(self._fail(result.sequence, error))
-            elif result.sequence.decoding:
-                outputs.append(self._scored(result.sequence))
-        for piece in batch.pieces:
-            self._prompt_tokens += max(0, min(piece.end, len(piece.sequence.prompt_ids)) - piece.start)
+                failures.append(self._fail(sequence, result.error))
+                continue
+            accepted = max(0, len(result.sampled) - 1)
+            self._drafted += len(result.piece.draft)
+            self._accepted += accepted
+            self.memory.settle(result.piece, accepted)
+            self.memory.keep_prompt(result.piece, result.logits)
+            if not result.sampled and sequence.decoding and sequence.params.max_tokens == 0:
+                outputs.append(self._scored(sequence))
+            try:
+                for sampled in result.sampled:
+                    outputs.append(self._advance(sequence, sampled))
+                    if sequence.finish_reason is not None:
+                        break
+            except InvalidParameter as error:
+                assert sequence.params.grammar is not None
+                self.grammars.discard(sequence.params.grammar)
+                failures.append(self._fail(sequence, error))
         return StepOutputs(outputs=outputs, failures=failures, stats=self.stats())
 
     def check_idle(self) -> None:
         """Assert that nothing is left of what has run. To be called when there is no work, and time for it."""
-        self.pool.check_integrity(())
+        self.memory.check_idle()
 
     def stats(self) -> EngineStats:
         waiting = self.scheduler.waiting
@@ -173,6 +198,11 @@ class Engine:
             generation_tokens_total=self._generated,
             steps_total=self._steps,
             step_tokens=self._step_tokens,
+            draft_tokens_total=self._drafted,
+            accepted_tokens_total=self._accepted,
+            cache_entries=len(self.cache),
+            cache_bytes=self.cache.nbytes,
+            cache_outcomes=dict(self.cache.outcomes),
         )
 
     def _check_bits(self, backend: Backend) -> None:
@@ -187,12 +217,12 @@ class Engine:
         with torch.inference_mode():
             row, other = self.pool.allocate(), self.pool.allocate()
             for start in (0, n):
-                whole = backend(ids[start : start + n], Segments.of([(row, start, n)]), [n - 1]).clone()
+                whole = backend(ids[start : start + n], Segments.of([(row, start, n)]), [n - 1])[0].clone()
             self.pool.free(row)
             row = self.pool.allocate()
             for start in range(2 * n):
                 beside = Segments.of([(other, start, 1), (row, start, 1)])
-                alone = backend([ids[0], ids[start]], beside, [1])
+                alone, _ = backend([ids[0], ids[start]], beside, [1])
             self.pool.free(row)
             self.pool.free(other)
         if not torch.equal(whole, alone):
@@ -208,6 +238,7 @@ class Engine:
         while self.has_work:
             self.step()
         self._prompt_tokens = self._generated = self._steps = self._step_tokens = 0
+        self.cache.clear()
 
     def _rows(self, row_bytes: int) -> int:
         if self.config.max_rows is not None:
@@ -244,19 +275,6 @@ class Engine:
             else:
                 del self._compiling[request_id]
         return failures
-
-    def _move_states(self, batch: Batch) -> None:
-        for sequence in batch.park:
-            assert sequence.row is not None, "a parked sequence had no state row"
-            sequence.parked = self.pool.park(sequence.row)
-            sequence.row = None
-        for sequence in batch.admit:
-            if sequence.parked is None:
-                sequence.row = self.pool.allocate()
-            else:
-                sequence.row, sequence.parked = self.pool.restore(sequence.parked), None
-            if sequence.started is None:
-                sequence.started = time.monotonic()
 
     def _advance(self, sequence: Sequence, sampled: Sampled) -> TokenOutput:
         """Take a sampled token into its sequence, and end that where it should.
@@ -310,11 +328,14 @@ class Engine:
             finish_reason=sequence.finish_reason,
             stop_reason=stop_reason,
             logprob=None if sampled is None else sampled.logprob,
+            cached_tokens=sequence.cached_tokens if first else 0,
             prompt_logprobs=sequence.prompt_logprobs if first else None,
+            embedding=sequence.pooled.result() if first and sequence.pooled is not None else None,
             queue_seconds=started - sequence.arrived if first else None,
             prefill_seconds=time.monotonic() - started if first else None,
         )
         if sequence.finish_reason is not None:
+            self.memory.keep_answer(sequence)
             self._finish(sequence)
         return output
 
@@ -326,10 +347,7 @@ class Engine:
         """Take a sequence out of everything, and scrub its state."""
         if self._compiling.pop(sequence.request_id, None) is None:
             self.scheduler.remove(sequence)
-        if sequence.row is not None:
-            self.pool.free(sequence.row)
-            sequence.row = None
-        sequence.parked = None
+        self.memory.release(sequence)
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request_id]
 

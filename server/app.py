@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from starlette.middleware.cors import CORSMiddleware
 
 from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.errors import ConfigError, Draining
@@ -27,10 +28,12 @@ from lattice_serve.server.engine_client import EngineClient
 from lattice_serve.server.errors import install_handlers
 from lattice_serve.server.limits import Limits
 from lattice_serve.server.metrics import Metrics
-from lattice_serve.server.routes import completions, health, models, tokenize
+from lattice_serve.server.protocol import BoundedProtocol
+from lattice_serve.server.routes import chat, completions, health, models, tokenize
 from lattice_serve.server.services import Services
 from lattice_serve.server.settings import Settings
 from lattice_serve.server.supervisor import ENGINE_COMMAND, Supervisor
+from lattice_serve.server.template import ChatTemplate
 
 log = structlog.get_logger(__name__)
 
@@ -41,21 +44,35 @@ _IDLE_CONNECTION_SECONDS = 75
 
 
 def create_app(services: Services) -> FastAPI:
-    """The application. Its lifespan is that of the supervised engine."""
+    """The application. Its lifespan is that of the engine, and of the process that renders chat templates."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with services.supervisor:
+        async with services.supervisor, services.template:
             yield
 
     app = FastAPI(title="lattice-serve", lifespan=lifespan, redirect_slashes=False, openapi_url=None)
     app.state.services = services
-    for module in (completions, models, health, tokenize):
+    for module in (completions, chat, models, health, tokenize):
         app.include_router(module.router)
     install_handlers(app)
     settings = services.settings
-    app.add_middleware(Limits, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes)
-    app.add_middleware(AccessLog)  # Added last, so outermost.
+    # The one added last is outermost. Errors of the limits, too, must be readable for pages of allowed origins.
+    app.add_middleware(
+        Limits,
+        api_keys=settings.api_keys,
+        max_body_bytes=settings.max_body_bytes,
+        max_header_bytes=settings.max_header_bytes,
+    )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(AccessLog)
     return app
 
 
@@ -70,7 +87,7 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
     metrics = Metrics(settings.model_name)
     client = EngineClient(metrics)
     supervisor = Supervisor(settings.engine_config(), client, engine_command)
-    services = Services(settings, client, supervisor, tokenizer, metrics)
+    services = Services(settings, client, supervisor, tokenizer, ChatTemplate(settings.model), metrics)
     with _listen(settings) as listener:
         address = _url(listener)
         client.on_ready = lambda ready: _announce(ready, settings.model_name, address)
@@ -88,7 +105,7 @@ class _Server(uvicorn.Server):
         config = uvicorn.Config(
             create_app(services),
             loop="uvloop",
-            http="httptools",
+            http=BoundedProtocol,
             ws="none",
             lifespan="on",
             log_config=None,

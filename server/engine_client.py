@@ -26,6 +26,7 @@ from lattice_serve.engine.messages import (
     TokenOutput,
 )
 from lattice_serve.engine.sampling import SamplingParams
+from lattice_serve.server.errors import TimedOut
 from lattice_serve.server.metrics import Metrics, SequenceMeter
 
 log = structlog.get_logger(__name__)
@@ -55,14 +56,21 @@ class EngineClient:
         """Sequences submitted and not ended."""
         return len(self._live)
 
-    def generate(self, prompts: Sequence[tuple[list[int], SamplingParams]], *, priority: int = 0) -> Generation:
+    def generate(
+        self,
+        prompts: Sequence[tuple[list[int], SamplingParams]],
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> Generation:
         """Submit one sequence for each of `prompts`; lower `priority` runs first.
 
-        Raises `EngineUnavailable` when no engine is ready.
+        What has not ended after `timeout` seconds fails with `TimedOut`. Raises `EngineUnavailable` when no engine
+        is ready.
         """
         if self.ready is None:
             raise EngineUnavailable("the engine is starting: try again in a few seconds")
-        generation = Generation(self)
+        generation = Generation(self, timeout)
         for index, (prompt_ids, params) in enumerate(prompts):
             request_id = uuid.uuid4().hex
             generation.open_ids.add(request_id)
@@ -153,9 +161,13 @@ class Generation:
     has not ended.
     """
 
-    def __init__(self, client: EngineClient) -> None:
+    def __init__(self, client: EngineClient, timeout: float | None) -> None:
         self.open_ids: set[str] = set()
         self._client = client
+        self._timer: asyncio.TimerHandle | None = None
+        if timeout is not None:
+            error = TimedOut(f"the answer took longer than its timeout of {timeout:g} s", param="timeout")
+            self._timer = asyncio.get_running_loop().call_later(timeout, self.put, error)
         self._queue: asyncio.Queue[tuple[int, TokenOutput] | LatticeError] = asyncio.Queue()
 
     def put(self, item: tuple[int, TokenOutput] | LatticeError) -> None:
@@ -178,6 +190,8 @@ class Generation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         for request_id in sorted(self.open_ids):
             self._client.abort(request_id)
 

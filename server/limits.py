@@ -1,4 +1,4 @@
-"""What a request must pass before any route sees it: the API key and the size of its body."""
+"""What a request must pass before any route sees it: the API key, and the size of its head and body."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lattice_serve.engine.errors import LatticeError
-from lattice_serve.server.errors import BodyTooLarge, Unauthorized, error_response
+from lattice_serve.server.errors import BodyTooLarge, HeaderTooLarge, Unauthorized, error_response
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
 """Probes ask these without a key."""
 
 
 class Limits:
-    """ASGI middleware: 401 without a key that is in `api_keys` (none: no key needed), 413 for large bodies.
+    """ASGI middleware: 401 without a key that is in `api_keys` (none: no key needed), 413 for large bodies, 431 for
+    large heads.
 
-    A body that says it is too large is not read at all; one that does not say is read up to the limit.
+    A body that says it is too large is not read at all; one that does not say is read up to the limit. A head that does
+    not end is the protocol's matter, see `server.protocol`.
     """
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[bytes], max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, api_keys: Sequence[bytes], max_body_bytes: int, max_header_bytes: int) -> None:
         self._app = app
         self._api_keys = api_keys
         self._max_body_bytes = max_body_bytes
+        self._max_header_bytes = max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -32,6 +35,7 @@ class Limits:
             return
         headers = Headers(scope=scope)
         try:
+            self._check_head(scope)
             if scope["path"] not in OPEN_PATHS:
                 self._check_key(headers)
             self._check_size(int(headers.get("content-length", 0)))
@@ -48,6 +52,12 @@ class Limits:
             return message
 
         await self._app(scope, counted, send)
+
+    def _check_head(self, scope: Scope) -> None:
+        size = len(scope["raw_path"]) + len(scope["query_string"])
+        size += sum(len(name) + len(value) for name, value in scope["headers"])
+        if size > self._max_header_bytes:
+            raise HeaderTooLarge(f"path and headers have more than {self._max_header_bytes} bytes: send fewer of them")
 
     def _check_key(self, headers: Headers) -> None:
         if not self._api_keys:

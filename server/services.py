@@ -1,4 +1,4 @@
-"""What routes work with: the settings, the engine, the tokenizer, the metrics, and who may come in."""
+"""What routes work with: the settings, the engine, tokenizer and chat template, the metrics, and who may come in."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lattice_serve.server.engine_client import EngineClient
 from lattice_serve.server.metrics import Metrics
 from lattice_serve.server.settings import Settings
 from lattice_serve.server.supervisor import Supervisor
+from lattice_serve.server.template import ChatTemplate
 
 MAX_MODEL_LEN = 2**31 - 1
 """A recurrent state has no longest context; clients want a number all the same."""
@@ -33,6 +34,7 @@ class Services:
     client: EngineClient
     supervisor: Supervisor
     tokenizer: Tokenizer
+    template: ChatTemplate
     metrics: Metrics
     draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
@@ -69,6 +71,9 @@ class Services:
 
     async def encode(self, text: str) -> list[int]:
         return await _offload(self.tokenizer.encode, text)
+
+    async def encode_marked(self, text: str) -> list[int]:
+        return await _offload(self.tokenizer.encode_marked, text)
 
     async def decode(self, ids: list[int]) -> str:
         return await _offload(self.tokenizer.decode, ids)

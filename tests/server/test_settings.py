@@ -38,6 +38,30 @@ def test_the_model_is_named_for_its_folder(tmp_path: Path) -> None:
     assert Settings.load(model=tmp_path / "small", served_model_name="mine").model_name == "mine"
 
 
+def test_keys_from_a_file(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("a\n\n b, c \n")
+    assert Settings.load(api_key_file=keys, host="0.0.0.0").api_keys == (b"a", b"b, c")
+    assert Settings.load(api_key_file=keys, api_key="k,l").api_keys == (b"k", b"l", b"a", b"b, c")
+
+
+@pytest.mark.parametrize("content", [None, b" \n", b"\xff"])
+def test_a_file_without_keys_is_told_at_once(tmp_path: Path, content: bytes | None) -> None:
+    keys = tmp_path / "keys"
+    if content is not None:
+        keys.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        Settings.load(api_key_file=keys)
+    assert caught.value.param == "api_key_file"
+
+
+def test_origins(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings.load().cors_origins == ()
+    assert Settings.load(cors_origins=["http://a.example"]).cors_origins == ("http://a.example",)
+    monkeypatch.setenv("LATTICE_CORS_ORIGINS", "http://a.example, http://b.example")
+    assert Settings.load().cors_origins == ("http://a.example", "http://b.example")
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_loopback_needs_no_key(host: str) -> None:
     assert Settings.load(host=host).host == host
