@@ -174,10 +174,7 @@ class _Spellings:
 
 def restrict(scores: Tensor, matchers: Sequence[Matcher | None]) -> None:
     """Take all weight from tokens that the matchers of their rows do not allow. scores: `[B, V]` float64, in place."""
-    constrained = [(i, matcher.allowed) for i, matcher in enumerate(matchers) if matcher is not None]
-    if not constrained:
-        return
-    rows = torch.tensor([i for i, _ in constrained], device=scores.device)
-    allowed = torch.stack([mask for _, mask in constrained]).to(scores.device)
-    # Where the model rules out all that is allowed, it is equally likely: never minus infinity, and penalties fit.
-    scores[rows] = scores[rows].clamp_(min=_LOWEST_SCORE).masked_fill_(~allowed, -math.inf)
+    for i, matcher in enumerate(matchers):
+        if matcher is not None:
+            # Where the model rules out all that is allowed, it is equally likely: minus infinity would be no number.
+            scores[i].clamp_(min=_LOWEST_SCORE).masked_fill_(~matcher.allowed.to(scores.device), -math.inf)
