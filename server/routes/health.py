@@ -25,7 +25,7 @@ async def health(services: Injected) -> dict[str, Any]:
         services.check_ready()
         engine = "ready"
     except EngineUnavailable:
-        engine = "restarting" if router.restarts else "starting"
+        engine = "restarting" if any(replica.state == "restarting" for replica in router.replicas) else "starting"
     except Draining:
         engine = "draining"
     engines = [{"state": replica.state, "restarts": replica.supervisor.restarts} for replica in router.replicas]
