@@ -1,9 +1,11 @@
-"""This engine beside llama.cpp on one machine: decode, prefill and HTTP, in turn, medians and their ratio.
+"""This engine beside llama.cpp and vLLM on one machine: decode, prefill and HTTP, in turn, medians and their ratio.
 
     python benchmarks/peers.py MODEL --programs BIN --gguf llama=LLAMA.gguf --gguf mamba=MAMBA.gguf [--rounds 3]
+        [--vllm VLLM --vllm-model FOLDER]
 
-MODEL is a Lattice model folder, BIN the folder of llama.cpp's programs, each GGUF a model to compare with. Every round
-runs everyone once, so that a slow minute of the machine slows them all. Ends with one line of JSON.
+MODEL is a Lattice model folder, BIN the folder of llama.cpp's programs, each GGUF a model to compare with, VLLM that
+program, which is measured over HTTP alone. Every round runs everyone once, so that a slow minute of the machine slows
+them all. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -65,9 +67,10 @@ def llama_offline(programs: Path, gguf: Path, threads: int) -> Figures:
     return figures | {"prefill": float(line["avg_ts"])}
 
 
-def over_http(command: list[str], name: str | None, **options: Any) -> Figures:
+def over_http(command: list[str], name: str | None, *, seconds: float = 120, **options: Any) -> Figures:
+    """seconds: how long it may take to start."""
     figures = {}
-    with server(command, **options):
+    with server(command, seconds, **options):
         clients = [option for count in CLIENTS for option in ("--concurrency", str(count))]
         model = ["--model", name] if name else []
         for each in last_json(run([lattice(), "bench", "http", "--url", URL, *clients, *model]))["runs"]:
@@ -79,11 +82,11 @@ def over_http(command: list[str], name: str | None, **options: Any) -> Figures:
 
 
 @contextmanager
-def server(command: list[str], **options: Any) -> Iterator[None]:
+def server(command: list[str], seconds: float, **options: Any) -> Iterator[None]:
     """A server at `URL`, ready. Raises `RuntimeError` when it does not come up."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + seconds
         while not ready():
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{command[0]} did not start: run it by hand to see why")
@@ -116,6 +119,8 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="Lattice model folder")
     parser.add_argument("--programs", type=Path, required=True, help="folder of llama.cpp's programs")
     parser.add_argument("--gguf", action="append", required=True, metavar="NAME=FILE", help="a peer; may be repeated")
+    parser.add_argument("--vllm", type=Path, help="vLLM's program")
+    parser.add_argument("--vllm-model", type=Path, help="model folder for it")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="(%(default)s)")
     parser.add_argument("--quantization", choices=["int8"], help="of this engine's weights")
@@ -124,13 +129,18 @@ def main() -> None:
     peers = {name: Path(file) for name, _, file in (entry.partition("=") for entry in options.gguf)}
     more = ["--threads", str(options.threads)]
     more += ["--quantization", options.quantization] if options.quantization else []
-    taken: dict[str, list[Figures]] = {name: [] for name in (OURS, *peers)}
+    names = [OURS, *peers, *(["vllm"] if options.vllm else [])]
+    taken: dict[str, list[Figures]] = {name: [] for name in names}
     for number in range(options.rounds):
         for name in taken:
             print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
             if name == OURS:
                 offline = ours_offline(options.model, more)
                 http = over_http([lattice(), "serve", str(options.model), "--port", str(PORT), *more], None)
+            elif name == "vllm":
+                offline = {}
+                program = [str(options.vllm), "serve", str(options.vllm_model), "--port", str(PORT)]
+                http = over_http([*program, "--max-model-len", "2048"], None, seconds=600)
             else:
                 offline = llama_offline(programs, peers[name], options.threads)
                 program = [str(programs / "llama-server"), "-m", str(peers[name]), "-t", str(options.threads)]
@@ -138,9 +148,10 @@ def main() -> None:
                 http = over_http([*program, *sizes], name, env=environment(programs))
             taken[name].append(offline | http)
     medians = {name: {key: median(each[key] for each in runs) for key in runs[0]} for name, runs in taken.items()}
-    table = Table("", OURS, *(f"{name} (ratio)" for name in peers))
+    table = Table("", *(OURS if name == OURS else f"{name} (ratio)" for name in names))
     for key, value in medians[OURS].items():
-        cells = [f"{medians[name][key]:,.0f} ({value / max(medians[name][key], 1e-9):.2f})" for name in peers]
+        others = [medians[name].get(key) for name in names[1:]]
+        cells = ["" if other is None else f"{other:,.0f} ({value / max(other, 1e-9):.2f})" for other in others]
         table.add_row(key, f"{value:,.0f}", *cells)
     Console().print(table)
     print(json.dumps({"benchmark": "peers", "rounds": options.rounds, "threads": options.threads, "medians": medians}))
