@@ -103,9 +103,10 @@ class Engine:
                 f"cache_points must be from 1 to {len(request.prompt_ids)}, the tokens of the prompt",
                 param="cache_points",
             )
-        if params.max_tokens == 0 and params.prompt_logprobs is None and request.pooling is None:
+        if params.max_tokens == 0 and params.prompt_logprobs is None and not (request.pooling or request.cache_points):
             raise InvalidParameter(
-                "max_tokens is 0: give at least 1, or ask for prompt_logprobs or pooling", param="max_tokens"
+                "max_tokens is 0: give at least 1, or ask for prompt_logprobs, pooling or cache_points",
+                param="max_tokens",
             )
 
     def submit(self, request: Submit) -> None:

@@ -104,7 +104,8 @@ class Memory:
         sequence.leader = next((other for other in before if _leads(other, sequence)), None)
         if sequence.leader is not None:
             return
-        snapshot, shared = self._cache.find(sequence.cache_salt, sequence.prompt_ids)
+        chooses = sequence.params.max_tokens > 0
+        snapshot, shared = self._cache.find(sequence.cache_salt, sequence.prompt_ids, chooses=chooses)
         if snapshot is not None:
             self._row(sequence).copy_(snapshot.row)
             sequence.computed = sequence.cached_tokens = snapshot.length

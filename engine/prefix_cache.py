@@ -74,14 +74,17 @@ class PrefixCache:
     def __len__(self) -> int:
         return sum(len(tier.snapshots) for tier in self._tiers)
 
-    def find(self, salt: str, ids: Sequence[int]) -> tuple[Snapshot | None, int]:
-        """The longest snapshot that a sequence of these tokens can go on from, and how many of them are known."""
+    def find(self, salt: str, ids: Sequence[int], *, chooses: bool = True) -> tuple[Snapshot | None, int]:
+        """The longest snapshot that a sequence of these tokens can go on from, and how many of them are known.
+
+        chooses: whether it wants a token after them, and with it the logits of the last.
+        """
         tree = self._trees.get(salt)
         path, shared = tree.path(_array(ids)) if tree is not None else ([], 0)
         for depth, node in reversed(path):
             snapshot = node.value
             assert snapshot is not None
-            if depth < len(ids) or snapshot.logits is not None:
+            if depth < len(ids) or not chooses or snapshot.logits is not None:
                 self.outcomes["hit"] += 1
                 self._use(snapshot)
                 return snapshot, shared

@@ -13,8 +13,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lattice_serve.engine.messages import TokenOutput
-from lattice_serve.engine.sampling import SamplingParams
+from lattice_serve.engine.messages import Submit, TokenOutput
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.server.engine_client import Generation
 from lattice_serve.server.schemas.generation import GenerationRequest, Usage
@@ -41,16 +40,13 @@ class Answer(ABC, Generic[R, C]):
     chunk_type: ClassVar[type[msgspec.Struct]]
     """Both have `id`, `created`, `model`, `choices` and `usage`."""
 
-    def __init__(
-        self, services: Services, request: R, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
-    ) -> None:
-        """Every prompt is answered once with each of `params`: sequence i is of prompt i // len(params)."""
+    def __init__(self, services: Services, request: R, sequences: Sequence[Submit]) -> None:
+        """`sequences`: `request.candidates` of each prompt, together, without ids, priority and salt."""
         self._services = services
         self._request = request
-        self._prompts = prompts
-        self._sequences = [(prompt, each) for prompt in prompts for each in params]
+        self._sequences = sequences
         self._completion_tokens = 0
-        self._cached_tokens = [0] * len(self._sequences)
+        self._cached_tokens = [0] * len(sequences)
         self._head: dict[str, Any] = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -70,20 +66,20 @@ class Answer(ABC, Generic[R, C]):
     def joined(self, parts: list[list[C]]) -> Sequence[msgspec.Struct]:
         """The choices of a whole answer, from the parts of each sequence."""
 
-    async def whole(self) -> bytes:
-        """The answer as JSON."""
+    async def whole(self, salt: str) -> bytes:
+        """The answer as JSON. salt: whose cached states it may use."""
         parts: list[list[C]] = [[] for _ in self._sequences]
-        with self._start() as generation:
+        with self._start(salt) as generation:
             async for index, output in generation:
                 parts[index] += self._count(index, output)
         return _encode(self.whole_type(**self._head, choices=self.joined(parts), usage=self._usage()))
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
+    async def chunks(self, salt: str) -> AsyncGenerator[bytes, None]:
         """The answer as JSON chunks, at least one a token, then one with the usage if that is asked for."""
         options = self._request.stream_options
         with_usage = options is not None and bool(options.include_usage)
         with_running_usage = with_usage and options is not None and bool(options.continuous_usage_stats)
-        with self._start() as generation:
+        with self._start(salt) as generation:
             async for index, output in generation:
                 for part in self._count(index, output):
                     if with_usage:
@@ -93,10 +89,11 @@ class Answer(ABC, Generic[R, C]):
         if with_usage:
             yield self._chunk([], usage=self._usage())
 
-    def _start(self) -> Generation:
+    def _start(self, salt: str) -> Generation:
         self._services.admit(len(self._sequences))  # Again: others may have come in while the prompts were tokenized.
-        request = self._request
-        return self._services.client.generate(self._sequences, priority=request.priority or 0, timeout=request.timeout)
+        priority, salt = self._request.priority or 0, f"{salt}{self._request.cache_salt or ''}"
+        sequences = [msgspec.structs.replace(each, priority=priority, cache_salt=salt) for each in self._sequences]
+        return self._services.client.generate(sequences, timeout=self._request.timeout)
 
     def _count(self, index: int, output: TokenOutput) -> list[C]:
         self._completion_tokens += output.token_id is not None
@@ -104,15 +101,16 @@ class Answer(ABC, Generic[R, C]):
         return self.parts(index, output)
 
     def _usage(self) -> Usage:
-        # Of a prompt what was run at least once counts as run, and the prompt counts once.
-        width = len(self._sequences) // len(self._prompts)
-        cached = (min(self._cached_tokens[start : start + width]) for start in range(0, len(self._sequences), width))
-        prompt_tokens = sum(map(len, self._prompts))
+        # A prompt counts once, and as cached what no sequence of it had to run.
+        width = self._request.candidates
+        prompts = range(0, len(self._sequences), width)
+        cached_tokens = sum(min(self._cached_tokens[first : first + width]) for first in prompts)
+        prompt_tokens = sum(len(self._sequences[first].prompt_ids) for first in prompts)
         return Usage(
             prompt_tokens=prompt_tokens,
             completion_tokens=self._completion_tokens,
             total_tokens=prompt_tokens + self._completion_tokens,
-            prompt_tokens_details={"cached_tokens": sum(cached)},
+            prompt_tokens_details={"cached_tokens": cached_tokens},
         )
 
     def _chunk(self, choices: list[C], usage: Usage | msgspec.UnsetType | None = msgspec.UNSET) -> bytes:
@@ -129,18 +127,20 @@ def check(services: Services, request: GenerationRequest) -> None:
 
 async def respond(kind: type[Answer[R, C]], services: Services, request: R, http: Request) -> Response:
     """The answer to a request for a `kind`: whole, or as server-sent events."""
+    salt: str = http.state.cache_salt
     if request.stream:
-        return EventStream(_stream(kind, services, request), keep_alive_seconds=services.settings.keep_alive_seconds)
-    whole = await until_disconnect(http.receive, _whole(kind, services, request))
+        chunks = _stream(kind, services, request, salt)
+        return EventStream(chunks, keep_alive_seconds=services.settings.keep_alive_seconds)
+    whole = await until_disconnect(http.receive, _whole(kind, services, request, salt))
     return Response(whole, media_type="application/json")
 
 
-async def _whole(kind: type[Answer[R, C]], services: Services, request: R) -> bytes:
-    return await (await kind.prepare(services, request)).whole()
+async def _whole(kind: type[Answer[R, C]], services: Services, request: R, salt: str) -> bytes:
+    return await (await kind.prepare(services, request)).whole(salt)
 
 
-async def _stream(kind: type[Answer[R, C]], services: Services, request: R) -> AsyncGenerator[bytes, None]:
+async def _stream(kind: type[Answer[R, C]], services: Services, request: R, salt: str) -> AsyncGenerator[bytes, None]:
     answer = await kind.prepare(services, request)
-    async with aclosing(answer.chunks()) as chunks:
+    async with aclosing(answer.chunks(salt)) as chunks:
         async for chunk in chunks:
             yield chunk

@@ -25,7 +25,6 @@ from lattice_serve.engine.messages import (
     ToEngine,
     TokenOutput,
 )
-from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.server.errors import TimedOut
 from lattice_serve.server.metrics import Metrics, SequenceMeter
 
@@ -58,12 +57,11 @@ class EngineClient:
 
     def generate(
         self,
-        prompts: Sequence[tuple[list[int], SamplingParams]],
+        requests: Sequence[Submit],
         *,
-        priority: int = 0,
         timeout: float | None = None,
     ) -> Generation:
-        """Submit one sequence for each of `prompts`; lower `priority` runs first.
+        """Submit `requests`, each under an id of its own.
 
         What has not ended after `timeout` seconds fails with `TimedOut`. Raises `EngineUnavailable` when no engine
         is ready.
@@ -71,11 +69,11 @@ class EngineClient:
         if self.ready is None:
             raise EngineUnavailable("the engine is starting: try again in a few seconds")
         generation = Generation(self, timeout)
-        for index, (prompt_ids, params) in enumerate(prompts):
+        for index, request in enumerate(requests):
             request_id = uuid.uuid4().hex
             generation.open_ids.add(request_id)
-            self._live[request_id] = _Live(index, generation, self._metrics.sequence(len(prompt_ids)))
-            self._send(Submit(request_id, prompt_ids, params, priority))
+            self._live[request_id] = _Live(index, generation, self._metrics.sequence(len(request.prompt_ids)))
+            self._send(msgspec.structs.replace(request, request_id=request_id))
         return generation
 
     def abort(self, request_id: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from collections.abc import Sequence
 
@@ -34,10 +35,11 @@ class Limits:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        scope.setdefault("state", {})["cache_salt"] = ""
         try:
             self._check_head(scope)
             if scope["path"] not in OPEN_PATHS:
-                self._check_key(headers)
+                scope["state"]["cache_salt"] = self._check_key(headers)
             self._check_size(int(headers.get("content-length", 0)))
         except LatticeError as error:
             await error_response(error)(scope, receive, send)
@@ -59,15 +61,17 @@ class Limits:
         if size > self._max_header_bytes:
             raise HeaderTooLarge(f"path and headers have more than {self._max_header_bytes} bytes: send fewer of them")
 
-    def _check_key(self, headers: Headers) -> None:
+    def _check_key(self, headers: Headers) -> str:
+        """What parts the cached states of this key from those of others."""
         if not self._api_keys:
-            return
+            return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip().encode("latin-1")
         # Every key is compared, so that the time taken does not say which one came close.
         matches = [hmac.compare_digest(given, known) for known in self._api_keys]
         if scheme.lower() != "bearer" or not any(matches):
             raise Unauthorized("give a valid API key in the header `Authorization: Bearer KEY`")
+        return hashlib.sha256(given).hexdigest()
 
     def _check_size(self, size: int) -> None:
         if size > self._max_body_bytes:

@@ -13,6 +13,8 @@ from lattice_serve.engine.messages import FinishReason
 from lattice_serve.server.schemas.base import Count, Strings, TokenIds
 from lattice_serve.server.schemas.generation import MAX_CHOICES, NOT_SUPPORTED, GenerationRequest, Usage
 
+MAX_CACHE_POINTS = 64
+
 
 class CompletionRequest(GenerationRequest):
     remedies: ClassVar[dict[str, str]] = GenerationRequest.remedies | {
@@ -26,6 +28,8 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
     suffix: Literal[""] | None = None
     prompt_logprobs: Count | None = None
+    cache_points: Annotated[TokenIds, Field(max_length=MAX_CACHE_POINTS)] | None = None
+    """Numbers of prompt tokens after which the state is worth keeping. With max_tokens 0, that is all that is done."""
 
     @model_validator(mode="after")
     def _check(self) -> CompletionRequest:
@@ -38,15 +42,15 @@ class CompletionRequest(GenerationRequest):
             )
         if self.stream and self.prompt_logprobs is not None:
             raise InvalidParameter("prompt_logprobs: not with stream: true", param="prompt_logprobs")
-        if self.token_limit == 0 and not self.echo and self.prompt_logprobs is None:
+        if self.token_limit == 0 and not (self.echo or self.prompt_logprobs is not None or self.cache_points):
             raise InvalidParameter(
-                "max_tokens is 0: give at least 1, or echo: true, or prompt_logprobs", param="max_tokens"
+                "max_tokens is 0: give at least 1, or echo: true, prompt_logprobs or cache_points", param="max_tokens"
             )
         return self
 
     @property
     def candidates(self) -> int:
-        """Answers to generate for each prompt, of which the best are returned."""
+        """More than `choices` where the best of them are returned."""
         return self.choices if self.best_of is None else self.best_of
 
     @property
@@ -62,7 +66,7 @@ class CompletionRequest(GenerationRequest):
     def _own_sampling(self) -> dict[str, Any]:
         scored = [count for count in (self.prompt_logprobs, self.logprobs if self.echo else None) if count is not None]
         # To the engine, a request for no tokens is one that scores its prompt.
-        if not scored and self.token_limit == 0:
+        if not scored and self.token_limit == 0 and not self.cache_points:
             scored = [0]
         # The best of several is found by the log-probabilities of their tokens.
         logprobs = 0 if self.logprobs is None and self.candidates > self.choices else self.logprobs

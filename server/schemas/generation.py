@@ -15,6 +15,7 @@ from lattice_serve.server.schemas.structured import StructuredRequest
 
 MAX_CHOICES = 128
 MAX_STOP_TOKEN_IDS = 1024
+MAX_SALT_LENGTH = 256
 MAX_TIMEOUT_SECONDS = 86400.0
 
 NOT_SUPPORTED = "not supported by this server: leave it out"
@@ -65,6 +66,8 @@ class GenerationRequest(StructuredRequest):
     priority: Annotated[int, Field(gt=-(2**31), lt=2**31)] | None = None
     timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = None
     """Seconds that the engine may take for the whole answer."""
+    cache_salt: Annotated[str, Field(max_length=MAX_SALT_LENGTH)] | None = None
+    """Only requests with the same one, and the same API key, share cached states."""
     use_beam_search: Literal[False] | None = None
 
     @model_validator(mode="after")
@@ -77,6 +80,11 @@ class GenerationRequest(StructuredRequest):
     def choices(self) -> int:
         """Answers to return for each prompt."""
         return 1 if self.n is None else self.n
+
+    @property
+    def candidates(self) -> int:
+        """Answers to generate for each prompt."""
+        return self.choices
 
     @property
     def biases(self) -> dict[int, float]:

@@ -190,3 +190,12 @@ def test_without_memory_nothing_is_kept(tiny_model: Path) -> None:
     engine = make_engine(tiny_model, prefix_cache_memory=0)
     assert [ask(engine, PROMPT) for _ in range(2)] == [(0, 40), (0, 40)]
     assert engine.stats().cache_entries == 0
+
+
+def test_a_request_for_no_tokens_warms_the_cache(cached: Engine) -> None:
+    warm = Submit("w", PROMPT, SamplingParams(max_tokens=0), cache_points=(40,))
+    for runs in (40, 0):
+        before = cached.stats().prompt_tokens_total
+        drive(cached, [Visit(warm)])
+        assert cached.stats().prompt_tokens_total - before == runs
+    assert ask(cached, [*PROMPT, 1, 2]) == (40, 2)
