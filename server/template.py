@@ -33,7 +33,8 @@ System: To call functions, answer with <tool_call>{"name": ..., "arguments": {..
 {{- "\n" }}
 {%- endif %}
 {%- for message in messages %}
-{{- message.role | capitalize }}:{% if message.content %} {{ message.content }}{% endif %}
+{{- message.role | capitalize }}:
+{{- " " if message.content and (message.role != "assistant" or message.content[0].isalnum()) }}{{ message.content }}
 {%- for call in message.tool_calls or [] %} <tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}
 {{- "\n" if not loop.last or add_generation_prompt }}
 {%- endfor %}
@@ -44,7 +45,8 @@ System: To call functions, answer with <tool_call>{"name": ..., "arguments": {..
     User: Who are you?
     Assistant:
 
-The answer ends before a line that begins with `User:`, and is without the space it begins with.
+The answer ends before a line that begins with `User:`. A space before its first word is the transcript's: it is taken
+off there and put back here, so that the next turn's prompt begins with the very tokens of this one.
 """
 
 
