@@ -223,6 +223,7 @@ def _answer(verdict: Verdict) -> None:
 
 def main(folder: str, vocab_size: str) -> None:
     compiler = Compiler(Tokenizer.load(Path(folder), int(vocab_size)))
+    os.nice(10)  # The engine's steps come first.
     os.write(sys.stdout.fileno(), _READY)
     for line in sys.stdin.buffer:
         grammar = msgspec.json.decode(line, type=Grammar)

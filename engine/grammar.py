@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lattice_serve.engine.compiler import Compiler, Trial, error_of
-from lattice_serve.engine.errors import InvalidParameter, Overloaded
+from lattice_serve.engine.errors import EngineUnavailable, InvalidParameter, Overloaded
 from lattice_serve.engine.sampling import Grammar
 from lattice_serve.engine.tokenizer import Tokenizer
 
@@ -26,7 +27,7 @@ MAX_CACHED_BYTES = 256 << 20
 """Memory of the grammars that are kept, as they are when compiled."""
 MAX_PENDING = 16
 """Grammars that wait to be compiled."""
-MAX_STEP_SECONDS = 0.025
+MAX_STEP_SECONDS = 0.05
 """Processor time that a grammar may take for a token, while others wait. What is not made to be hard takes 1/100."""
 
 _LOWEST_SCORE = -1e300
@@ -34,9 +35,9 @@ _LOWEST_SCORE = -1e300
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A grammar, or why it is none."""
+    """A grammar, or why it is none; neither where it could not be tried."""
 
-    root: LLMatcher | None
+    root: LLMatcher | None = None
     error: str = ""
     bytes: int = 0
 
@@ -55,9 +56,10 @@ class Grammars:
     def compile(self, grammar: Grammar) -> Future[Compiled]:
         """Raises `Overloaded` when `MAX_PENDING` others wait to be compiled."""
         key = (grammar.kind, grammar.text)
-        if key in self._cache:
+        known = self._cache.get(key)
+        if known is not None and not (known.done() and known.result() == Compiled()):
             self._cache.move_to_end(key)
-            return self._cache[key]
+            return known
         compiled = {other: future.result().bytes for other, future in self._cache.items() if future.done()}
         if len(self._cache) - len(compiled) >= MAX_PENDING:
             raise Overloaded(f"{MAX_PENDING} grammars wait to be compiled already: come back later")
@@ -71,12 +73,15 @@ class Grammars:
         return self._cache[key]
 
     def matcher(self, compiled: Compiled, ends: Sequence[int], param: str) -> Matcher:
-        """At the start of the grammar. Raises `InvalidParameter`, naming `param`, where it is none.
+        """At the start of the grammar. Raises `InvalidParameter`, naming `param`, where it is none, and
+        `EngineUnavailable` where it could not be tried.
 
         `ends`: the tokens that end an answer, allowed where its text is complete and nowhere else.
         """
-        if compiled.root is None:
+        if compiled.error:
             raise InvalidParameter(f"{param}: {compiled.error}", param=param)
+        if compiled.root is None:
+            raise EngineUnavailable("grammars cannot be compiled now: try again in a few seconds")
         return Matcher(compiled.root.deep_copy(), self._spellings, ends, param)
 
     def discard(self, grammar: Grammar) -> None:
@@ -93,12 +98,13 @@ class Grammars:
         try:
             verdict = self._trial(grammar)
             if verdict.error:
-                return Compiled(None, verdict.error)
+                return Compiled(error=verdict.error)
             if self._compiler is None:
                 self._compiler = Compiler(self._tokenizer)
             return Compiled(self._compiler.compile(grammar), bytes=verdict.bytes)
-        except (OSError, ValueError) as error:
-            return Compiled(None, str(error))
+        except Exception as error:  # of one request: the engine goes on
+            print(f"engine: a grammar could not be tried: {error}", file=sys.stderr)
+            return Compiled()
 
 
 class Matcher:
@@ -168,10 +174,7 @@ class _Spellings:
 
 def restrict(scores: Tensor, matchers: Sequence[Matcher | None]) -> None:
     """Take all weight from tokens that the matchers of their rows do not allow. scores: `[B, V]` float64, in place."""
-    constrained = [(i, matcher.allowed) for i, matcher in enumerate(matchers) if matcher is not None]
-    if not constrained:
-        return
-    rows = torch.tensor([i for i, _ in constrained], device=scores.device)
-    allowed = torch.stack([mask for _, mask in constrained]).to(scores.device)
-    # Where the model rules out all that is allowed, it is equally likely: never minus infinity, and penalties fit.
-    scores[rows] = scores[rows].clamp_(min=_LOWEST_SCORE).masked_fill_(~allowed, -math.inf)
+    for i, matcher in enumerate(matchers):
+        if matcher is not None:
+            # Where the model rules out all that is allowed, it is equally likely: minus infinity would be no number.
+            scores[i].clamp_(min=_LOWEST_SCORE).masked_fill_(~matcher.allowed.to(scores.device), -math.inf)

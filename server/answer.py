@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lattice_serve.engine.messages import Submit, TokenOutput
+from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.server.engine_client import Generation
 from lattice_serve.server.schemas.generation import GenerationRequest, Usage
@@ -40,13 +41,17 @@ class Answer(ABC, Generic[R, C]):
     chunk_type: ClassVar[type[msgspec.Struct]]
     """Both have `id`, `created`, `model`, `choices` and `usage`."""
 
-    def __init__(self, services: Services, request: R, sequences: Sequence[Submit]) -> None:
-        """`sequences`: `request.candidates` of each prompt, together, without ids, priority and salt."""
+    def __init__(
+        self, services: Services, request: R, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+    ) -> None:
+        """Every prompt is answered once with each of `params`: sequence i is of prompt i // len(params)."""
         self._services = services
         self._request = request
-        self._sequences = sequences
+        self._prompts = prompts
+        points = tuple(request.cache_points or ())
+        self._sequences = [Submit("", prompt, each, cache_points=points) for prompt in prompts for each in params]
         self._completion_tokens = 0
-        self._cached_tokens = [0] * len(sequences)
+        self._cached_tokens = [0] * len(self._sequences)
         self._head: dict[str, Any] = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -101,16 +106,15 @@ class Answer(ABC, Generic[R, C]):
         return self.parts(index, output)
 
     def _usage(self) -> Usage:
-        # A prompt counts once, and as cached what no sequence of it had to run.
-        width = self._request.candidates
-        prompts = range(0, len(self._sequences), width)
-        cached_tokens = sum(min(self._cached_tokens[first : first + width]) for first in prompts)
-        prompt_tokens = sum(len(self._sequences[first].prompt_ids) for first in prompts)
+        # Of a prompt what was run at least once counts as run, and the prompt counts once.
+        width = len(self._sequences) // len(self._prompts)
+        cached = (min(self._cached_tokens[start : start + width]) for start in range(0, len(self._sequences), width))
+        prompt_tokens = sum(map(len, self._prompts))
         return Usage(
             prompt_tokens=prompt_tokens,
             completion_tokens=self._completion_tokens,
             total_tokens=prompt_tokens + self._completion_tokens,
-            prompt_tokens_details={"cached_tokens": cached_tokens},
+            prompt_tokens_details={"cached_tokens": sum(cached)},
         )
 
     def _chunk(self, choices: list[C], usage: Usage | msgspec.UnsetType | None = msgspec.UNSET) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from lattice_serve.engine.errors import InvalidParameter
-from lattice_serve.engine.messages import Submit, TokenLogprob, TokenOutput
+from lattice_serve.engine.messages import TokenLogprob, TokenOutput
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.server.answer import LOWEST_LOGPROB, Answer, check
@@ -47,7 +47,7 @@ class ChatAnswer(Answer[ChatRequest, ChunkChoice]):
     def __init__(self, services: Services, request: ChatRequest, prompt_ids: list[int]) -> None:
         template = services.template
         params = [_stopped(request.sampling(choice), template.stop) for choice in range(request.choices)]
-        super().__init__(services, request, [Submit("", prompt_ids, each) for each in params])
+        super().__init__(services, request, [prompt_ids], params)
         self._choices = [
             _Choice(index, request, services.tokenizer, plain=template.plain) for index in range(request.choices)
         ]

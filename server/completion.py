@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from lattice_serve.engine.messages import Submit, TokenLogprob, TokenOutput
+from lattice_serve.engine.messages import TokenLogprob, TokenOutput
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.server.answer import LOWEST_LOGPROB, Answer, check
 from lattice_serve.server.schemas.completions import Choice, Completion, CompletionRequest, Logprobs, PromptLogprob
@@ -20,9 +20,7 @@ class CompletionAnswer(Answer[CompletionRequest, Choice]):
 
     def __init__(self, services: Services, request: CompletionRequest, prompts: list[_Prompt]) -> None:
         params = [request.sampling(candidate) for candidate in range(request.candidates)]
-        points = tuple(request.cache_points or ())
-        sequences = [Submit("", prompt.ids, each, cache_points=points) for prompt in prompts for each in params]
-        super().__init__(services, request, sequences)
+        super().__init__(services, request, [prompt.ids for prompt in prompts], params)
         self._candidates = [
             _Candidate(index, prompts[index // request.candidates], request, services.tokenizer)
             for index in range(len(prompts) * request.candidates)

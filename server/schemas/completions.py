@@ -13,8 +13,6 @@ from lattice_serve.engine.messages import FinishReason
 from lattice_serve.server.schemas.base import Count, Strings, TokenIds
 from lattice_serve.server.schemas.generation import MAX_CHOICES, NOT_SUPPORTED, GenerationRequest, Usage
 
-MAX_CACHE_POINTS = 64
-
 
 class CompletionRequest(GenerationRequest):
     remedies: ClassVar[dict[str, str]] = GenerationRequest.remedies | {
@@ -28,8 +26,6 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
     suffix: Literal[""] | None = None
     prompt_logprobs: Count | None = None
-    cache_points: Annotated[TokenIds, Field(max_length=MAX_CACHE_POINTS)] | None = None
-    """Numbers of prompt tokens after which the state is worth keeping. With max_tokens 0, that is all that is done."""
 
     @model_validator(mode="after")
     def _check(self) -> CompletionRequest:
@@ -50,7 +46,7 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def candidates(self) -> int:
-        """More than `choices` where the best of them are returned."""
+        """Answers to generate for each prompt, of which the best are returned."""
         return self.choices if self.best_of is None else self.best_of
 
     @property

@@ -16,6 +16,7 @@ from lattice_serve.server.schemas.structured import StructuredRequest
 MAX_CHOICES = 128
 MAX_STOP_TOKEN_IDS = 1024
 MAX_SALT_LENGTH = 256
+MAX_CACHE_POINTS = 64
 MAX_TIMEOUT_SECONDS = 86400.0
 
 NOT_SUPPORTED = "not supported by this server: leave it out"
@@ -66,6 +67,8 @@ class GenerationRequest(StructuredRequest):
     priority: Annotated[int, Field(gt=-(2**31), lt=2**31)] | None = None
     timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = None
     """Seconds that the engine may take for the whole answer."""
+    cache_points: Annotated[TokenIds, Field(max_length=MAX_CACHE_POINTS)] | None = None
+    """Numbers of prompt tokens after which the state is worth keeping. With max_tokens 0, that is all that is done."""
     cache_salt: Annotated[str, Field(max_length=MAX_SALT_LENGTH)] | None = None
     """Only requests with the same one, and the same API key, share cached states."""
     use_beam_search: Literal[False] | None = None
@@ -80,11 +83,6 @@ class GenerationRequest(StructuredRequest):
     def choices(self) -> int:
         """Answers to return for each prompt."""
         return 1 if self.n is None else self.n
-
-    @property
-    def candidates(self) -> int:
-        """Answers to generate for each prompt."""
-        return self.choices
 
     @property
     def biases(self) -> dict[int, float]:

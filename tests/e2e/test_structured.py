@@ -87,13 +87,15 @@ def test_hostile_grammars_are_refused_while_a_stream_goes_on(server: RealServer)
         for fields in HOSTILE:
             began = time.monotonic()
             response = server.post(prompt="a", max_tokens=20, stream=True, **fields)
-            # A second of processor time, on a machine that may be busy.
+            # A second of processor time at most, on a machine that may be busy.
             assert time.monotonic() - began < 5, fields
             assert response.status_code == 400, response.text
             assert response.json()["error"]["param"] == next(iter(fields))
     finally:
         done.set()
         reader.join()
-    assert max(later - earlier for earlier, later in pairwise(times)) < 0.5
+    # Were the engine to wait for a grammar, nearly all of the time would be gaps. Some are the machine's own.
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    assert sum(gap for gap in gaps if gap > 0.1) < sum(gaps) / 2
     assert len(times) > 50
     assert server.engine_pid == pid

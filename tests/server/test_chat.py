@@ -111,8 +111,8 @@ class TestPlain:
         assert prompt(server) == "User: a\nAssistant: Well, "
 
     def test_the_answer_stops_before_the_next_question(self, server: ServerProcess) -> None:
-        ask(server, user("a"), stop=["x"], max_tokens=1)
-        assert server.records("submit")[-1]["stop"] == ["x", "\nUser:"]
+        ask(server, user("a"), stop=["x"] * 15, max_tokens=1)
+        assert server.records("submit")[-1]["stop"] == [*["x"] * 15, "\nUser:"]
 
     def test_an_answer_has_a_longest(self, server: ServerProcess) -> None:
         assert ask(server, user("a"))["usage"]["completion_tokens"] == 2048
