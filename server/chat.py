@@ -27,10 +27,10 @@ from lattice_serve.server.schemas.chat import (
     ChunkChoice,
     Delta,
     Message,
-    NamedTool,
     TokenScore,
     TopLogprob,
 )
+from lattice_serve.server.schemas.tools import NamedTool
 from lattice_serve.server.services import Services
 from lattice_serve.server.template import TOOL_CALL
 from lattice_serve.server.tool_calls import ToolCallParser
