@@ -21,6 +21,7 @@ from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, Ste
 from lattice_serve.engine.pace import Pace
 from lattice_serve.engine.pooled import Pooled
 from lattice_serve.engine.prefix_cache import PrefixCache
+from lattice_serve.engine.processors import available_cpus
 from lattice_serve.engine.runner import Runner
 from lattice_serve.engine.sampler import Sampled, SampleRow, TokenCounts, penalised
 from lattice_serve.engine.sampling import SamplingParams
@@ -29,7 +30,6 @@ from lattice_serve.engine.sequence import Sequence, Status
 from lattice_serve.engine.state_pool import StatePool
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.engine.weights import load_model, pick_dtype
-from lattice_serve.kernels.cpu_features import available_cpus
 from lattice_serve.kernels.mixer import Segments, StateLayout
 
 MAX_ROWS = 256

@@ -98,7 +98,7 @@ class Answer(ABC, Generic[R, C]):
         self._services.admit(len(self._sequences))  # Again: others may have come in while the prompts were tokenized.
         priority, salt = self._request.priority or 0, f"{salt}{self._request.cache_salt or ''}"
         sequences = [msgspec.structs.replace(each, priority=priority, cache_salt=salt) for each in self._sequences]
-        return self._services.client.generate(sequences, timeout=self._request.timeout)
+        return self._services.router.generate(sequences, timeout=self._request.timeout)
 
     def _count(self, index: int, output: TokenOutput) -> list[C]:
         self._completion_tokens += output.token_id is not None

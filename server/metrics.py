@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
 
 from lattice_serve.engine.messages import EngineStats, TokenOutput
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TOKENS = tuple(float(2**power) for power in range(21))
+_REJECTIONS = ("queue_full", "draining", "engine_unavailable")
 _MISSES = ("new", "no_snapshot", "bypass")
 _LABELS = ("model_name", "engine")
 
@@ -32,6 +34,7 @@ class Metrics:
             metric = Histogram(f"lattice:{name}", text, _LABELS, registry=self.registry, buckets=buckets)
             return metric.labels(**labels)
 
+        self.up = gauge("engine_up", "1 while the engine takes requests, else 0.")
         self.running = gauge("num_requests_running", "Sequences that hold a state row.")
         self.waiting = gauge("num_requests_waiting", "Sequences that wait for a state row.")
         self.pool_usage = gauge("state_pool_usage_ratio", "Share of the state rows in use, 0 to 1.")
@@ -61,12 +64,6 @@ class Metrics:
             (*_LABELS, "finished_reason"),
             registry=self.registry,
         )
-        self._rejections = Counter(
-            "lattice:admission_rejections",
-            "Requests refused before they were given to the engine.",
-            (*_LABELS, "reason"),
-            registry=self.registry,
-        )
         self._cache_misses = Counter(
             "lattice:prefix_cache_misses",
             "Prompts that began with no cached state: nothing known begins like them (new), no state of that beginning "
@@ -77,8 +74,6 @@ class Metrics:
         # A series that begins at 0 shows its first event as an increase.
         for reason in ("stop", "length", "abort", "error"):
             self._finished.labels(**labels, finished_reason=reason)
-        for reason in ("queue_full", "draining", "engine_unavailable"):
-            self._rejections.labels(**labels, reason=reason)
         for reason in _MISSES:
             self._cache_misses.labels(**labels, reason=reason)
         self._labels = labels
@@ -87,11 +82,9 @@ class Metrics:
     def finished(self, reason: str) -> None:
         self._finished.labels(**self._labels, finished_reason=reason).inc()
 
-    def rejected(self, reason: str) -> None:
-        self._rejections.labels(**self._labels, reason=reason).inc()
-
     def engine_started(self, rows: int) -> None:
-        """A fresh engine process counts from zero."""
+        """A fresh engine process counts from zero. rows: 0 when it has ended."""
+        self.up.set(rows > 0)
         self._stats = EngineStats(rows=rows)
         self._show_gauges()
 
@@ -119,9 +112,37 @@ class Metrics:
     def sequence(self, prompt_tokens: int) -> SequenceMeter:
         return SequenceMeter(self, prompt_tokens)
 
+
+class ServerMetrics(Collector):
+    """The metrics of every engine, and those of the server before them."""
+
+    def __init__(self, model_name: str, engines: int) -> None:
+        self.engines = [Metrics(model_name, str(number)) for number in range(engines)]
+        self._registry = CollectorRegistry()
+        rejections = Counter(
+            "lattice:admission_rejections",
+            "Requests refused before they were given to an engine.",
+            ("model_name", "reason"),
+            registry=self._registry,
+        )
+        self._rejections = {reason: rejections.labels(model_name, reason) for reason in _REJECTIONS}
+
+    def rejected(self, reason: str) -> None:
+        self._rejections[reason].inc()
+
     def render(self) -> bytes:
         """The text exposition."""
-        return generate_latest(self.registry)
+        return generate_latest(self)
+
+    def collect(self) -> Iterable[Metric]:
+        """Each metric once, with the samples of all engines."""
+        metrics: dict[str, Metric] = {}
+        for registry in (*(engine.registry for engine in self.engines), self._registry):
+            for metric in registry.collect():
+                metrics.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type)).samples.extend(
+                    metric.samples
+                )
+        return metrics.values()
 
 
 class SequenceMeter:

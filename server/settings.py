@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from lattice_serve.engine import config as engine_config
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import ConfigError
+from lattice_serve.engine.processors import available_cpus
 from lattice_serve.server.protocol import MAX_HEAD_BYTES
 
 BUNDLED_MODEL = Path(engine_config.__file__).parent / "bundled"
@@ -47,6 +48,8 @@ class Settings(EngineConfig, BaseSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
     """Origins, such as `https://chat.example`, whose pages may send requests; `*`: any. In the environment with commas
     between them."""
+    replicas: int = Field(default=1, ge=1)
+    """Engine processes, each with all that the engine's fields say: one a GPU, or several that share the processors."""
     step_seconds: float | None = Field(default=0.05, gt=0, allow_inf_nan=False)
     """As the engine's, but limited: a server's clients wait for their next tokens."""
     grace_period: float = Field(default=30.0, ge=0, allow_inf_nan=False)
@@ -71,6 +74,12 @@ class Settings(EngineConfig, BaseSettings):
             raise ConfigError(text, param=faults[0][0] or None) from error
 
     @model_validator(mode="after")
+    def _check_replicas(self) -> Settings:
+        if self.replicas > 1 and ":" in self.device:
+            raise ConfigError(f"device is {self.device!r}, one for all replicas: give {self.device.split(':')[0]!r}")
+        return self
+
+    @model_validator(mode="after")
     def _check_exposure(self) -> Settings:
         # Always asked for: a file of keys that cannot be read must not wait for the first request.
         keys = self.api_keys
@@ -79,6 +88,16 @@ class Settings(EngineConfig, BaseSettings):
                 f"host is {self.host!r}, which others can reach: set an API key (LATTICE_API_KEY, or api_key_file), "
                 "or use 127.0.0.1",
                 param="host",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_device(self) -> Settings:
+        if self.replicas > 1 and ":" in self.device:
+            raise ConfigError(
+                f"device is {self.device!r}, one alone, and replicas is {self.replicas}: "
+                f"give device {self.device.split(':')[0]!r}",
+                param="device",
             )
         return self
 
@@ -104,8 +123,15 @@ class Settings(EngineConfig, BaseSettings):
             keys += from_file
         return tuple(key.encode() for key in keys)
 
-    def engine_config(self) -> EngineConfig:
-        return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.model_fields})
+    def engine_configs(self) -> list[EngineConfig]:
+        """One a replica: a GPU each, or an even share of the processors unless `threads` says how many."""
+        fields = {name: getattr(self, name) for name in EngineConfig.model_fields}
+        if self.device == "cpu":
+            threads = self.threads or max(1, available_cpus() // self.replicas)
+            return [EngineConfig(**fields | {"threads": threads})] * self.replicas
+        if ":" in self.device:
+            return [EngineConfig(**fields)]
+        return [EngineConfig(**fields | {"device": f"{self.device}:{i}"}) for i in range(self.replicas)]
 
 
 def _is_loopback(host: str) -> bool:

@@ -54,8 +54,8 @@ def offline(
     from lattice_serve.clients.cli import report
     from lattice_serve.engine.config import ModelConfig
     from lattice_serve.engine.llm import LLM
+    from lattice_serve.engine.processors import available_cpus
     from lattice_serve.engine.weights import resolve_model
-    from lattice_serve.kernels.cpu_features import available_cpus
 
     if plot is not None:
         plots.check()

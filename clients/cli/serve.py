@@ -46,6 +46,9 @@ def serve(
     quantization: QuantizationOption = None,
     device: Annotated[str | None, typer.Option(help="Where the model runs.", show_default="cpu")] = None,
     threads: ThreadsOption = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="Engine processes: one a GPU, or sharing the processors.", show_default="1")
+    ] = None,
     max_rows: Annotated[
         int | None, typer.Option(help="Requests that run at once.", show_default="as many as --state-memory holds")
     ] = None,
@@ -97,6 +100,7 @@ def serve(
             quantization=quantization,
             device=device,
             threads=threads,
+            replicas=replicas,
             max_rows=max_rows,
             state_memory=None if state_memory is None else parse_size(state_memory),
             speculative_tokens=speculative_tokens,

@@ -19,23 +19,28 @@ router = APIRouter()
 @router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(services: Injected) -> dict[str, Any]:
-    """200 while this process lives; the body says how the engine is."""
+    """200 while this process lives; the body says how the engines are, together and each."""
+    router = services.router
     try:
         services.check_ready()
         engine = "ready"
     except EngineUnavailable:
-        engine = "restarting" if services.supervisor.restarts else "starting"
+        engine = "restarting" if any(replica.state == "restarting" for replica in router.replicas) else "starting"
     except Draining:
         engine = "draining"
-    return {"status": "ok", "engine": engine, "restarts": services.supervisor.restarts}
+    engines = [{"state": replica.state, "restarts": replica.supervisor.restarts} for replica in router.replicas]
+    return {"status": "ok", "engine": engine, "restarts": router.restarts, "engines": engines}
 
 
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready", responses=failures(503))
 async def ready(services: Injected) -> dict[str, Any]:
-    """200 while requests are taken, else 503."""
-    engine = services.check_ready()
-    return {"status": "ready", "rows": engine.rows, "bytes_per_row": engine.bytes_per_row, "device": engine.device}
+    """200 while requests are taken, by one engine at least, else 503."""
+    engines = [
+        {"rows": engine.rows, "bytes_per_row": engine.bytes_per_row, "device": engine.device}
+        for engine in services.check_ready()
+    ]
+    return {"status": "ready", "rows": sum(engine["rows"] for engine in engines), "engines": engines}
 
 
 @router.head("/ping", include_in_schema=False)

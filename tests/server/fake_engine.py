@@ -76,6 +76,7 @@ class FakeEngine:
                 params = message.params
                 self.record(
                     "submit",
+                    pid=os.getpid(),
                     id=message.request_id,
                     ids=message.prompt_ids,
                     seed=params.seed,

@@ -45,7 +45,12 @@ def test_detokenize_checks_ids(server: ServerProcess) -> None:
 
 
 def test_health_ready_version(server: ServerProcess) -> None:
-    assert server.http.get("/health").json() == {"status": "ok", "engine": "ready", "restarts": 0}
+    assert server.http.get("/health").json() == {
+        "status": "ok",
+        "engine": "ready",
+        "restarts": 0,
+        "engines": [{"state": "ready", "restarts": 0}],
+    }
     assert server.http.head("/health").status_code == 200
     assert server.http.get("/ready").json()["rows"] == 8
     assert server.http.get("/ping").status_code == 200
