@@ -27,10 +27,10 @@ from lattice_serve.server.schemas.chat import (
     ChunkChoice,
     Delta,
     Message,
-    NamedTool,
     TokenScore,
     TopLogprob,
 )
+from lattice_serve.server.schemas.tools import NamedTool
 from lattice_serve.server.services import Services
 from lattice_serve.server.template import TOOL_CALL
 from lattice_serve.server.tool_calls import ToolCallParser
@@ -145,7 +145,8 @@ class _Choice:
         self._with_logprobs = bool(request.logprobs)
         self._tokenizer = tokenizer
         self._begun = False
-        self._drop_space = plain and request.begins_message
+        self._opening = "" if plain and request.begins_message else None
+        """What has come before it is known whether a space belongs to the transcript."""
         self._parser: ToolCallParser | None = None
         # OpenAI's finish reason says whether the model chose to call, which a named function leaves it no choice of.
         self._chooses = not isinstance(request.tool_choice, NamedTool)
@@ -155,11 +156,9 @@ class _Choice:
 
     def parts(self, output: TokenOutput) -> list[ChunkChoice]:
         """What `output` adds: a choice with the role at the beginning, one a delta, one with the reason at the end."""
-        text = output.text
-        if self._drop_space and text:
-            text = text.removeprefix(" ")
-            self._drop_space = False
-        parts = [ChunkChoice(self._index, delta) for delta in self._deltas(text, output.finish_reason is not None)]
+        last = output.finish_reason is not None
+        text = output.text if self._opening is None else self._open(output.text, last)
+        parts = [ChunkChoice(self._index, delta) for delta in self._deltas(text, last)]
         if self._with_logprobs and output.logprob is not None:
             parts[0].logprobs = ChatLogprobs([self._score(output.logprob)])
         if not self._begun:
@@ -168,6 +167,15 @@ class _Choice:
         if output.finish_reason is not None:
             parts.append(ChunkChoice(self._index, Delta(), None, self._finish_reason(output), output.stop_reason))
         return parts
+
+    def _open(self, text: str, last: bool) -> str:
+        """What may be shown of a transcript's answer that begins with `text`."""
+        opening = (self._opening or "") + text
+        if opening in ("", " ") and not last:
+            self._opening = opening
+            return ""
+        self._opening = None
+        return opening[1:] if opening[:1] == " " and opening[1:2].isalnum() else opening
 
     def _deltas(self, text: str, last: bool) -> list[Delta]:
         """At least one, for every token has a chunk."""

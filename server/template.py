@@ -34,7 +34,7 @@ System: To call functions, answer with <tool_call>{"name": ..., "arguments": {..
 {%- endif %}
 {%- for message in messages %}
 {{- message.role | capitalize }}:
-{%- if message.content %}{{ "" if message.content[0] in " \n" else " " }}{{ message.content }}{% endif %}
+{{- " " if message.content and (message.role != "assistant" or message.content[0].isalnum()) }}{{ message.content }}
 {%- for call in message.tool_calls or [] %} <tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}
 {{- "\n" if not loop.last or add_generation_prompt }}
 {%- endfor %}
@@ -45,8 +45,8 @@ System: To call functions, answer with <tool_call>{"name": ..., "arguments": {..
     User: Who are you?
     Assistant:
 
-The answer ends before a line that begins with `User:`, and is without the space it begins with, which the next turn
-puts back: so that begins with the very tokens of this one.
+The answer ends before a line that begins with `User:`. A space before its first word is the transcript's: it is taken
+off there and put back here, so that the next turn's prompt begins with the very tokens of this one.
 """
 
 

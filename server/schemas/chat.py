@@ -12,6 +12,7 @@ from lattice_serve.engine.messages import FinishReason
 from lattice_serve.engine.sampling import MAX_LOGPROBS, Grammar
 from lattice_serve.server.schemas.base import RequestModel
 from lattice_serve.server.schemas.generation import NOT_SUPPORTED, GenerationRequest, Usage
+from lattice_serve.server.schemas.tools import Call, NamedTool, Tool, ToolChoice, calls
 
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 128
@@ -46,19 +47,6 @@ Content = Annotated[
     BeforeValidator(_joined),
     WithJsonSchema({"anyOf": [{"type": "string"}, _TEXT_PARTS]}),
 ]
-FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-
-
-class CalledFunction(RequestModel):
-    name: str
-    arguments: str
-    """JSON."""
-
-
-class Call(RequestModel):
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: CalledFunction
 
 
 class Message(RequestModel):
@@ -73,38 +61,6 @@ class Message(RequestModel):
         if self.content is None and self.role != "assistant":
             raise ValueError(f"a message of role {self.role} needs content")
         return self
-
-
-class Function(RequestModel):
-    name: FunctionName
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    """A JSON schema."""
-    strict: bool | None = None
-    """Arguments keep to the schema where a call must be made, and are the model's own where it may be."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Function:
-        if self.parameters is not None and self.parameters.get("type", "object") != "object":
-            raise ValueError("parameters describe no object: give a schema of type object")
-        return self
-
-
-class Tool(RequestModel):
-    type: Literal["function"]
-    function: Function
-
-
-class NamedFunction(RequestModel):
-    name: str
-
-
-class NamedTool(RequestModel):
-    type: Literal["function"]
-    function: NamedFunction
-
-
-ToolChoice: TypeAlias = Literal["none", "auto", "required"] | NamedTool
 
 
 class ChatPrompt(RequestModel):
@@ -222,35 +178,10 @@ class ChatRequest(GenerationRequest, ChatPrompt):
         }
 
     def _calls(self) -> Grammar:
-        """A JSON list of calls of the functions that may be called."""
+        """That the answer is calls of the functions that may be called."""
         chosen = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         functions = [tool.function for tool in self.tools or () if chosen in (None, tool.function.name)]
-        calls = []
-        shared: dict[str, dict[str, Any]] = {}
-        for function in functions:
-            parameters: dict[str, Any] = {"type": "object"} | (function.parameters or {})
-            # References are from the root of the schema.
-            for place in ("$defs", "definitions"):
-                if not isinstance(parameters.get(place), dict):
-                    continue
-                for name, definition in parameters.pop(place).items():
-                    if shared.setdefault(place, {}).setdefault(name, definition) != definition:
-                        raise InvalidParameter(
-                            f"tools: two functions have different {place} of the name {name[:100]!r}: rename one",
-                            param="tools",
-                        )
-            properties = {"name": {"const": function.name}, "arguments": parameters}
-            calls.append(
-                {
-                    "type": "object",
-                    "properties": properties,
-                    "required": list(properties),
-                    "additionalProperties": False,
-                }
-            )
-        one = chosen is not None or self.parallel_tool_calls is False
-        limits = {"minItems": 1, "maxItems": 1} if one else {"minItems": 1}
-        return Grammar.json_schema({"type": "array", "items": {"anyOf": calls}, **limits, **shared}, "tools")
+        return calls(functions, one=chosen is not None or self.parallel_tool_calls is False)
 
 
 class TopLogprob(msgspec.Struct):

@@ -82,15 +82,37 @@ class TestPlain:
         ask(server, messages, max_tokens=1)
         assert prompt(server) == "System: s\nSystem: d\nUser: one\ntwo\nAssistant:\nTool: t\nAssistant:"
 
-    def test_the_answer_is_without_its_first_space(self, server: ServerProcess) -> None:
-        assert ask(server, user("!say  Well"))["choices"][0]["message"]["content"] == "Well"
+    @pytest.mark.parametrize(
+        ("said", "shown"),
+        [
+            (" Well", "Well"),
+            ("  Well", "  Well"),
+            (" 'tis", " 'tis"),
+            ("'tis", "'tis"),
+            ("\n\nWell", "\n\nWell"),
+            (" ", " "),
+        ],
+    )
+    def test_the_space_before_the_first_word_is_the_transcript_s(
+        self, server: ServerProcess, said: str, shown: str
+    ) -> None:
+        answer = ask(server, user(f"!say {said}"))["choices"][0]["message"]
+        assert answer["content"] == shown
+        *chunks, _ = stream(server, user(f"!say {said}"))
+        assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == shown
+        # The next prompt goes on from where this one ended.
+        before = prompt(server)
+        ask(server, [*user(f"!say {said}"), answer, *user("a")], max_tokens=1)
+        assert prompt(server) == f"{before}{said}\nUser: a\nAssistant:"
+
+    def test_a_message_is_gone_on_with(self, server: ServerProcess) -> None:
         going_on = [*user("a"), {"role": "assistant", "content": "Well, "}]
         ask(server, going_on, continue_final_message=True, max_tokens=1)
         assert prompt(server) == "User: a\nAssistant: Well, "
 
     def test_the_answer_stops_before_the_next_question(self, server: ServerProcess) -> None:
-        ask(server, user("a"), stop=["x"], max_tokens=1)
-        assert server.records("submit")[-1]["stop"] == ["x", "\nUser:"]
+        ask(server, user("a"), stop=["x"] * 15, max_tokens=1)
+        assert server.records("submit")[-1]["stop"] == [*["x"] * 15, "\nUser:"]
 
     def test_an_answer_has_a_longest(self, server: ServerProcess) -> None:
         assert ask(server, user("a"))["usage"]["completion_tokens"] == 2048
