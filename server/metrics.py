@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from lattice_serve.engine.messages import EngineStats, TokenOutput
 
-disable_created_metrics()  # a series for each series that says when it began, which nobody reads
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a series for each series that says when it began, which nobody reads
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TOKENS = tuple(float(2**power) for power in range(21))

@@ -15,11 +15,12 @@ from lattice_serve.server.errors import STATUSES, Failure
 from lattice_serve.server.schemas.base import RequestModel
 from lattice_serve.server.schemas.chat import ChatChunk, ChatCompletion, ChatRequest
 from lattice_serve.server.schemas.completions import Completion, CompletionRequest
+from lattice_serve.server.schemas.embeddings import EmbeddingRequest, Embeddings
 from lattice_serve.server.schemas.tokenize import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 
 _REF = "#/components/schemas/{}"
-_BODIES = (CompletionRequest, ChatRequest, TokenizeRequest, TokenizeChatRequest, DetokenizeRequest)
-_ANSWERS = (Completion, ChatCompletion, ChatChunk, Failure)
+_BODIES = (CompletionRequest, ChatRequest, EmbeddingRequest, TokenizeRequest, TokenizeChatRequest, DetokenizeRequest)
+_ANSWERS = (Completion, ChatCompletion, ChatChunk, Embeddings, Failure)
 _ALWAYS = (401, 405, 413, 431, 500)
 """What any route may answer."""
 
@@ -39,6 +40,12 @@ def generated(answer: type[msgspec.Struct], chunk: type[msgspec.Struct]) -> dict
     return {200: {"description": "The answer, whole or in chunks.", "content": content}} | failures(
         400, 404, 408, 429, 503
     )
+
+
+def answered(answer: type[msgspec.Struct]) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route whose answer is whole, by the engine."""
+    content = {"application/json": {"schema": _ref(answer)}}
+    return {200: {"description": "The answer.", "content": content}} | failures(400, 404, 429, 503)
 
 
 def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -49,14 +49,15 @@ class Services:
             raise EngineUnavailable("the engine is starting: try again in a few seconds")
         return self.router.ready
 
-    def admit(self, sequences: int) -> None:
+    def admit(self, sequences: int, param: str = "n") -> None:
         """Let a request with that many sequences in, or raise the error that says why not, and count it."""
         try:
             self.check_ready()
             capacity = self.router.capacity
             if sequences > capacity:
                 raise InvalidParameter(
-                    f"n times the number of prompts is {sequences}: give at most {capacity} in one request", param="n"
+                    f"{param}: {sequences} sequences are asked for: ask for at most {capacity} in one request",
+                    param=param,
                 )
             if self.router.live + sequences > capacity:
                 raise Overloaded(f"{self.router.live} sequences run or wait, of at most {capacity}: try again later")

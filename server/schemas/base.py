@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,6 +15,17 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 # Without fail_fast a list of a million wrong elements makes a million error objects.
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 Strings = Annotated[list[str], Field(fail_fast=True)]
+Texts = str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+TEXTS = "give a string, a list of strings, a list of token ids or a list of lists of token ids"
+
+
+def each(texts: Texts, name: str) -> Sequence[str | list[int]]:
+    """One after another. Raises `InvalidParameter`, naming the field, when there is none, or one of them is empty."""
+    single = isinstance(texts, str) or (bool(texts) and isinstance(texts[0], int))
+    listed = cast("Sequence[str | list[int]]", [texts] if single else texts)
+    if not listed or not all(listed):
+        raise InvalidParameter(f"{name} is empty: give at least one token", param=name)
+    return listed
 
 
 class RequestModel(BaseModel):

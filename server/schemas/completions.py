@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from pydantic import Field, model_validator
 
 from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.engine.messages import FinishReason
-from lattice_serve.server.schemas.base import Count, Strings, TokenIds
+from lattice_serve.server.schemas.base import TEXTS, Count, Texts, each
 from lattice_serve.server.schemas.generation import MAX_CHOICES, NOT_SUPPORTED, GenerationRequest, Usage
 
 
 class CompletionRequest(GenerationRequest):
     remedies: ClassVar[dict[str, str]] = GenerationRequest.remedies | {
-        "prompt": "give a string, a list of strings, a list of token ids or a list of lists of token ids",
+        "prompt": TEXTS,
         "suffix": NOT_SUPPORTED,
     }
 
-    prompt: str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+    prompt: Texts
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     logprobs: Count | None = None
     echo: bool | None = None
@@ -52,12 +52,7 @@ class CompletionRequest(GenerationRequest):
     @property
     def prompts(self) -> Sequence[str | list[int]]:
         """Raises `InvalidParameter` when there is none, or one of them is empty."""
-        given = self.prompt
-        single = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
-        prompts = cast("Sequence[str | list[int]]", [given] if single else given)
-        if not prompts or not all(prompts):
-            raise InvalidParameter("prompt is empty: give at least one token", param="prompt")
-        return prompts
+        return each(self.prompt, "prompt")
 
     def _own_sampling(self) -> dict[str, Any]:
         scored = [count for count in (self.prompt_logprobs, self.logprobs if self.echo else None) if count is not None]

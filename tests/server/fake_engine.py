@@ -120,12 +120,15 @@ class FakeEngine:
         said = self.tokenizer.encode(error) if order == "!say" else []
         if order == "!stall":
             await asyncio.sleep(3600)
+        if order == "!fail":
+            self.step(failures=[RequestFailed(request.request_id, error, f"told to: {error}", "prompt")])
+            return
         if params.max_tokens == 0:
             self.step(self.output(request, 0, None, "", "length"))
         for place in range(params.max_tokens):
             if order == "!slow":
                 await asyncio.sleep(0.05)
-            if order in ("!fail", "!fail-late") and place == 2 * (order == "!fail-late"):
+            if order == "!fail-late" and place == 2:
                 self.step(failures=[RequestFailed(request.request_id, error, f"told to: {error}", "prompt")])
                 return
             if order in ("!exit", "!exit-late") and place == 2 * (order == "!exit-late"):
@@ -177,6 +180,7 @@ class FakeEngine:
             stop,
             self.chosen(request, token_id) if token_id is not None and params.logprobs is not None else None,
             prompt_logprobs,
+            embedding=None if request.pooling is None else [3.0 * len(request.prompt_ids), 4.0, -0.0],
             queue_seconds=0.25 if place == 0 else None,
             prefill_seconds=0.5 if place == 0 else None,
         )

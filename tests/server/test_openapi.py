@@ -20,6 +20,7 @@ def test_it_has_every_route(description: dict[str, Any]) -> None:
     assert description["paths"].keys() == {
         "/v1/completions",
         "/v1/chat/completions",
+        "/v1/embeddings",
         "/v1/models",
         "/v1/models/{model_id}",
         "/tokenize",

@@ -1,0 +1,22 @@
+"""`POST /v1/embeddings`."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from lattice_serve.server.embedding import embed
+from lattice_serve.server.openapi import answered, body
+from lattice_serve.server.schemas.embeddings import EmbeddingRequest, Embeddings
+from lattice_serve.server.services import Injected
+from lattice_serve.server.stream import until_disconnect
+
+router = APIRouter()
+
+
+@router.post("/v1/embeddings", openapi_extra=body(EmbeddingRequest), responses=answered(Embeddings))
+async def create_embeddings(request: Request, services: Injected) -> Response:
+    """A vector for each text."""
+    asked = EmbeddingRequest.parse(await request.body())
+    answer = await until_disconnect(request.receive, embed(services, asked))
+    return Response(msgspec.json.encode(answer), media_type="application/json")
