@@ -5,7 +5,8 @@ LatticeError
 │   └── CheckpointError      500  a model folder is missing something, or holds what it should not
 ├── RequestError             400  the request cannot be served as it is
 │   ├── InvalidParameter     400  one field is wrong: names the field and the remedy
-│   └── ModelNotFound        404  no such model is served
+│   ├── ModelNotFound        404  no such model is served
+│   └── ResponseNotFound     404  no such response is stored
 ├── Overloaded               429  the waiting queue is full: come back after `retry_after` seconds
 ├── Draining                 503  the server is shutting down
 ├── EngineUnavailable        503  the engine is starting or being restarted
@@ -45,6 +46,10 @@ class InvalidParameter(RequestError):
 
 
 class ModelNotFound(RequestError):
+    status = 404
+
+
+class ResponseNotFound(RequestError):
     status = 404
 
 

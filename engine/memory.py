@@ -71,7 +71,7 @@ class Memory:
     def keep_answer(self, sequence: Sequence) -> None:
         """Cache the state at the end of an answer: the next turn of a conversation begins with this one."""
         if len(sequence.prompt_ids) < sequence.computed < sequence.length:
-            self._keep(sequence, sequence.tokens(0, sequence.computed), None)
+            self._keep(sequence, sequence.seen(), None)
 
     def release(self, sequence: Sequence) -> None:
         """Scrub and take back whatever a sequence holds."""

@@ -117,6 +117,10 @@ class Sequence:
     def decoding(self) -> bool:
         return self.computed >= len(self.prompt_ids)
 
+    def seen(self) -> array[int]:
+        """Ids of all tokens that its state has seen."""
+        return self.prompt_ids[: self.computed] + self.output_ids[: max(0, self.computed - len(self.prompt_ids))]
+
     def tokens(self, start: int, end: int) -> list[int]:
         """Ids at places `start` to `end` of prompt and answer together."""
         prompt = len(self.prompt_ids)

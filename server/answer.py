@@ -74,25 +74,31 @@ class Answer(ABC, Generic[R, C]):
     async def whole(self, salt: str) -> bytes:
         """The answer as JSON. salt: whose cached states it may use."""
         parts: list[list[C]] = [[] for _ in self._sequences]
+        async with aclosing(self.each(salt)) as outputs:
+            async for index, choices in outputs:
+                parts[index] += choices
+        return _encode(self.whole_type(**self._head, choices=self.joined(parts), usage=self.usage()))
+
+    async def each(self, salt: str) -> AsyncGenerator[tuple[int, list[C]], None]:
+        """What every output of the engine adds, and to which sequence."""
         with self._start(salt) as generation:
             async for index, output in generation:
-                parts[index] += self._count(index, output)
-        return _encode(self.whole_type(**self._head, choices=self.joined(parts), usage=self._usage()))
+                yield index, self._count(index, output)
 
     async def chunks(self, salt: str) -> AsyncGenerator[bytes, None]:
         """The answer as JSON chunks, at least one a token, then one with the usage if that is asked for."""
         options = self._request.stream_options
         with_usage = options is not None and bool(options.include_usage)
         with_running_usage = with_usage and options is not None and bool(options.continuous_usage_stats)
-        with self._start(salt) as generation:
-            async for index, output in generation:
-                for part in self._count(index, output):
+        async with aclosing(self.each(salt)) as outputs:
+            async for _, choices in outputs:
+                for part in choices:
                     if with_usage:
-                        yield self._chunk([part], usage=self._usage() if with_running_usage else None)
+                        yield self._chunk([part], usage=self.usage() if with_running_usage else None)
                     else:
                         yield self._chunk([part])
         if with_usage:
-            yield self._chunk([], usage=self._usage())
+            yield self._chunk([], usage=self.usage())
 
     def _start(self, salt: str) -> Generation:
         self._services.admit(len(self._sequences))  # Again: others may have come in while the prompts were tokenized.
@@ -105,7 +111,8 @@ class Answer(ABC, Generic[R, C]):
         self._cached_tokens[index] += output.cached_tokens
         return self.parts(index, output)
 
-    def _usage(self) -> Usage:
+    def usage(self) -> Usage:
+        """Of what has come so far."""
         # Of a prompt what was run at least once counts as run, and the prompt counts once.
         width = len(self._sequences) // len(self._prompts)
         cached = (min(self._cached_tokens[start : start + width]) for start in range(0, len(self._sequences), width))

@@ -29,7 +29,7 @@ from lattice_serve.server.limits import Limits
 from lattice_serve.server.metrics import ServerMetrics
 from lattice_serve.server.protocol import BoundedProtocol
 from lattice_serve.server.router import Replica, Router
-from lattice_serve.server.routes import chat, completions, embeddings, health, models, tokenize
+from lattice_serve.server.routes import chat, completions, embeddings, health, models, responses, tokenize
 from lattice_serve.server.services import Services
 from lattice_serve.server.settings import Settings
 from lattice_serve.server.supervisor import ENGINE_COMMAND
@@ -53,7 +53,7 @@ def create_app(services: Services) -> FastAPI:
 
     app = FastAPI(title="lattice-serve", lifespan=lifespan, redirect_slashes=False, openapi_url=None)
     app.state.services = services
-    for module in (completions, chat, embeddings, models, health, tokenize):
+    for module in (completions, chat, embeddings, responses, models, health, tokenize):
         app.include_router(module.router)
     install_handlers(app)
     settings = services.settings

@@ -16,11 +16,20 @@ from lattice_serve.server.schemas.base import RequestModel
 from lattice_serve.server.schemas.chat import ChatChunk, ChatCompletion, ChatRequest
 from lattice_serve.server.schemas.completions import Completion, CompletionRequest
 from lattice_serve.server.schemas.embeddings import EmbeddingRequest, Embeddings
+from lattice_serve.server.schemas.responses import ResponseObject, ResponseRequest
 from lattice_serve.server.schemas.tokenize import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 
 _REF = "#/components/schemas/{}"
-_BODIES = (CompletionRequest, ChatRequest, EmbeddingRequest, TokenizeRequest, TokenizeChatRequest, DetokenizeRequest)
-_ANSWERS = (Completion, ChatCompletion, ChatChunk, Embeddings, Failure)
+_BODIES = (
+    CompletionRequest,
+    ChatRequest,
+    EmbeddingRequest,
+    ResponseRequest,
+    TokenizeRequest,
+    TokenizeChatRequest,
+    DetokenizeRequest,
+)
+_ANSWERS = (Completion, ChatCompletion, ChatChunk, Embeddings, ResponseObject, Failure)
 _ALWAYS = (401, 405, 413, 431, 500)
 """What any route may answer."""
 

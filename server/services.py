@@ -14,6 +14,7 @@ from lattice_serve.engine.errors import Draining, EngineUnavailable, InvalidPara
 from lattice_serve.engine.messages import Ready
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.server.metrics import ServerMetrics
+from lattice_serve.server.response_store import ResponseStore
 from lattice_serve.server.router import Router
 from lattice_serve.server.settings import Settings
 from lattice_serve.server.template import ChatTemplate
@@ -34,6 +35,7 @@ class Services:
     tokenizer: Tokenizer
     template: ChatTemplate
     metrics: ServerMetrics
+    responses: ResponseStore = field(default_factory=ResponseStore)
     draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
     """Unix time."""

@@ -55,6 +55,9 @@ class EventStream(Response):
     route; an error after it becomes an error event, which ends the stream.
     """
 
+    _prefix = b"data: "
+    _done = _DONE
+
     def __init__(self, events: AsyncGenerator[bytes, None], *, keep_alive_seconds: float) -> None:
         self.status_code = 200
         self.background = None
@@ -73,8 +76,10 @@ class EventStream(Response):
                         if not started:
                             started = True
                             await send({"type": "http.response.start", "status": self.status_code, "headers": _HEADERS})
-                        await (_send_part(send, _KEEP_ALIVE) if event is None else _send_event(send, event))
-                await _send_part(send, _DONE)
+                        await (
+                            _send_part(send, _KEEP_ALIVE) if event is None else _send_event(send, event, self._prefix)
+                        )
+                await _send_part(send, self._done)
             except LatticeError as error:
                 if not started:
                     raise
@@ -87,8 +92,15 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _send_event(send: Send, data: bytes) -> None:
-    await _send_part(send, b"data: " + data + b"\n\n")
+class NamedEventStream(EventStream):
+    """Events that begin with lines of their own, before their JSON, and have no `[DONE]` after them."""
+
+    _prefix = b""
+    _done = b""
+
+
+async def _send_event(send: Send, data: bytes, prefix: bytes = b"data: ") -> None:
+    await _send_part(send, prefix + data + b"\n\n")
 
 
 async def _send_part(send: Send, data: bytes) -> None:

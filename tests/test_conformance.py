@@ -10,17 +10,20 @@ from typing import Any
 import pytest
 from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 
 from lattice_serve.server.schemas.base import RequestModel
 from lattice_serve.server.schemas.chat import ChatRequest
 from lattice_serve.server.schemas.completions import CompletionRequest
 from lattice_serve.server.schemas.embeddings import EmbeddingRequest
+from lattice_serve.server.schemas.responses import ResponseRequest
 
 ROOT = Path(__file__).parents[1]
 ROW = re.compile(r"\| `(?P<field>\w+)` \| (?P<does>\w+) \|(?P<how>.*)\| `(?P<test>[\w.:]+)` \|")
 ROUTES: dict[str, tuple[type[RequestModel], type[Any]]] = {
     "/v1/completions": (CompletionRequest, completion_create_params.CompletionCreateParamsStreaming),
     "/v1/chat/completions": (ChatRequest, chat_create_params.CompletionCreateParamsStreaming),
+    "/v1/responses": (ResponseRequest, response_create_params.ResponseCreateParamsStreaming),
     "/v1/embeddings": (EmbeddingRequest, embedding_create_params.EmbeddingCreateParams),
 }
 

@@ -21,6 +21,8 @@ def test_it_has_every_route(description: dict[str, Any]) -> None:
         "/v1/completions",
         "/v1/chat/completions",
         "/v1/embeddings",
+        "/v1/responses",
+        "/v1/responses/{response_id}",
         "/v1/models",
         "/v1/models/{model_id}",
         "/tokenize",

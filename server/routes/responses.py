@@ -1,0 +1,43 @@
+"""`POST /v1/responses`, and what is stored of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from lattice_serve.server import response
+from lattice_serve.server.openapi import body, failures, generated
+from lattice_serve.server.schemas.responses import ResponseObject, ResponseRequest
+from lattice_serve.server.services import Injected
+from lattice_serve.server.stream import NamedEventStream, until_disconnect
+
+router = APIRouter()
+
+
+@router.post(
+    "/v1/responses", openapi_extra=body(ResponseRequest), responses=generated(ResponseObject, chunk=ResponseObject)
+)
+async def create_response(request: Request, services: Injected) -> Response:
+    """Answer an input, after the conversation of an earlier response if one is named, whole or as events."""
+    asked = ResponseRequest.parse(await request.body())
+    salt: str = request.state.cache_salt
+    if asked.stream:
+        events = response.stream(services, asked, salt)
+        return NamedEventStream(events, keep_alive_seconds=services.settings.keep_alive_seconds)
+    whole = await until_disconnect(request.receive, response.respond(services, asked, salt))
+    return Response(whole, media_type="application/json")
+
+
+@router.get("/v1/responses/{response_id}", responses=failures(404))
+async def get_response(response_id: str, request: Request, services: Injected) -> Response:
+    """A stored response."""
+    stored = services.responses.get(request.state.cache_salt, response_id, "response_id")
+    return Response(stored.body, media_type="application/json")
+
+
+@router.delete("/v1/responses/{response_id}", responses=failures(404))
+async def delete_response(response_id: str, request: Request, services: Injected) -> dict[str, Any]:
+    """Forget a stored response."""
+    services.responses.delete(request.state.cache_salt, response_id)
+    return {"id": response_id, "object": "response", "deleted": True}

@@ -1,0 +1,233 @@
+"""`/v1/responses` with the official client, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import pytest
+
+from tests.server.harness import ServerProcess
+
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "name": "get_weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    "strict": True,
+}
+CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "Rome"}}</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Any:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def prompts(server: ServerProcess, count: int) -> list[str]:
+    """The last prompts that the engine was given, as text."""
+    ids = [record["ids"] for record in server.records("submit")[-count:]]
+    return [str(server.post("/detokenize", tokens=each).json()["prompt"]) for each in ids]
+
+
+def test_a_response_and_its_past(server: ServerProcess, client: Any) -> None:
+    first = client.responses.create(
+        model="lattice", input="!say Good day", instructions="Be brief.", metadata={"a": "b"}
+    )
+    assert (first.output_text, first.status, first.metadata) == ("Good day", "completed", {"a": "b"})
+    assert first.usage.output_tokens > 0
+    assert first.usage.total_tokens == first.usage.input_tokens + first.usage.output_tokens
+    assert first.usage.input_tokens_details.cached_tokens == 0
+    second = client.responses.create(model="lattice", input="!say And you", previous_response_id=first.id)
+    assert second.output_text == "And you"
+    assert second.previous_response_id == first.id
+    third = client.responses.create(
+        model="lattice", previous_response_id=second.id, input=[{"role": "user", "content": "!say Bye"}]
+    )
+    assert third.output_text == "Bye"
+    transcript = "User: !say Good day\nAssistant: Good day\nUser: !say And you\nAssistant: And you\nUser: !say Bye"
+    # Instructions are those of one response alone.
+    assert prompts(server, 3) == [
+        "System: Be brief.\nUser: !say Good day\nAssistant:",
+        "User: !say Good day\nAssistant: Good day\nUser: !say And you\nAssistant:",
+        f"{transcript}\nAssistant:",
+    ]
+
+
+def test_stored_responses_are_read_and_deleted(client: Any) -> None:
+    made = client.responses.create(model="lattice", input="!say Good day")
+    assert client.responses.retrieve(made.id).output_text == "Good day"
+    client.responses.delete(made.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(made.id)
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.responses.create(model="lattice", input="a", previous_response_id=made.id)
+    assert caught.value.body["param"] == "previous_response_id"  # type: ignore[index]
+    kept_from_none = client.responses.create(model="lattice", input="!say a", store=False)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(kept_from_none.id)
+
+
+def test_the_events_of_a_text(client: Any) -> None:
+    events = list(client.responses.create(model="lattice", input="!say Good day to you", stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert "".join(event.delta for event in deltas) == "Good day to you"
+    assert [event.type for event in events if event not in deltas] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert events[0].response.status == "in_progress"
+    assert events[0].response.output == []
+    assert events[-1].response.output_text == "Good day to you"
+    assert client.responses.retrieve(events[-1].response.id) == events[-1].response
+
+
+def test_the_stream_helper(client: Any) -> None:
+    with client.responses.stream(model="lattice", input="!say Good day") as stream:
+        assert "".join(event.delta for event in stream if event.type == "response.output_text.delta") == "Good day"
+        assert stream.get_final_response().output_text == "Good day"
+
+
+async def test_async(server: ServerProcess) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        made = await client.responses.create(model="lattice", input="!say Good day")
+        assert made.output_text == "Good day"
+        events = [event async for event in await client.responses.create(model="lattice", input="!say a", stream=True)]
+        assert events[-1].type == "response.completed"
+
+
+def test_an_answer_that_is_cut(client: Any) -> None:
+    made = client.responses.create(model="lattice", input="a", max_output_tokens=3)
+    assert (made.status, made.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert made.usage.output_tokens == 3
+    assert made.output[0].status == "incomplete"
+    *_, last = client.responses.create(model="lattice", input="a", max_output_tokens=3, stream=True)
+    assert last.type == "response.incomplete"
+
+
+def test_calls_and_their_outputs(server: ServerProcess, client: Any) -> None:
+    made = client.responses.create(model="lattice", input=f"!say {CALL}", tools=[TOOL])
+    [call] = made.output
+    assert (call.type, call.name, json.loads(call.arguments), call.status) == (
+        "function_call", "get_weather", {"city": "Rome"}, "completed",
+    )  # fmt: skip
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny"}
+    client.responses.create(model="lattice", input=[output], previous_response_id=made.id, tools=[TOOL])
+    [prompt] = prompts(server, 1)
+    assert prompt.endswith("\nTool: Sunny\nAssistant:")
+    assert prompt.count(">{") >= 2
+    # The same conversation, told by the client.
+    items: list[Any] = [{"role": "user", "content": f"!say {CALL}"}, call.model_dump(exclude_none=True), output]
+    client.responses.create(model="lattice", input=items, tools=[TOOL])
+    assert prompts(server, 1) == [prompt]
+
+
+def test_the_events_of_a_call(client: Any) -> None:
+    events = list(client.responses.create(model="lattice", input=f"!say {CALL}", tools=[TOOL], stream=True))
+    deltas = [event for event in events if event.type == "response.function_call_arguments.delta"]
+    assert json.loads("".join(event.delta for event in deltas)) == {"city": "Rome"}
+    assert [event.type for event in events if event not in deltas] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+
+
+def test_formats_are_kept_to(server: ServerProcess, client: Any) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    for given, kind in (
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, "json_schema"),
+        ({"type": "json_schema", "name": "x", "schema": schema}, "json_schema"),
+    ):
+        client.responses.create(model="lattice", input="a", max_output_tokens=1, text={"format": given})
+        grammar = server.records("submit")[-1]["grammar"]
+        assert (None if grammar is None else grammar["kind"]) == kind
+
+
+def test_logprobs(client: Any) -> None:
+    made = client.responses.create(
+        model="lattice", input="a", max_output_tokens=3, include=["message.output_text.logprobs"], top_logprobs=2
+    )
+    scores = made.output[0].content[0].logprobs
+    assert len(scores) == 3
+    assert all(score.logprob == -0.5 and len(score.top_logprobs) == 2 for score in scores)
+
+
+def test_sampling_fields_are_taken(server: ServerProcess, client: Any) -> None:
+    client.responses.create(
+        model="lattice", input="a", temperature=0.5, top_p=0.5, max_output_tokens=1, extra_body={"seed": 7}
+    )
+    assert server.records("submit")[-1]["seed"] == 7
+
+
+def test_hints_are_ignored(client: Any) -> None:
+    hints: dict[str, Any] = {
+        "user": "me", "safety_identifier": "x", "prompt_cache_key": "x", "service_tier": "auto", "truncation": "auto",
+        "background": False, "parallel_tool_calls": True, "tool_choice": "auto",
+    }  # fmt: skip
+    assert client.responses.create(model="lattice", input="!say a", **hints).output_text == "a"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({}, 400, "input"),
+        ({"input": []}, 400, "input"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, 400, "input"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, 400, "input"),
+        ({"input": "a", "model": "other"}, 404, "model"),
+        ({"input": "a", "previous_response_id": "resp_0"}, 404, "previous_response_id"),
+        ({"input": "a", "max_output_tokens": 0}, 400, "max_output_tokens"),
+        ({"input": "a", "temperature": -1}, 400, "temperature"),
+        ({"input": "a", "top_logprobs": 3}, 400, "top_logprobs"),
+        ({"input": "a", "background": True}, 400, "background"),
+        ({"input": "a", "conversation": "conv_1"}, 400, "conversation"),
+        ({"input": "a", "prompt": {"id": "x"}}, 400, "prompt"),
+        ({"input": "a", "reasoning": {"effort": "high"}}, 400, "reasoning"),
+        ({"input": "a", "include": ["file_search_call.results"]}, 400, "include"),
+        ({"input": "a", "tools": [{"type": "web_search"}]}, 400, "tools"),
+        ({"input": "a", "tool_choice": "required"}, 400, "tool_choice"),
+        ({"input": "a", "text": {"format": {"type": "xml"}}}, 400, "text"),
+        ({"input": "a", "max_tool_calls": 3}, 400, "max_tool_calls"),
+        ({"input": "a", "truncation": "always"}, 400, "truncation"),
+        ({"input": "a", "moderation": {}}, 400, "moderation"),
+        ({"input": "a", "access_programs": []}, 400, "access_programs"),
+        ({"input": "a", "background_options": {}}, 400, "background_options"),
+        ({"input": "a", "context_management": []}, 400, "context_management"),
+        ({"input": "a", "image": {}}, 400, "image"),
+    ],
+)
+def test_what_is_refused_is_named(server: ServerProcess, body: dict[str, Any], status: int, param: str) -> None:
+    response = server.post("/v1/responses", **body)
+    assert response.status_code == status, response.text
+    assert response.json()["error"]["param"] == param
+
+
+def test_failures_before_and_in_the_stream(client: Any) -> None:
+    with pytest.raises(openai.InternalServerError):
+        client.responses.create(model="lattice", input="!fail NumericalError")
+    with pytest.raises(openai.APIError, match="told to"):
+        list(client.responses.create(model="lattice", input="!fail-late NumericalError", stream=True))
+
+
+def test_another_key_sees_nothing(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server(api_key="one,two")
+    one, two = (openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) for key in ("one", "two"))
+    made = one.responses.create(model="lattice", input="!say a")
+    assert one.responses.retrieve(made.id).output_text == "a"
+    with pytest.raises(openai.NotFoundError):
+        two.responses.retrieve(made.id)
+    with pytest.raises(openai.NotFoundError):
+        two.responses.create(model="lattice", input="a", previous_response_id=made.id)
