@@ -42,13 +42,9 @@ def body(*models: type[RequestModel]) -> dict[str, Any]:
 
 def generated(answer: type[msgspec.Struct], chunk: type[msgspec.Struct]) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route whose answer is whole or streamed."""
-    content = {
-        "application/json": {"schema": _ref(answer)},
-        "text/event-stream": {"schema": {"type": "string", "description": f"Events, each with a {chunk.__name__}."}},
-    }
-    return {200: {"description": "The answer, whole or in chunks.", "content": content}} | failures(
-        400, 404, 408, 429, 503
-    )
+    content: dict[str, Any] = {"application/json": {"schema": _ref(answer)}, "text/event-stream": {}}
+    description = f"The answer, whole, or streamed as events, each with a {chunk.__name__}."
+    return {200: {"description": description, "content": content}} | failures(400, 404, 408, 429, 503)
 
 
 def answered(answer: type[msgspec.Struct]) -> dict[int | str, dict[str, Any]]:

@@ -28,8 +28,9 @@ def weather(hot: bool) -> str:
     "Whether it is hot."
     return "yes"
 
-person = ChatOpenAI(**common, max_tokens=200, seed=1).with_structured_output(Person, method="json_schema")
-calling = ChatOpenAI(**common, max_tokens=200, seed=1).bind_tools([weather], tool_choice="required")
+person = ChatOpenAI(**common, max_tokens=1500, seed=1).with_structured_output(Person, method="json_schema")
+one = {"tool_choice": "required", "parallel_tool_calls": False, "strict": True}
+calling = ChatOpenAI(**common, max_tokens=1500, seed=1).bind_tools([weather], **one)
 plain = OpenAI(**common, max_tokens=8, temperature=0)
 vectors = OpenAIEmbeddings(**common, check_embedding_ctx_length=False)
 print(json.dumps({

@@ -45,7 +45,7 @@ def test_log_likelihoods_are_the_models(
     data = tmp_path / "questions.jsonl"
     data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     (tmp_path / "little.yaml").write_text(TASK.format(data=data))
-    model = f"model=lattice,base_url={server.url}/v1/completions,tokenizer_backend=remote,batch_size={batch_size}"
+    model = f"model=lattice,base_url={server.url}/v1/completions,tokenizer_backend=remote"
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(
         [

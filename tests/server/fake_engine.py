@@ -44,8 +44,9 @@ from lattice_serve.engine.tokenizer import Tokenizer
 
 
 class FakeEngine:
-    def __init__(self, config: EngineConfig, record: Path) -> None:
+    def __init__(self, config: EngineConfig, record: Path, longest: int) -> None:
         self.config = config
+        self.longest = longest
         self.tokenizer = Tokenizer.load(config.model)
         vocabulary = range(self.tokenizer.vocab_size)
         self.words = [token_id for token_id in vocabulary if self.tokenizer.token_bytes(token_id).isalpha()]
@@ -125,7 +126,8 @@ class FakeEngine:
             return
         if params.max_tokens == 0:
             self.step(self.output(request, 0, None, "", "length"))
-        for place in range(params.max_tokens):
+        longest = min(params.max_tokens, self.longest)
+        for place in range(longest):
             if order == "!slow":
                 await asyncio.sleep(0.05)
             if order == "!fail-late" and place == 2:
@@ -136,7 +138,7 @@ class FakeEngine:
                 os._exit(3)
             if order == "!garbage":
                 self.writer.write(b"\x00\x00\x00\x01\xc1")
-            last = place == params.max_tokens - 1
+            last = place == longest - 1
             token_id, delta, reason, stop = self.word(request, place), None, "length" if last else None, None
             if order == "!utf8" and place < 2:
                 token_id, delta = self.pieces["é".encode()[place : place + 1]], "é" * place
@@ -202,12 +204,13 @@ async def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--fail", action="store_true")
+    parser.add_argument("--longest", type=int, default=1 << 31, help="tokens of an answer")
     parser.add_argument("--socket", required=True)
     parser.add_argument("--config", required=True)
     options = parser.parse_args()
     if options.fail:
         sys.exit("the fake engine was told not to start")
-    engine = FakeEngine(EngineConfig.model_validate_json(options.config), options.record)
+    engine = FakeEngine(EngineConfig.model_validate_json(options.config), options.record, options.longest)
     engine.record("start", pid=os.getpid(), mode=oct(Path(options.socket).parent.stat().st_mode & 0o777))
     gone = asyncio.Event()
 

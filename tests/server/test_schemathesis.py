@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.server.harness import ServerProcess
@@ -17,7 +18,8 @@ CHECKS = (
 )
 
 
-def test_the_description_holds(server: ServerProcess, tmp_path: Path) -> None:
+def test_the_description_holds(start_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    server = start_server(engine_options=("--longest", "8"))
     done = subprocess.run(
         [
             *(Path(sys.executable).with_name("schemathesis"), "run", f"{server.url}/openapi.json"),
@@ -25,7 +27,7 @@ def test_the_description_holds(server: ServerProcess, tmp_path: Path) -> None:
                 "--checks",
                 ",".join(CHECKS),
                 "--max-examples",
-                "15",
+                "10",
                 "--seed",
                 "1",
                 "--no-color",
