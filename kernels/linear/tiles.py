@@ -53,7 +53,7 @@ ARCHITECTURES = {
     "sm_90": Architecture(132, Tiles(64, 32, 256, 4, 4), Tiles(128, 128, 128, 8, 3)),
     "sm_100": Architecture(148, Tiles(64, 32, 256, 4, 4), Tiles(128, 128, 128, 8, 3)),
     "gfx942": Architecture(304, Tiles(64, 32, 256, 4, 2), Tiles(128, 128, 64, 8, 2)),
-    "interpreter": Architecture(4, Tiles(16, 16, 64, 1, 1), Tiles(32, 32, 64, 1, 1)),
+    "interpreter": Architecture(4, Tiles(16, 256, 256, 1, 1), Tiles(32, 256, 256, 1, 1)),
 }
 _FAMILIES = {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_80"}
 """By major compute capability; 12 (RTX 50) has the shared memory and the instructions of 8."""
