@@ -48,7 +48,8 @@ class Runner:
             if piece.samples:
                 sampling[i] = len(wanted)
                 wanted.append(len(ids) - 1)
-        logits = self._backend(ids, Segments.of(segments), wanted)
+        decodes = sum(piece.decodes for piece in pieces)
+        logits = self._backend(ids, Segments.of(segments, decodes), wanted)
         rows = logits if len(sampling) == len(wanted) else logits[list(sampling.values())]
         sampled = dict(zip(sampling, sample(rows, [pieces[i].sequence.sample_row for i in sampling]), strict=True))
         results = []

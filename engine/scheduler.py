@@ -30,6 +30,11 @@ class Piece:
     end: int
 
     @property
+    def decodes(self) -> bool:
+        """Whether its one token is one that the model has chosen."""
+        return self.start >= len(self.sequence.prompt_ids)
+
+    @property
     def samples(self) -> bool:
         """Whether the sequence's next token is chosen after this piece."""
         return self.end == self.sequence.length and self.sequence.params.max_tokens > 0
@@ -47,6 +52,7 @@ class Batch:
     """One step: rows to give and to take first, then tokens to run."""
 
     pieces: list[Piece] = field(default_factory=list)
+    """Those of decode first."""
     park: list[Sequence] = field(default_factory=list)
     """Lose their rows, their states parked, before `admit` gets them."""
     admit: list[Sequence] = field(default_factory=list)
@@ -59,11 +65,15 @@ class Batch:
 class Scheduler:
     """Deterministic: the same calls in the same order give the same batches."""
 
-    def __init__(self, *, rows: int, max_step_tokens: int, max_waiting: int, quantum: int = 256) -> None:
+    def __init__(
+        self, *, rows: int, max_step_tokens: int, max_waiting: int, quantum: int = 256, multiple: int = 1
+    ) -> None:
+        """multiple: prompts are cut at multiples of so many tokens; `max_step_tokens` has room for one beside decode."""
         self.rows = rows
         self.max_step_tokens = max_step_tokens
         self.max_waiting = max_waiting
         self.quantum = quantum
+        self.multiple = multiple
         self.running: list[Sequence] = []
         """In order of admission."""
         self.waiting: list[Sequence] = []
@@ -102,11 +112,16 @@ class Scheduler:
         # Decode goes first: a long prompt may delay the others' next token by one step's budget, never more. Prompts
         # share the rest evenly, what the short ones leave going to the long: none waits for another's to end.
         decoding = [sequence for sequence in self.running if sequence.decoding]
-        prompts = sorted((s for s in self.running if not s.decoding), key=lambda sequence: sequence.uncomputed)
-        left = self.max_step_tokens if tokens is None else min(tokens, self.max_step_tokens)
+        prompts = [sequence for sequence in self.running if not sequence.decoding]
+        left = self.max_step_tokens
+        if tokens is not None:
+            left = min(left, max(tokens, len(decoding) + self.multiple))
+        # Where there is not a multiple for each, they take turns by age: the first has one in every step.
+        if prompts and (left - len(decoding)) // len(prompts) >= self.multiple:
+            prompts.sort(key=lambda sequence: sequence.uncomputed)
         for place, sequence in enumerate(decoding + prompts):
-            share = 1 if place < len(decoding) else max(1, left // (len(self.running) - place))
-            count = min(sequence.uncomputed, share, left)
+            share = left // (len(self.running) - place)
+            count = min(1, left) if place < len(decoding) else self._count(sequence, share, left)
             if count:
                 batch.pieces.append(Piece(sequence, sequence.computed, sequence.computed + count))
                 left -= count
@@ -119,6 +134,14 @@ class Scheduler:
 
     def __len__(self) -> int:
         return len(self.running) + len(self.waiting)
+
+    def _count(self, sequence: Sequence, share: int, left: int) -> int:
+        """Tokens of a prompt's next piece: about its share, cut at a multiple or at the prompt's end."""
+        share = max(share, self.multiple - sequence.computed % self.multiple)
+        end = sequence.computed + min(sequence.uncomputed, share, left)
+        if end < sequence.length:
+            end -= end % self.multiple
+        return max(0, end - sequence.computed)
 
     def _enqueue(self, sequence: Sequence) -> None:
         self._tickets += 1

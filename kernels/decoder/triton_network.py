@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lattice_serve.kernels.decoder.weights import DecoderWeights, LayerWeights
+from lattice_serve.kernels.decoder.weights import DecoderWeights
 from lattice_serve.kernels.linear.quantize import quantize
 from lattice_serve.kernels.linear.tiles import Phase
 from lattice_serve.kernels.linear.triton import linear, parts
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.segments import DeviceSegments
+from lattice_serve.kernels.mixer.shape import MixerWeights
 from lattice_serve.kernels.mixer.triton_decode import mix_decode
 from lattice_serve.kernels.mixer.triton_prefill import mix_prefill
 from lattice_serve.kernels.norm.triton import add_rms_norm
@@ -41,7 +42,9 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    small: LayerWeights
+    mixer_norm: Tensor
+    mixer: MixerWeights
+    mlp_norm: Tensor
     in_proj: Matrix
     out_proj: Matrix
     gate_up_proj: Matrix
@@ -71,7 +74,9 @@ class TritonNetwork:
         self._head = Matrix.of(weights.head, quantization)
         self._layers = [
             _Layer(
-                layer,
+                layer.mixer_norm,
+                layer.mixer,
+                layer.mlp_norm,
                 Matrix.of(layer.in_proj, quantization),
                 Matrix.of(layer.out_proj, quantization),
                 Matrix.of(layer.gate_up_proj, quantization),
@@ -92,7 +97,7 @@ class TritonNetwork:
 
         def mix(layer: int, z: Tensor) -> Tensor:
             y = z.new_zeros(len(z), self._layout.shape.out_width)
-            weights = self._layers[layer].small.mixer
+            weights = self._layers[layer].mixer
             return mix_decode(z, self._pool, layer, rows, positions, weights, self._layout, y)
 
         linear(self._hidden(ids, mix, "decode"), self._head.weight, self._head.scales, "decode", out[None])
@@ -103,7 +108,7 @@ class TritonNetwork:
 
         def mix(layer: int, z: Tensor) -> Tensor:
             y = z.new_empty(len(z), self._layout.shape.out_width)
-            weights = self._layers[layer].small.mixer
+            weights = self._layers[layer].mixer
             return mix_prefill(z, self._pool, layer, segments, weights, self._layout, y)
 
         hidden = self._hidden(ids, mix, "prefill")[wanted]
@@ -114,9 +119,9 @@ class TritonNetwork:
         x = F.embedding(ids, self._embedding).float()
         added = None
         for i, layer in enumerate(self._layers):
-            z = self._product(self._norm(x, added, layer.small.mixer_norm), layer.in_proj, phase)
+            z = self._product(self._norm(x, added, layer.mixer_norm), layer.in_proj, phase)
             added = self._parts(mix(i, z), layer.out_proj, phase)
-            gate_up = self._product(self._norm(x, added, layer.small.mlp_norm), layer.gate_up_proj, phase)
+            gate_up = self._product(self._norm(x, added, layer.mlp_norm), layer.gate_up_proj, phase)
             active = swiglu(gate_up, gate_up.new_empty(len(x), gate_up.shape[1] // 2))
             added = self._parts(active, layer.down_proj, phase)
         return self._norm(x, added, self._norm_weight)

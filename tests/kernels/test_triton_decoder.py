@@ -25,7 +25,7 @@ CONFIG = ModelConfig(
     vocab_size=70,
     hidden_size=40,
     num_hidden_layers=2,
-    num_heads=3,
+    num_heads=2,
     head_dim=20,
     num_slots=5,
     intermediate_size=50,
@@ -89,7 +89,7 @@ def truth(model: LatticeForCausalLM, ids: list[int]) -> Tensor:
 
 @pytest.fixture(scope="module")
 def network() -> Network:
-    return Network()
+    return Network(num_hidden_layers=1, num_heads=2)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_only_what_is_wanted_comes_back(network: Network) -> None:
     network.pool[:] = network.start
     expected = torch.cat(network.run([(0, 0, ids[:1]), (1, 0, ids[1:2])], [(2, 0, ids[2:])]))
     segments = Segments.of([(0, 0, 1), (1, 0, 1), (2, 0, 4)], 2)
-    for wanted in ([], [1], [1, 0, 5], [5, 5, 2], [0, 1]):
+    for wanted in ([1, 0, 5], [5, 5, 2], []):
         network.pool[:] = network.start
         assert same_bits(network.decoder(ids, segments, wanted), expected[wanted])
 

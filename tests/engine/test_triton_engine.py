@@ -1,0 +1,85 @@
+"""The real engine on Triton's kernels: the answers of the torch reference, alone and in any company."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lattice_serve.engine import engine as engine_module
+from lattice_serve.engine.backend import Backend, TorchBackend, decoder_weights
+from lattice_serve.engine.config import EngineConfig
+from lattice_serve.engine.engine import Engine
+from lattice_serve.engine.errors import ConfigError
+from lattice_serve.engine.llm import Completion
+from tests.engine.harness import Visit, complete, drive, make_engine, submit
+from tests.tiny import init_tiny_model
+from tests.triton_device import DEVICE
+
+# isort: split
+from lattice_serve.kernels.decoder.triton import TritonDecoder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return init_tiny_model(tmp_path_factory.mktemp("model") / "tiny", num_hidden_layers=1)
+
+
+def triton_backend(model: Any, layout: Any, pool: Any, *, max_tokens: int, quantization: Any, **_: Any) -> Backend:
+    return TritonDecoder(decoder_weights(model), layout, pool, max_tokens=max_tokens, quantization=quantization)
+
+
+def torch_backend(model: Any, layout: Any, pool: Any, *, max_tokens: int, **_: Any) -> Backend:
+    return TorchBackend(model, layout, pool, max_tokens)
+
+
+def engine_of(model: Path, backend: Any, **settings: Any) -> Engine:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "make_backend", backend)
+        return make_engine(model, dtype="float32", device=DEVICE, **settings)
+
+
+REQUESTS = [
+    submit("greedy", range(2, 13), max_tokens=3, temperature=0, ignore_eos=True),
+    submit("drawn", [7, 300, 9], max_tokens=4, seed=5, ignore_eos=True),
+    submit("scored", range(40, 46), max_tokens=2, seed=6, top_p=0.9, logprobs=2, prompt_logprobs=1, ignore_eos=True),
+]
+
+
+def test_answers_are_those_of_torch_alone_and_together(model: Path) -> None:
+    reference = engine_of(model, torch_backend)
+    engine = engine_of(model, triton_backend, max_rows=3, max_step_tokens=12)
+    visits = [Visit(request, comes=place) for place, request in enumerate(REQUESTS)]
+    together = drive(engine, visits)
+    for request in REQUESTS:
+        truth, mine = complete(reference, request), together[request.request_id]
+        assert isinstance(mine, Completion)
+        assert mine.token_ids == truth.token_ids
+        assert mine.text == truth.text
+        assert [entry.logprob for entry in mine.logprobs] == pytest.approx(
+            [entry.logprob for entry in truth.logprobs], abs=1e-4
+        )
+        assert [entry and entry.logprob for entry in mine.prompt_logprobs or []] == pytest.approx(
+            [entry and entry.logprob for entry in truth.prompt_logprobs or []], abs=1e-4
+        )
+        assert complete(engine, request) == mine, "the company of others changed a bit"
+
+
+def test_a_parked_sequence_goes_on_as_if_nothing_had_been(model: Path) -> None:
+    engine = engine_of(model, triton_backend, max_rows=1, max_step_tokens=8)
+    first, second = (submit(name, range(2, 8), max_tokens=3, seed=1, ignore_eos=True, logprobs=0) for name in "ab")
+    engine.scheduler.quantum = 2
+    results = drive(engine, [Visit(first), Visit(second, comes=1)])
+    assert engine.scheduler.preemptions > 0
+    assert results["a"] == results["b"] == complete(engine, first)
+
+
+def test_steps_too_small_for_a_chunk_are_refused(model: Path) -> None:
+    with pytest.raises(ConfigError, match="max_step_tokens is 6: give at least 7"):
+        engine_of(model, triton_backend, max_rows=4, max_step_tokens=6)
+
+
+def test_rows_are_as_many_as_a_step_has_room_for(model: Path) -> None:
+    engine = Engine(EngineConfig(model=model, max_step_tokens=9))
+    assert engine.pool.rows == 6
