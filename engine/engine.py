@@ -215,8 +215,9 @@ class Engine:
     def _rows(self, row_bytes: int) -> int:
         if self.config.max_rows is not None:
             return self.config.max_rows
-        room = max(1, self.config.max_step_tokens - self.model.shape.C + 1)  # for a chunk of a prompt beside them
-        rows = min(self.config.state_memory // row_bytes, MAX_ROWS, room)
+        # Off the CPU prompts are cut at chunks: beside all rows but one, a step has room for a chunk.
+        chunk = 1 if self.config.device == "cpu" else self.model.shape.C
+        rows = min(self.config.state_memory // row_bytes, MAX_ROWS, max(1, self.config.max_step_tokens + 1 - chunk))
         if rows == 0:
             raise ConfigError(
                 f"state_memory is {self.config.state_memory:,} bytes, but one state row takes {row_bytes:,}: "

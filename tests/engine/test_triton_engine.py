@@ -9,7 +9,6 @@ import pytest
 
 from lattice_serve.engine import engine as engine_module
 from lattice_serve.engine.backend import Backend, TorchBackend, decoder_weights
-from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.errors import ConfigError
 from lattice_serve.engine.llm import Completion
@@ -79,7 +78,3 @@ def test_steps_too_small_for_a_chunk_are_refused(model: Path) -> None:
     with pytest.raises(ConfigError, match="max_step_tokens is 6: give at least 7"):
         engine_of(model, triton_backend, max_rows=4, max_step_tokens=6)
 
-
-def test_rows_are_as_many_as_a_step_has_room_for(model: Path) -> None:
-    engine = Engine(EngineConfig(model=model, max_step_tokens=9))
-    assert engine.pool.rows == 6
