@@ -1,15 +1,18 @@
-"""What the engine does without a server: decode at several batch sizes, and prefill."""
+"""What the engine does without a server: decode at several batch sizes, prefill, and decode far into a text."""
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import msgspec
 
+from lattice_serve.clients.ceilings import Ceilings, Work
 from lattice_serve.clients.errors import ClientError
 from lattice_serve.engine.sampling import SamplingParams
 
@@ -33,13 +36,50 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """Median."""
     slowest: float
     fastest: float
+    floor_seconds: float | None = None
+    """The least that the counted tokens could take on this machine; None where that was not measured."""
+
+    @property
+    def share(self) -> float | None:
+        """Of what the machine allows, 0 to 1."""
+        if self.floor_seconds is None:
+            return None
+        return self.floor_seconds * self.tokens_per_second / (self.batch * self.tokens)
+
+
+class FarDecode(msgspec.Struct, frozen=True, kw_only=True):
+    """Decode after a long prompt beside decode after a short one, in turn."""
+
+    position: int
+    """Tokens of the long prompt."""
+    tokens: int
+    near_tokens_per_second: float
+    """Medians."""
+    far_tokens_per_second: float
+    grown_bytes: int
+    """By how much the process's resident memory grew meanwhile."""
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in use; Linux."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class OfflineBench:
     """Measures `llm`, which must have a row for each sequence of the largest batch."""
 
-    def __init__(self, llm: LLM, *, repeats: int = 3, seed: int = 0, clock: Callable[[], float] = perf_counter) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        *,
+        repeats: int = 3,
+        seed: int = 0,
+        clock: Callable[[], float] = perf_counter,
+        work: Work | None = None,
+        ceilings: Ceilings | None = None,
+    ) -> None:
         self._llm = llm
+        self._work, self._ceilings = work, ceilings
         self._repeats = repeats
         self._draw = random.Random(seed)
         self._clock = clock
@@ -54,11 +94,41 @@ class OfflineBench:
 
     def decode(self, batch: int, tokens: int) -> Measured:
         """Every prompt is one token, so that each step, the first included, makes one token a sequence."""
-        return self._measure("decode", batch, prompt_tokens=1, tokens=tokens)
+        measured = self._measure("decode", batch, prompt_tokens=1, tokens=tokens)
+        if self._ceilings is None or self._work is None:
+            return measured
+        floor = tokens * self._ceilings.decode_seconds(self._work, batch)
+        return msgspec.structs.replace(measured, floor_seconds=floor)
 
     def prefill(self, tokens: int) -> Measured:
         """One prompt of `tokens` and one token out."""
-        return self._measure("prefill", 1, prompt_tokens=tokens, tokens=1)
+        measured = self._measure("prefill", 1, prompt_tokens=tokens, tokens=1)
+        if self._ceilings is None or self._work is None:
+            return measured
+        return msgspec.structs.replace(measured, floor_seconds=self._ceilings.prefill_seconds(self._work, tokens))
+
+    def far(self, position: int, tokens: int) -> FarDecode:
+        """Needs a prefix cache that holds the state of the long prompt: each turn begins where that ends."""
+        near, far = self._prompts(1, 1)[0], self._prompts(1, position)[0]
+        self._generate([far], 1)
+        rates: dict[int, list[float]] = {len(near): [], len(far): []}
+        held = resident_bytes()
+        for _ in range(self._repeats):
+            for prompt in (near, far):
+                rates[len(prompt)].append(self._stream(prompt, tokens))
+        return FarDecode(
+            position=position,
+            tokens=tokens,
+            near_tokens_per_second=statistics.median(rates[len(near)]),
+            far_tokens_per_second=statistics.median(rates[len(far)]),
+            grown_bytes=resident_bytes() - held,
+        )
+
+    def _stream(self, prompt: list[int], tokens: int) -> float:
+        """Tokens a second from the first to the last."""
+        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+        times = [self._clock() for _ in self._llm.stream(prompt, params)]
+        return (len(times) - 1) / (times[-1] - times[0])
 
     def _measure(self, phase: Phase, batch: int, *, prompt_tokens: int, tokens: int) -> Measured:
         counted = max(prompt_tokens, tokens)

@@ -31,11 +31,14 @@ class Backend(Protocol):
     multiple: int
     """A prompt is cut into segments at multiples of so many tokens."""
 
-    def __call__(self, ids: Sequence[int], segments: Segments, wanted: Sequence[int]) -> Tensor:
-        """ids: the tokens of all segments; wanted: places among them -> their logits [len(wanted), V] float32.
+    def __call__(
+        self, ids: Sequence[int], segments: Segments, wanted: Sequence[int], hidden: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """ids: the tokens of all segments; wanted, hidden: places among them -> logits [len(wanted), V] of the first,
+        final hidden states [len(hidden), hidden_size] of the second, both float32.
 
         A token's bits depend on its own sequence alone, and on which of its tokens are its prompt's. Wanted places of
-        decode come before those of prompts. The logits are good until the next call.
+        decode come before those of prompts. The tensors are good until the next call.
         """
         ...
 
@@ -51,10 +54,12 @@ class TorchBackend:
         self._model, self._layout, self._pool = model, layout, pool
         self.multiple = layout.shape.C
 
-    def __call__(self, ids: Sequence[int], segments: Segments, wanted: Sequence[int]) -> Tensor:
+    def __call__(
+        self, ids: Sequence[int], segments: Segments, wanted: Sequence[int], hidden: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
         self._segments = segments
-        hidden = self._model.hidden(torch.tensor(ids, device=self._pool.device), self)
-        return self.linear(hidden[list(wanted)], self._model.head_weight)
+        final = self._model.hidden(torch.tensor(ids, device=self._pool.device), self)
+        return self.linear(final[list(wanted)], self._model.head_weight), final[list(hidden)].float()
 
     # What `LatticeForCausalLM.hidden` asks for.
 

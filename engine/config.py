@@ -77,6 +77,10 @@ class EngineConfig(BaseModel):
     """Seconds that a step may take while answers are under way: prompts are cut to fit. None: no such limit."""
     max_waiting: int = Field(default=1024, ge=0)
     """Sequences that may wait for a row; more are refused."""
+    speculative_tokens: int = Field(default=0, ge=0, le=64)
+    """Next tokens to guess where a text repeats itself, and to check in one step: the same tokens, sooner. 0: none."""
+    prefix_cache_memory: int = Field(default=1 << 30, ge=0)
+    """Bytes of host memory for states of prompts and answers that may come again. 0: none are kept."""
     threads: int | None = Field(default=None, ge=1)
     """Threads of the matrix products. None: one a core."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,22 +14,29 @@ import torch
 from lattice_serve.engine.backend import Backend, make_backend
 from lattice_serve.engine.config import EngineConfig, ModelConfig
 from lattice_serve.engine.detokenizer import Detokenizer
+from lattice_serve.engine.drafter import Drafter
 from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError, NumericalError
+from lattice_serve.engine.grammar import Compiled, Grammars
+from lattice_serve.engine.memory import Memory
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit, TokenOutput
 from lattice_serve.engine.pace import Pace
+from lattice_serve.engine.pooled import Pooled
+from lattice_serve.engine.prefix_cache import PrefixCache
+from lattice_serve.engine.processors import available_cpus
 from lattice_serve.engine.runner import Runner
 from lattice_serve.engine.sampler import Sampled, SampleRow, TokenCounts, penalised
 from lattice_serve.engine.sampling import SamplingParams
-from lattice_serve.engine.scheduler import Batch, Scheduler
+from lattice_serve.engine.scheduler import Scheduler
 from lattice_serve.engine.sequence import Sequence, Status
 from lattice_serve.engine.state_pool import StatePool
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.engine.weights import load_model, pick_dtype
-from lattice_serve.kernels.cpu_features import available_cpus
 from lattice_serve.kernels.mixer import Segments, StateLayout
 
 MAX_ROWS = 256
 """State rows when only their memory is bounded."""
+_COMPILE_SECONDS = 0.02
+"""A step that has nothing but grammars to wait for takes that long: messages are read between steps."""
 
 
 class Engine:
@@ -57,19 +65,24 @@ class Engine:
             beside=beside,
             quantization=config.quantization,
         )
-        self._check_room(backend)
+        self._check_fit(backend)
         self._check_bits(backend)
-        self.runner = Runner(backend)
+        self.runner = Runner(backend, self.pool.memory.device)
         self.scheduler = Scheduler(
             rows=self.pool.rows,
             max_step_tokens=config.max_step_tokens,
             max_waiting=config.max_waiting,
             multiple=backend.multiple,
         )
+        self.cache = PrefixCache([("cpu", config.prefix_cache_memory)], backend.multiple)
+        self.memory = Memory(self.pool, self.cache, backend.multiple)
         self._pace = Pace(config.step_seconds, config.max_step_tokens)
+        self.grammars = Grammars(config.model, self.tokenizer)
         self._sequences: dict[str, Sequence] = {}
+        self._compiling: dict[str, Future[Compiled]] = {}
+        """Of sequences that the scheduler does not know yet: they wait for their grammars."""
         self._seeds = random.Random(os.urandom(16))
-        self._prompt_tokens = self._generated = self._steps = self._step_tokens = 0
+        self._prompt_tokens = self._generated = self._steps = self._step_tokens = self._drafted = self._accepted = 0
         self._warm_up()
         self.info = Ready(
             model_name=Path(config.model).resolve().name,
@@ -90,8 +103,16 @@ class Engine:
         Tokenizer.check(request.prompt_ids, vocab_size)
         Tokenizer.check(params.stop_token_ids, vocab_size, param="stop_token_ids")
         Tokenizer.check(params.logit_bias, vocab_size, param="logit_bias")
-        if params.max_tokens == 0 and params.prompt_logprobs is None:
-            raise InvalidParameter("max_tokens is 0: give at least 1, or ask for prompt_logprobs", param="max_tokens")
+        if not all(0 < point <= len(request.prompt_ids) for point in request.cache_points):
+            raise InvalidParameter(
+                f"cache_points must be from 1 to {len(request.prompt_ids)}, the tokens of the prompt",
+                param="cache_points",
+            )
+        if params.max_tokens == 0 and params.prompt_logprobs is None and not (request.pooling or request.cache_points):
+            raise InvalidParameter(
+                "max_tokens is 0: give at least 1, or ask for prompt_logprobs, pooling or cache_points",
+                param="max_tokens",
+            )
 
     def submit(self, request: Submit) -> None:
         """Queue a request. Raises `InvalidParameter` or `Overloaded`; then nothing was queued."""
@@ -110,8 +131,15 @@ class Engine:
                 forbidden=self._ends(params.stop_token_ids) if params.min_tokens else (),
             ),
             detokenizer=Detokenizer(self.tokenizer.token_bytes, params.stop, params.include_stop, params.min_tokens),
+            pooled=None if request.pooling is None else Pooled(request.pooling),
         )
-        self.scheduler.add(sequence)
+        self.memory.mark(sequence, request.cache_points)
+        if params.grammar is not None:
+            self._compiling[request.request_id] = self.grammars.compile(params.grammar)
+        else:
+            if self.config.speculative_tokens and not penalised(params):
+                sequence.drafter = Drafter(self.config.speculative_tokens)
+            self.scheduler.add(sequence)
         self._sequences[request.request_id] = sequence
 
     def abort(self, request_id: str) -> None:
@@ -126,36 +154,49 @@ class Engine:
 
     def step(self) -> StepOutputs:
         """Schedule, run, sample, advance, emit. At most `max_step_tokens` tokens."""
-        batch = self.scheduler.schedule(self._pace.tokens(self.scheduler.decoding))
-        self._move_states(batch)
-        began = time.monotonic()
-        results = self.runner.run(batch.pieces) if batch.pieces else []
-        self._pace.record(batch.tokens, time.monotonic() - began)
-        self._steps += 1
-        self._step_tokens = batch.tokens
         outputs: list[TokenOutput] = []
-        failures: list[RequestFailed] = []
+        failures = self._queue_compiled()
+        self.memory.move(self.scheduler.assign(), self.scheduler.running)
+        pieces = self.scheduler.schedule(self._pace.tokens(self.scheduler.decoding))
+        self.memory.hold(pieces)
+        began = time.monotonic()
+        results = self.runner.run(pieces) if pieces else []
+        self._steps += 1
+        self._step_tokens = sum(piece.tokens for piece in pieces)
+        self._pace.record(self._step_tokens, time.monotonic() - began)
         for result in results:
+            sequence = result.piece.sequence
+            self._prompt_tokens += max(0, min(result.piece.end, len(sequence.prompt_ids)) - result.piece.start)
             if result.error is not None:
-                failures.append(failure(result.sequence.request_id, result.error))
-                self._finish(result.sequence)
-            elif result.sampled is not None:
-                outputs.append(self._advance(result.sequence, result.sampled))
-            elif result.sequence.decoding:
-                outputs.append(self._scored(result.sequence))
-        for piece in batch.pieces:
-            self._prompt_tokens += max(0, min(piece.end, len(piece.sequence.prompt_ids)) - piece.start)
+                failures.append(self._fail(sequence, result.error))
+                continue
+            accepted = max(0, len(result.sampled) - 1)
+            self._drafted += len(result.piece.draft)
+            self._accepted += accepted
+            self.memory.settle(result.piece, accepted)
+            self.memory.keep_prompt(result.piece, result.logits)
+            if not result.sampled and sequence.decoding and sequence.params.max_tokens == 0:
+                outputs.append(self._scored(sequence))
+            try:
+                for sampled in result.sampled:
+                    outputs.append(self._advance(sequence, sampled))
+                    if sequence.finish_reason is not None:
+                        break
+            except InvalidParameter as error:
+                assert sequence.params.grammar is not None
+                self.grammars.discard(sequence.params.grammar)
+                failures.append(self._fail(sequence, error))
         return StepOutputs(outputs=outputs, failures=failures, stats=self.stats())
 
     def check_idle(self) -> None:
         """Assert that nothing is left of what has run. To be called when there is no work, and time for it."""
-        self.pool.check_integrity(())
+        self.memory.check_idle()
 
     def stats(self) -> EngineStats:
         waiting = self.scheduler.waiting
         return EngineStats(
             running=len(self.scheduler.running),
-            waiting=len(waiting),
+            waiting=len(waiting) + len(self._compiling),
             rows=self.pool.rows,
             rows_used=self.pool.used,
             preempted=sum(sequence.status is Status.PARKED for sequence in waiting),
@@ -164,10 +205,18 @@ class Engine:
             generation_tokens_total=self._generated,
             steps_total=self._steps,
             step_tokens=self._step_tokens,
+            draft_tokens_total=self._drafted,
+            accepted_tokens_total=self._accepted,
+            cache_entries=len(self.cache),
+            cache_bytes=self.cache.nbytes,
+            cache_outcomes=dict(self.cache.outcomes),
         )
 
-    def _check_room(self, backend: Backend) -> None:
-        """Raises `ConfigError` where a prompt could not move on beside all the other rows."""
+    def _check_fit(self, backend: Backend) -> None:
+        """Raises `ConfigError` where a prompt could not move on beside all the other rows, or for drafts where only one
+        token at a time is decoded."""
+        if self.config.speculative_tokens and backend.multiple > 1:
+            raise ConfigError("speculative_tokens are for the CPU: leave them out", param="speculative_tokens")
         need = self.pool.rows - 1 + backend.multiple
         if self.config.max_step_tokens < need:
             raise ConfigError(
@@ -190,12 +239,12 @@ class Engine:
             row, other = self.pool.allocate(), self.pool.allocate()
             for start, end in pairwise((0, n, n + 1, n + 2, n + 3)):
                 segments = Segments.of([(row, start, end - start)], int(start >= n))
-                whole = backend(ids[start:end], segments, [end - start - 1]).clone()
+                whole = backend(ids[start:end], segments, [end - start - 1])[0].clone()
             self.pool.free(row)
             row = self.pool.allocate()
             for start, end in pairwise((*range(0, n, k), n, n + 1, n + 2, n + 3)):
                 beside = Segments.of([(other, start, 1), (row, start, end - start)], 1 + int(start >= n))
-                alone = backend([ids[0], *ids[start:end]], beside, [end - start])
+                alone, _ = backend([ids[0], *ids[start:end]], beside, [end - start])
             self.pool.free(row)
             self.pool.free(other)
         if not torch.equal(whole, alone):
@@ -211,6 +260,7 @@ class Engine:
         while self.has_work:
             self.step()
         self._prompt_tokens = self._generated = self._steps = self._step_tokens = 0
+        self.cache.clear()
 
     def _rows(self, row_bytes: int) -> int:
         if self.config.max_rows is not None:
@@ -226,25 +276,35 @@ class Engine:
             )
         return rows
 
-    def _ends(self, stop_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    def _ends(self, stop_token_ids: tuple[int, ...], ignore_eos: bool = False) -> tuple[int, ...]:
         eos = self.model.config.eos_token_id
-        return stop_token_ids if eos is None else (*stop_token_ids, eos)
+        return stop_token_ids if eos is None or ignore_eos else (*stop_token_ids, eos)
 
-    def _move_states(self, batch: Batch) -> None:
-        for sequence in batch.park:
-            assert sequence.row is not None, "a parked sequence had no state row"
-            sequence.parked = self.pool.park(sequence.row)
-            sequence.row = None
-        for sequence in batch.admit:
-            if sequence.parked is None:
-                sequence.row = self.pool.allocate()
+    def _queue_compiled(self) -> list[RequestFailed]:
+        """Hand the sequences whose grammars are compiled to the scheduler. Waits only where there is no other work."""
+        if self._compiling and not len(self.scheduler):
+            wait(self._compiling.values(), _COMPILE_SECONDS, FIRST_COMPLETED)
+        failures = []
+        for request_id in [request_id for request_id, future in self._compiling.items() if future.done()]:
+            sequence = self._sequences[request_id]
+            grammar, row = sequence.params.grammar, sequence.sample_row
+            assert grammar is not None
+            ends = self._ends(row.params.stop_token_ids, row.params.ignore_eos)
+            try:
+                compiled = self._compiling[request_id].result()
+                row.matcher = self.grammars.matcher(compiled, ends, grammar.param)
+                self.scheduler.add(sequence)
+            except LatticeError as error:
+                failures.append(self._fail(sequence, error))
             else:
-                sequence.row, sequence.parked = self.pool.restore(sequence.parked), None
-            if sequence.started is None:
-                sequence.started = time.monotonic()
+                del self._compiling[request_id]
+        return failures
 
     def _advance(self, sequence: Sequence, sampled: Sampled) -> TokenOutput:
-        """Take a sampled token into its sequence, and end that where it should."""
+        """Take a sampled token into its sequence, and end that where it should.
+
+        Raises `InvalidParameter` where its grammar is too complex to go on with.
+        """
         params, token_id = sequence.params, sampled.token_id
         sequence.output_ids.append(token_id)
         sequence.sample_row.index += 1
@@ -258,8 +318,11 @@ class Engine:
         elif token_id == self.model.config.eos_token_id and not params.ignore_eos:
             text, sequence.finish_reason = "", "stop"
         else:
+            matcher = sequence.sample_row.matcher
+            if matcher is not None:
+                matcher.push(token_id)
             text, stop_reason = sequence.detokenizer.push(token_id)
-            if stop_reason is not None:
+            if stop_reason is not None or (matcher is not None and matcher.complete):
                 sequence.finish_reason = "stop"
             elif len(sequence.output_ids) >= params.max_tokens:
                 sequence.finish_reason = "length"
@@ -289,21 +352,26 @@ class Engine:
             finish_reason=sequence.finish_reason,
             stop_reason=stop_reason,
             logprob=None if sampled is None else sampled.logprob,
+            cached_tokens=sequence.cached_tokens if first else 0,
             prompt_logprobs=sequence.prompt_logprobs if first else None,
+            embedding=sequence.pooled.result() if first and sequence.pooled is not None else None,
             queue_seconds=started - sequence.arrived if first else None,
             prefill_seconds=time.monotonic() - started if first else None,
         )
         if sequence.finish_reason is not None:
+            self.memory.keep_answer(sequence)
             self._finish(sequence)
         return output
 
+    def _fail(self, sequence: Sequence, error: LatticeError) -> RequestFailed:
+        self._finish(sequence)
+        return failure(sequence.request_id, error)
+
     def _finish(self, sequence: Sequence) -> None:
         """Take a sequence out of everything, and scrub its state."""
-        self.scheduler.remove(sequence)
-        if sequence.row is not None:
-            self.pool.free(sequence.row)
-            sequence.row = None
-        sequence.parked = None
+        if self._compiling.pop(sequence.request_id, None) is None:
+            self.scheduler.remove(sequence)
+        self.memory.release(sequence)
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request_id]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import msgspec
 from pydantic import ValidationError
 from tqdm import tqdm
 
@@ -16,7 +17,15 @@ from lattice_serve.engine import errors
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError
-from lattice_serve.engine.messages import FinishReason, Ready, RequestFailed, Submit, TokenLogprob, TokenOutput
+from lattice_serve.engine.messages import (
+    FinishReason,
+    Pooling,
+    Ready,
+    RequestFailed,
+    Submit,
+    TokenLogprob,
+    TokenOutput,
+)
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.engine.weights import resolve_model
@@ -36,6 +45,9 @@ class Completion:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """One a token, where `SamplingParams.logprobs` asks."""
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    embedding: list[float] | None = None
+    cached_tokens: int = field(default=0, compare=False)
+    """Tokens of the prompt whose state was there already: it is the same answer without them."""
 
     def add(self, output: TokenOutput) -> None:
         """Take in the next output of this request."""
@@ -46,6 +58,9 @@ class Completion:
             self.logprobs.append(output.logprob)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
+        if output.embedding is not None:
+            self.embedding = output.embedding
+        self.cached_tokens += output.cached_tokens
         self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
 
 
@@ -91,21 +106,12 @@ class LLM:
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(encoded)
         if len(each) != len(encoded):
             raise InvalidParameter(f"{len(each)} params for {len(encoded)} prompts: give one for each", param="params")
-        completions = [Completion(ids) for ids in encoded]
-        with (
-            tqdm(total=len(encoded), desc="generate", unit="prompt", disable=not progress) as bar,
-            closing(self._run(encoded, each)) as outputs,
-        ):
-            for place, output in outputs:
-                completions[place].add(output)
-                if output.finish_reason is not None:
-                    bar.update()
-        return completions
+        return self._complete([Submit("", ids, wanted) for ids, wanted in zip(encoded, each, strict=True)], progress)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenOutput]:
         """Complete one prompt, an output a token. Dropping the iterator frees its state; until then, or its end,
         nothing else runs."""
-        for _, output in self._run([self._encode(prompt)], [params or SamplingParams()]):
+        for _, output in self._run([Submit("", self._encode(prompt), params or SamplingParams())]):
             yield output
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
@@ -113,6 +119,26 @@ class LLM:
         params = SamplingParams(max_tokens=0, prompt_logprobs=0)
         (completion,) = self.generate([list(token_ids)], params, progress=False)
         return [entry.logprob for entry in completion.prompt_logprobs or [] if entry is not None]
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], pooling: Pooling = "mean", *, progress: bool = True
+    ) -> list[list[float]]:
+        """A vector [hidden_size] for every text: the mean of its tokens' final hidden states, or the last of them."""
+        params = SamplingParams(max_tokens=0)
+        requests = [Submit("", ids, params, pooling=pooling) for ids in self._encode_all(prompts)]
+        return [done.embedding or [] for done in self._complete(requests, progress)]
+
+    def _complete(self, requests: Sequence[Submit], progress: bool) -> list[Completion]:
+        completions = [Completion(request.prompt_ids) for request in requests]
+        with (
+            tqdm(total=len(requests), desc="generate", unit="prompt", disable=not progress) as bar,
+            closing(self._run(requests)) as outputs,
+        ):
+            for place, output in outputs:
+                completions[place].add(output)
+                if output.finish_reason is not None:
+                    bar.update()
+        return completions
 
     def _encode_all(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
         if isinstance(prompts, str):
@@ -127,22 +153,20 @@ class LLM:
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
-    def _run(
-        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
-    ) -> Generator[tuple[int, TokenOutput], None, None]:
-        """(place of its prompt, output), as they come; no more in the queue than the engine takes."""
+    def _run(self, requests: Sequence[Submit]) -> Generator[tuple[int, TokenOutput], None, None]:
+        """(place of its request, output), as they come; no more in the queue than the engine takes."""
         if self._engine.has_work:  # whose outputs would be taken from the stream that they are for
             raise RuntimeError("a stream of this LLM is open: read it to its end, or close it")
-        for ids, wanted in zip(prompts, params, strict=True):
-            self._engine.check(Submit("", ids, wanted))
+        for request in requests:
+            self._engine.check(request)
         places: dict[str, int] = {}
-        waiting = iter(enumerate(zip(prompts, params, strict=True)))
+        waiting = iter(enumerate(requests))
         try:
             while True:
                 room = self._engine.pool.rows + self._engine.config.max_waiting - len(places)
-                for place, (ids, wanted) in itertools.islice(waiting, room):
+                for place, request in itertools.islice(waiting, room):
                     request_id = f"local-{next(self._ids)}"
-                    self._engine.submit(Submit(request_id, ids, wanted))
+                    self._engine.submit(msgspec.structs.replace(request, request_id=request_id))
                     places[request_id] = place
                 if not places:
                     self._engine.check_idle()

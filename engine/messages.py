@@ -15,6 +15,8 @@ import msgspec
 from lattice_serve.engine.sampling import SamplingParams
 
 FinishReason: TypeAlias = Literal["stop", "length"]
+Pooling: TypeAlias = Literal["mean", "last"]
+"""Of the final hidden states of a prompt's tokens: all of them, or the last."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -32,6 +34,12 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     params: SamplingParams
     priority: int = 0
     """Lower runs first; equal ones in order of arrival."""
+    cache_salt: str = ""
+    """Only requests with the same one may share cached states."""
+    pooling: Pooling | None = None
+    """What of its prompt's hidden states to give back, with the first output."""
+    cache_points: tuple[int, ...] = ()
+    """Numbers of prompt tokens after which to keep the state, beside the places that the cache chooses itself."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -66,6 +74,8 @@ class TokenOutput(msgspec.Struct, frozen=True, tag=True):
     logprob: TokenLogprob | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """With the first output of a request that asked for them: one a prompt token, None for the first."""
+    embedding: list[float] | None = None
+    """With the first output of a request that asked for it: [hidden_size] float32."""
     cached_tokens: int = 0
     """Prompt tokens whose state was not computed for this request."""
     queue_seconds: float | None = None
@@ -97,6 +107,14 @@ class EngineStats(msgspec.Struct, frozen=True):
     steps_total: int = 0
     step_tokens: int = 0
     """Tokens in the step just run."""
+    draft_tokens_total: int = 0
+    """Tokens guessed in advance."""
+    accepted_tokens_total: int = 0
+    """Those of them that were right."""
+    cache_entries: int = 0
+    cache_bytes: int = 0
+    cache_outcomes: dict[str, int] = {}
+    """Look-ups in the prefix cache, by how they ended (`engine.prefix_cache.Outcome`)."""
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):

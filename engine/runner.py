@@ -1,74 +1,141 @@
-"""Runs the model over one batch: tokens in, next tokens out, states updated in place."""
+"""Runs the model over one step: tokens in, next tokens out, states updated in place."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lattice_serve.engine.backend import Backend
 from lattice_serve.engine.errors import NumericalError
-from lattice_serve.engine.sampler import Sampled, prompt_logprobs, sample
+from lattice_serve.engine.sampler import Sampled, SampleRow, prompt_logprobs, sample
 from lattice_serve.engine.scheduler import Piece
-from lattice_serve.engine.sequence import Sequence
 from lattice_serve.kernels.mixer import Segments
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came out for one piece of a batch."""
+    """What came out for one piece of a step."""
 
-    sequence: Sequence
-    sampled: Sampled | None
-    """Where the piece ends in a choice."""
+    piece: Piece
+    sampled: list[Sampled]
+    """The next token, where the piece ends in a choice, and those after it as far as the draft was right."""
     error: NumericalError | None = None
+    logits: Tensor | None = None
+    """[V] that the next token was chosen from; good until the next step."""
 
 
 class Runner:
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, backend: Backend, device: torch.device) -> None:
+        """device: where the backend's tensors are, and tokens are chosen."""
+        self._backend, self._device = backend, device
 
     @torch.inference_mode()
     def run(self, pieces: list[Piece]) -> list[StepResult]:
         """One forward pass over `pieces`, whose sequences hold rows; advances what they have computed and scored."""
-        ids: list[int] = []
-        segments = []
-        wanted: list[int] = []
-        scoring: dict[int, tuple[int, list[int]]] = {}
-        sampling: dict[int, int] = {}
-        for i, piece in enumerate(pieces):
-            assert piece.sequence.row is not None, "a sequence runs without a state row"
-            begin = len(ids)
-            ids += piece.sequence.tokens(piece.start, piece.end)
-            segments.append((piece.sequence.row, piece.start, piece.end - piece.start))
-            if targets := piece.scored:
-                scoring[i] = len(wanted), targets
-                wanted += range(begin, begin + len(targets))
-            if piece.samples:
-                sampling[i] = len(wanted)
-                wanted.append(len(ids) - 1)
-        decodes = sum(piece.decodes for piece in pieces)
-        logits = self._backend(ids, Segments.of(segments, decodes), wanted)
-        rows = logits if len(sampling) == len(wanted) else logits[list(sampling.values())]
-        sampled = dict(zip(sampling, sample(rows, [pieces[i].sequence.sample_row for i in sampling]), strict=True))
+        plan = _Plan()
+        parts = [plan.add(piece) for piece in pieces]
+        logits = hidden = torch.empty(0, device=self._device)
+        if plan.ids:
+            logits, hidden = self._backend(plan.ids, Segments.of(plan.segments, plan.decodes), plan.wanted, plan.pooled)
+        chosen = plan.chosen(logits)
+        sampled = iter(sample(chosen, plan.rows))
         results = []
-        for i, piece in enumerate(pieces):
+        first = 0
+        for part in parts:
+            choices = [next(sampled) for _ in range(part.choices)]
             error = None
             try:
-                if i in scoring:
-                    first, targets = scoring[i]
-                    _score(piece.sequence, logits[first : first + len(targets)], targets)
-                if i in sampled and not sampled[i].finite:
+                part.take(logits, hidden)
+                if choices and not choices[0].finite:
                     raise NumericalError("the model's output for this request is not finite: its state was discarded")
             except NumericalError as failure:
                 error = failure
-            piece.sequence.computed = piece.end
-            results.append(StepResult(piece.sequence, sampled.get(i), error))
+            part.piece.sequence.computed = part.piece.end
+            row = chosen[first] if choices else None
+            first += part.choices
+            results.append(StepResult(part.piece, list(_right(choices, part.piece.draft)), error, row))
         return results
 
 
-def _score(sequence: Sequence, logits: Tensor, targets: list[int]) -> None:
-    """Append the log-probabilities of prompt tokens. Raises `NumericalError`."""
-    assert sequence.prompt_logprobs is not None
-    sequence.prompt_logprobs += prompt_logprobs(logits, targets, sequence.params.prompt_logprobs or 0)
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Where in a step to find what one piece asks for."""
+
+    piece: Piece
+    choices: int
+    scored: slice
+    pooled: slice
+
+    def take(self, logits: Tensor, hidden: Tensor) -> None:
+        """Give its sequence what was asked of the prompt. Raises `NumericalError` where that is not finite."""
+        sequence = self.piece.sequence
+        if sequence.prompt_logprobs is not None and (targets := self.piece.scored):
+            k = sequence.params.prompt_logprobs or 0
+            sequence.prompt_logprobs += prompt_logprobs(logits[self.scored], targets, k)
+        if sequence.pooled is not None:
+            sequence.pooled.add(hidden[self.pooled])
+
+
+class _Plan:
+    """A step as the backend takes it."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.segments: list[tuple[int, int, int]] = []
+        self.decodes = 0
+        """How many of them, the first ones, are of decode."""
+        self.wanted: list[int] = []
+        """Tokens whose logits are wanted, by their places."""
+        self.pooled: list[int] = []
+        """Tokens whose hidden states are."""
+        self.rows: list[SampleRow] = []
+        """What is to be chosen."""
+        self._chosen: list[int | Tensor] = []
+        """From which logits: a place among those wanted, or what a sequence came with."""
+
+    def add(self, piece: Piece) -> _Part:
+        sequence = piece.sequence
+        assert sequence.row is not None, "a sequence runs without a state row"
+        begin, scored, pooled = len(self.ids), len(self.wanted), len(self.pooled)
+        if piece.tokens:
+            self.ids += [*sequence.tokens(piece.start, piece.end), *piece.draft]
+            self.segments.append((sequence.row, piece.start, piece.tokens))
+            self.decodes += piece.decodes
+        end = begin + piece.end - piece.start
+        self.wanted += range(begin, begin + len(piece.scored))
+        if sequence.pooled is not None and not sequence.output_ids:
+            self.pooled += sequence.pooled.places(begin, end, piece.ends_prompt)
+        choices = 1 + len(piece.draft) if piece.samples else 0
+        for ahead in range(choices):
+            index = sequence.sample_row.index + ahead
+            self.rows.append(replace(sequence.sample_row, index=index) if ahead else sequence.sample_row)
+            if sequence.recalled is not None and sequence.recalled.logits is not None:
+                self._chosen.append(sequence.recalled.logits)
+                sequence.recalled = None
+            else:
+                self._chosen.append(len(self.wanted))
+                self.wanted.append(end - 1 + ahead)
+        return _Part(piece, choices, slice(scored, scored + len(piece.scored)), slice(pooled, len(self.pooled)))
+
+    def chosen(self, logits: Tensor) -> Tensor:
+        """[B, V] for `rows`, from the logits of what was wanted."""
+        places = [place for place in self._chosen if isinstance(place, int)]
+        if len(places) == len(self._chosen) == len(self.wanted):
+            return logits
+        if len(places) == len(self._chosen):
+            return logits[places]
+        each = [logits[place] if isinstance(place, int) else place.to(logits.device) for place in self._chosen]
+        return torch.stack(each)
+
+
+def _right(choices: list[Sampled], draft: tuple[int, ...]) -> Iterator[Sampled]:
+    """The choices that were made from what is true: up to the first that is not what the draft went on with."""
+    for place, choice in enumerate(choices):
+        if not choice.finite:
+            return
+        yield choice
+        if place < len(draft) and choice.token_id != draft[place]:
+            return

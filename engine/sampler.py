@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lattice_serve.engine.errors import NumericalError
+from lattice_serve.engine.grammar import Matcher, restrict
 from lattice_serve.engine.messages import TokenLogprob
 from lattice_serve.engine.sampling import SamplingParams
 
@@ -57,6 +58,8 @@ class SampleRow:
     """Needed where `penalised(params)`."""
     forbidden: tuple[int, ...] = ()
     """Token ids that cannot be chosen while `index` is below `params.min_tokens`."""
+    matcher: Matcher | None = None
+    """Where the sequence is in its grammar, if it has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     """Choose the next token of each row.
 
     logits: `[B, V]` float32, untouched; V at most `MAX_VOCAB_SIZE`; rows: B of them. Applied in this order:
-    logit_bias, min_tokens, penalties, temperature, top_k, top_p, min_p. Equally likely tokens rank by id, the
+    logit_bias, grammar, min_tokens, penalties, temperature, top_k, top_p, min_p. Equally likely tokens rank by id, the
     lowest first. Where the logits are not finite, that row alone says so.
     """
     if not rows:
@@ -155,7 +158,7 @@ def _way(params: SamplingParams) -> _Way:
 
 def _adjusts(row: SampleRow) -> bool:
     params = row.params
-    return bool(params.logit_bias) or _forbids(row) or penalised(params)
+    return bool(params.logit_bias) or row.matcher is not None or _forbids(row) or penalised(params)
 
 
 def _forbids(row: SampleRow) -> bool:
@@ -163,12 +166,14 @@ def _forbids(row: SampleRow) -> bool:
 
 
 def _adjust(scores: Tensor, rows: Sequence[SampleRow]) -> None:
-    """Apply bias, min_tokens and penalties in place, to the rows that ask. scores: `[B, V]` float64."""
+    """Apply bias, grammar, min_tokens and penalties in place, to the rows that ask. scores: `[B, V]` float64."""
     device = scores.device
     for i, row in enumerate(rows):
         bias = row.params.logit_bias
         if bias:
             scores[i, _places(list(bias), device)] += _column(list(bias.values()), device)[:, 0]
+    restrict(scores, [row.matcher for row in rows])
+    for i, row in enumerate(rows):
         if _forbids(row):
             allowed = scores[i].index_fill(0, _places(row.forbidden, device), -math.inf)
             # Where nothing else is possible, nothing is forbidden.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -12,6 +14,66 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGIT_BIAS = 1024
+MAX_GRAMMAR_BYTES = 1 << 16
+
+GrammarKind: TypeAlias = Literal["json_schema", "regex", "choice", "ebnf"]
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A language that an answer is a text of; `engine.grammar` compiles it. Use the constructors below.
+
+    All raise `InvalidParameter`, naming `param`, for what is empty, longer than `MAX_GRAMMAR_BYTES` or no text.
+    """
+
+    kind: GrammarKind
+    text: str
+    """A JSON schema or a list of choices as JSON, else what was given."""
+    param: str = "grammar"
+    """What errors call it: the request's field."""
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise InvalidParameter(f"{self.param} is empty: leave it out, or say what to generate", param=self.param)
+        try:
+            size = len(self.text.encode())
+        except UnicodeEncodeError as error:
+            raise InvalidParameter(
+                f"{self.param} holds a lone surrogate: give text that is valid Unicode", param=self.param
+            ) from error
+        if size > MAX_GRAMMAR_BYTES:
+            raise InvalidParameter(f"{self.param} has {size} bytes: give at most {MAX_GRAMMAR_BYTES}", param=self.param)
+
+    @classmethod
+    def json(cls, param: str = "grammar") -> Grammar:
+        """Any JSON object."""
+        return cls.json_schema({"type": "object"}, param)
+
+    @classmethod
+    def json_schema(cls, schema: dict[str, Any] | str, param: str = "grammar") -> Grammar:
+        """What a JSON schema describes, properties in its order. A string is the schema as JSON."""
+        text = schema if isinstance(schema, str) else _json(schema)
+        return cls(kind="json_schema", text=text, param=param)
+
+    @classmethod
+    def regex(cls, pattern: str, param: str = "grammar") -> Grammar:
+        """What matches all of a regular expression, in the syntax of Rust's: no look-around, no back-references."""
+        return cls(kind="regex", text=pattern, param=param)
+
+    @classmethod
+    def choice(cls, choices: Sequence[str], param: str = "grammar") -> Grammar:
+        """One of some strings."""
+        if not choices or not all(choices):
+            raise InvalidParameter(f"{param} holds no string, or an empty one: give some to choose from", param=param)
+        return cls(kind="choice", text=_json(choices), param=param)
+
+    @classmethod
+    def ebnf(cls, text: str, param: str = "grammar") -> Grammar:
+        """A context-free grammar: EBNF with a rule `root ::= ...` as llama.cpp's GBNF, or Lark with `start: ...`."""
+        return cls(kind="ebnf", text=text, param=param)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,6 +112,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """None: none. k: the chosen token's log-probability and the k most likely ones'."""
     prompt_logprobs: int | None = None
     """The same for every prompt token (the first has none)."""
+    grammar: Grammar | None = None
+    """The answer is one of its texts, unless a limit or a stop string cuts it short: it can end only where the
+    text is complete, and does where nothing could follow."""
 
     def __post_init__(self) -> None:
         check = _Checker(self)

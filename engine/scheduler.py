@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lattice_serve.engine.errors import Overloaded
 from lattice_serve.engine.sequence import Sequence, Status
@@ -23,21 +23,31 @@ AGING = 1000
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens `start` to `end` of one sequence, to be run in a step."""
+    """Tokens `start` to `end` of one sequence, to be run in a step: none where its logits are there already."""
 
     sequence: Sequence
     start: int
     end: int
+    draft: tuple[int, ...] = ()
+    """Guesses at the tokens that follow."""
+
+    @property
+    def tokens(self) -> int:
+        return self.end - self.start + len(self.draft)
 
     @property
     def decodes(self) -> bool:
-        """Whether its one token is one that the model has chosen."""
+        """Whether its tokens are such as the model has chosen."""
         return self.start >= len(self.sequence.prompt_ids)
 
     @property
     def samples(self) -> bool:
         """Whether the sequence's next token is chosen after this piece."""
         return self.end == self.sequence.length and self.sequence.params.max_tokens > 0
+
+    @property
+    def ends_prompt(self) -> bool:
+        return self.end == len(self.sequence.prompt_ids)
 
     @property
     def scored(self) -> list[int]:
@@ -48,22 +58,16 @@ class Piece:
 
 
 @dataclass(slots=True)
-class Batch:
-    """One step: rows to give and to take first, then tokens to run."""
+class Moves:
+    """Rows to take, and then to give, before a step."""
 
-    pieces: list[Piece] = field(default_factory=list)
-    """Those of decode first."""
     park: list[Sequence] = field(default_factory=list)
-    """Lose their rows, their states parked, before `admit` gets them."""
+    """Lose their rows, their states parked."""
     admit: list[Sequence] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> int:
-        return sum(piece.end - piece.start for piece in self.pieces)
 
 
 class Scheduler:
-    """Deterministic: the same calls in the same order give the same batches."""
+    """Deterministic: the same calls in the same order give the same steps. Of each, `assign` is the first half."""
 
     def __init__(
         self, *, rows: int, max_step_tokens: int, max_waiting: int, quantum: int = 256, multiple: int = 1
@@ -100,32 +104,43 @@ class Scheduler:
         """Sequences that run and wait for their next token."""
         return sum(sequence.decoding for sequence in self.running)
 
-    def schedule(self, tokens: int | None = None) -> Batch:
-        """Choose the next step, of up to `tokens` or `max_step_tokens`.
-
-        Sequences change their status here; rows and states are the caller's to move.
-        """
+    def assign(self) -> Moves:
+        """Choose who holds a row in the next step. Sequences change their status; the caller moves their states."""
         self._step += 1
-        batch = Batch()
+        moves = Moves()
         self._refresh_deadlines()
-        self._assign_rows(batch)
+        self._assign_rows(moves)
+        return moves
+
+    def schedule(self, tokens: int | None = None) -> list[Piece]:
+        """Choose what the next step runs, decode first, up to `tokens` or `max_step_tokens`."""
         # Decode goes first: a long prompt may delay the others' next token by one step's budget, never more. Prompts
         # share the rest evenly, what the short ones leave going to the long: none waits for another's to end.
         decoding = [sequence for sequence in self.running if sequence.decoding]
-        prompts = [sequence for sequence in self.running if not sequence.decoding]
+        prompts = [sequence for sequence in self.running if not sequence.decoding and sequence.leader is None]
         left = self.max_step_tokens
         if tokens is not None:
             left = min(left, max(tokens, len(decoding) + self.multiple))
         # Where there is not a multiple for each, they take turns by age: the first has one in every step.
         if prompts and (left - len(decoding)) // len(prompts) >= self.multiple:
             prompts.sort(key=lambda sequence: sequence.uncomputed)
-        for place, sequence in enumerate(decoding + prompts):
-            share = left // (len(self.running) - place)
-            count = min(1, left) if place < len(decoding) else self._count(sequence, share, left)
-            if count:
-                batch.pieces.append(Piece(sequence, sequence.computed, sequence.computed + count))
+        order = decoding + prompts
+        pieces = []
+        for place, sequence in enumerate(order):
+            share = left // (len(order) - place)
+            count = min(sequence.runnable, left) if place < len(decoding) else self._count(sequence, share, left)
+            if count or sequence.recalled is not None:
+                pieces.append(Piece(sequence, sequence.computed, sequence.computed + count))
                 left -= count
-        return batch
+        return [self._with_draft(piece, left // len(pieces)) for piece in pieces]
+
+    def _with_draft(self, piece: Piece, room: int) -> Piece:
+        """The piece, and guesses at what follows where its sequence makes any."""
+        sequence = piece.sequence
+        limit = min(room, sequence.params.max_tokens - len(sequence.output_ids) - 1)
+        if sequence.drafter is None or not (sequence.decoding and piece.tokens and piece.samples) or limit < 1:
+            return piece
+        return replace(piece, draft=tuple(sequence.drafter.draft(sequence.tokens, sequence.length, limit)))
 
     def __iter__(self) -> Iterator[Sequence]:
         """Every sequence that is not finished."""
@@ -138,7 +153,7 @@ class Scheduler:
     def _count(self, sequence: Sequence, share: int, left: int) -> int:
         """Tokens of a prompt's next piece: about its share, cut at a multiple or at the prompt's end."""
         share = max(share, self.multiple - sequence.computed % self.multiple)
-        end = sequence.computed + min(sequence.uncomputed, share, left)
+        end = sequence.computed + min(sequence.runnable, share, left)
         if end < sequence.length:
             end -= end % self.multiple
         return max(0, end - sequence.computed)
@@ -155,25 +170,25 @@ class Scheduler:
                 self._since[sequence.request_id] = self._step
                 sequence.deadline = self._step + AGING * sequence.priority
 
-    def _assign_rows(self, batch: Batch) -> None:
+    def _assign_rows(self, moves: Moves) -> None:
         while self.waiting:
             first = self.waiting[0]
             if len(self.running) == self.rows:
                 last = max(self.running, key=_order)
                 if first.deadline >= last.deadline:
                     return
-                self._park(last, batch)
+                self._park(last, moves)
             self.waiting.remove(first)
             first.status = Status.RUNNING
             self._since[first.request_id] = self._step
             self.running.append(first)
-            batch.admit.append(first)
+            moves.admit.append(first)
 
-    def _park(self, sequence: Sequence, batch: Batch) -> None:
+    def _park(self, sequence: Sequence, moves: Moves) -> None:
         self.running.remove(sequence)
         sequence.status = Status.PARKED
         self.preemptions += 1
-        batch.park.append(sequence)
+        moves.park.append(sequence)
         insort(self.waiting, sequence, key=_order)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as AbstractSequence
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -12,6 +12,9 @@ from lattice_serve.engine.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from lattice_serve.engine.detokenizer import Detokenizer
+    from lattice_serve.engine.drafter import Drafter
+    from lattice_serve.engine.pooled import Pooled
+    from lattice_serve.engine.prefix_cache import Snapshot
     from lattice_serve.engine.sampler import SampleRow
     from lattice_serve.engine.state_pool import ParkedState
 
@@ -29,7 +32,8 @@ class Sequence:
     """Owned by the engine; the scheduler moves it between its queues."""
 
     request_id: str
-    prompt_ids: AbstractSequence[int]
+    prompt_ids: array[int]
+    """As C integers: a prompt may have millions of tokens, and so may an answer."""
     params: SamplingParams
     priority: int
     arrived: float
@@ -46,25 +50,52 @@ class Sequence:
     """Step before which the scheduler would like to run it; earlier goes first."""
     ticket: int = 0
     """Order of arrival, which parts equal deadlines."""
-    output_ids: list[int] = field(default_factory=list)
+    output_ids: array[int] = field(default_factory=lambda: array("i"))
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    pooled: Pooled | None = None
+    """Of its prompt's hidden states, where they are asked for."""
+    cache_salt: str = ""
+    marks: list[int] = field(default_factory=list)
+    """Places in the prompt where its state is to be kept: no piece goes beyond the next one."""
+    leader: Sequence | None = None
+    """A running sequence with the same prompt, whose state at the prompt's end this one waits for."""
+    cached_tokens: int = 0
+    """Tokens whose state was not computed for it."""
+    drafter: Drafter | None = None
+    recalled: Snapshot | None = None
+    """A state of the whole prompt with the logits of its last token: the next one is chosen without running any."""
     started: float | None = None
     """Monotonic seconds of its first step."""
     finish_reason: FinishReason | None = None
 
     @classmethod
-    def of(cls, request: Submit, *, arrived: float, sample_row: SampleRow, detokenizer: Detokenizer) -> Sequence:
+    def of(
+        cls,
+        request: Submit,
+        *,
+        arrived: float,
+        sample_row: SampleRow,
+        detokenizer: Detokenizer,
+        pooled: Pooled | None = None,
+    ) -> Sequence:
         scored: list[TokenLogprob | None] | None = None if request.params.prompt_logprobs is None else [None]
         return cls(
             request_id=request.request_id,
-            prompt_ids=request.prompt_ids,
+            prompt_ids=array("i", request.prompt_ids),
             params=request.params,
             priority=request.priority,
             arrived=arrived,
             sample_row=sample_row,
             detokenizer=detokenizer,
             prompt_logprobs=scored,
+            pooled=pooled,
+            cache_salt=request.cache_salt,
         )
+
+    @property
+    def needs_every_token(self) -> bool:
+        """Whether each token of its prompt has to be run, even if the state behind it is known."""
+        return self.prompt_logprobs is not None or self.pooled is not None
 
     @property
     def length(self) -> int:
@@ -73,8 +104,13 @@ class Sequence:
 
     @property
     def uncomputed(self) -> int:
-        """Tokens that its state has yet to see; 1 in decode."""
+        """Tokens that its state has yet to see; in decode 1, or more after a wrong draft."""
         return self.length - self.computed
+
+    @property
+    def runnable(self) -> int:
+        """Tokens that may run in one piece."""
+        return min([self.uncomputed, *(mark - self.computed for mark in self.marks if mark > self.computed)])
 
     @property
     def decoding(self) -> bool:
@@ -83,6 +119,4 @@ class Sequence:
     def tokens(self, start: int, end: int) -> list[int]:
         """Ids at places `start` to `end` of prompt and answer together."""
         prompt = len(self.prompt_ids)
-        if end <= prompt:
-            return list(self.prompt_ids[start:end])
-        return [*self.prompt_ids[start:prompt], *self.output_ids[max(0, start - prompt) : end - prompt]]
+        return [*self.prompt_ids[start:end], *self.output_ids[max(0, start - prompt) : max(0, end - prompt)]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from lattice_serve.engine.errors import CheckpointError, InvalidParameter
 
 SPACE = "\u2581"
 """How sentencepiece writes a space inside a piece."""
+_GUARD = "\ufdd0"
+"""A code point that Unicode keeps out of texts."""
+_UNGUARDED = re.compile(f"{_GUARD}({_GUARD}?)")
 _PROBE = " a  b\r\n\n\ufb01 \u1e9b\u0323 e\u0301 <unk> \U0001f600\0 "
 """What a tokenizer that normalises, trims or adds spaces, or lacks byte pieces, does not give back."""
 
@@ -18,7 +22,7 @@ _PROBE = " a  b\r\n\n\ufb01 \u1e9b\u0323 e\u0301 <unk> \U0001f600\0 "
 class Tokenizer:
     """`decode(encode(text)) == text` for every text that is valid Unicode.
 
-    Pieces such as `<|endoftext|>` are never made from text: only ids name them.
+    Control pieces such as `<|endoftext|>` are never made from text: only ids name them, and `encode_marked`.
     """
 
     def __init__(self, processor: SentencePieceProcessor, vocab_size: int | None = None) -> None:
@@ -34,6 +38,15 @@ class Tokenizer:
         self.vocab_size: int = len(self._bytes)
         eos = processor.eos_id()
         self.eos_token_id: int | None = eos if eos >= 0 else None
+        self.controls: dict[str, int] = {
+            processor.id_to_piece(token_id): token_id
+            for token_id in range(self.pieces)
+            if processor.is_control(token_id)
+        }
+        """Name of each control piece, such as `<|endoftext|>`, and its id."""
+        # A name of one character could not be told from text: there is no place in it for a guard.
+        self._names = sorted((name for name in self.controls if len(name) > 1), key=len, reverse=True)
+        self._marks = re.compile("|".join(map(re.escape, self._names)) or "(?!)")
 
     @classmethod
     def load(cls, folder: Path, vocab_size: int | None = None) -> Tokenizer:
@@ -82,6 +95,36 @@ class Tokenizer:
             ids += self._space_ids
             ids += self._processor.encode(part)
         return ids
+
+    @property
+    def eos_token(self) -> str | None:
+        """Name of the piece that ends a text."""
+        return None if self.eos_token_id is None else str(self._processor.id_to_piece(self.eos_token_id))
+
+    @property
+    def bos_token(self) -> str | None:
+        """Name of the piece that begins one."""
+        bos = self._processor.bos_id()
+        return None if bos < 0 else str(self._processor.id_to_piece(bos))
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Token ids of `text` in which the name of a control piece stands for that piece, but in what `unmark` gave."""
+        ids: list[int] = []
+        start = 0
+        for match in self._marks.finditer(text):
+            ids += self.encode(_UNGUARDED.sub(r"\1", text[start : match.start()]))
+            ids.append(self.controls[match[0]])
+            start = match.end()
+        return ids + self.encode(_UNGUARDED.sub(r"\1", text[start:]))
+
+    def unmark(self, text: str) -> str:
+        """`text` with a guard in each name of a control piece, so that `encode_marked` takes it for text."""
+        text = text.replace(_GUARD, _GUARD * 2)
+        for name in self._names:
+            # Again where names overlap.
+            while name in text:
+                text = text.replace(name, name[0] + _GUARD + name[1:])
+        return text
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, each within the vocabulary; bytes that are no UTF-8 become U+FFFD."""

@@ -1,8 +1,7 @@
-"""What the CPU of this machine can do, and how much of it there is for this process."""
+"""What the CPU of this machine can do."""
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 
@@ -34,16 +33,3 @@ def has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
         if key.strip() in ("flags", "Features"):
             return not _BF16.isdisjoint(flags.split())
     return False
-
-
-def available_cpus() -> int:
-    """Processors that this process may use, by its affinity and its control group's quota."""
-    try:
-        cpus = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        cpus = os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cpus, -(-int(quota) // int(period))))
-    except (OSError, ValueError):  # no control group, or "max"
-        return cpus

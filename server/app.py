@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from starlette.middleware.cors import CORSMiddleware
 
 from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.errors import ConfigError, Draining
@@ -23,14 +24,16 @@ from lattice_serve.engine.messages import Ready
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.server import logs
 from lattice_serve.server.access import AccessLog
-from lattice_serve.server.engine_client import EngineClient
 from lattice_serve.server.errors import install_handlers
 from lattice_serve.server.limits import Limits
-from lattice_serve.server.metrics import Metrics
-from lattice_serve.server.routes import completions, health, models, tokenize
+from lattice_serve.server.metrics import ServerMetrics
+from lattice_serve.server.protocol import BoundedProtocol
+from lattice_serve.server.router import Replica, Router
+from lattice_serve.server.routes import chat, completions, health, models, tokenize
 from lattice_serve.server.services import Services
 from lattice_serve.server.settings import Settings
-from lattice_serve.server.supervisor import ENGINE_COMMAND, Supervisor
+from lattice_serve.server.supervisor import ENGINE_COMMAND
+from lattice_serve.server.template import ChatTemplate
 
 log = structlog.get_logger(__name__)
 
@@ -41,54 +44,72 @@ _IDLE_CONNECTION_SECONDS = 75
 
 
 def create_app(services: Services) -> FastAPI:
-    """The application. Its lifespan is that of the supervised engine."""
+    """The application. Its lifespan is that of the engines, and of the process that renders chat templates."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with services.supervisor:
+        async with services.router, services.template:
             yield
 
     app = FastAPI(title="lattice-serve", lifespan=lifespan, redirect_slashes=False, openapi_url=None)
     app.state.services = services
-    for module in (completions, models, health, tokenize):
+    for module in (completions, chat, models, health, tokenize):
         app.include_router(module.router)
     install_handlers(app)
     settings = services.settings
-    app.add_middleware(Limits, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes)
-    app.add_middleware(AccessLog)  # Added last, so outermost.
+    # The one added last is outermost. Errors of the limits, too, must be readable for pages of allowed origins.
+    app.add_middleware(
+        Limits,
+        api_keys=settings.api_keys,
+        max_body_bytes=settings.max_body_bytes,
+        max_header_bytes=settings.max_header_bytes,
+    )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(AccessLog)
     return app
 
 
 def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> None:
     """Serve until SIGTERM or SIGINT, then drain and return.
 
-    Raises `ConfigError` when the address cannot be bound, the model folder lacks its tokenizer, or the
+    Raises `ConfigError` when the address cannot be bound, the model folder lacks its tokenizer, or an
     engine does not start.
     """
     logs.configure(settings.log_level)
     tokenizer = Tokenizer.load(settings.model, ModelConfig.load(settings.model).vocab_size)
-    metrics = Metrics(settings.model_name)
-    client = EngineClient(metrics)
-    supervisor = Supervisor(settings.engine_config(), client, engine_command)
-    services = Services(settings, client, supervisor, tokenizer, metrics)
+    metrics = ServerMetrics(settings.model_name, settings.replicas)
+    replicas = [
+        Replica(config, each, engine_command)
+        for config, each in zip(settings.engine_configs(), metrics.engines, strict=True)
+    ]
+    router = Router(replicas, max_waiting=settings.max_waiting)
+    services = Services(settings, router, tokenizer, ChatTemplate(settings.model), metrics)
     with _listen(settings) as listener:
         address = _url(listener)
-        client.on_ready = lambda ready: _announce(ready, settings.model_name, address)
+        for replica in replicas:
+            replica.client.on_ready = lambda ready: _announce(ready, settings.model_name, address)
         log.info("starting", model=str(settings.model), address=address)
         _Server(services).run([listener])
-    if supervisor.failure is not None:
-        raise supervisor.failure
+    if router.failure is not None:
+        raise router.failure
 
 
 class _Server(uvicorn.Server):
-    """Drains on the first signal: /ready says 503, new requests are refused, running ones go on until the
-    grace period is over. A second signal ends it at once."""
+    """Drains on the first signal, or when an engine cannot be started: /ready says 503, new requests are refused,
+    running ones go on until the grace period is over. A second signal ends it at once."""
 
     def __init__(self, services: Services) -> None:
         config = uvicorn.Config(
             create_app(services),
             loop="uvloop",
-            http="httptools",
+            http=BoundedProtocol,
             ws="none",
             lifespan="on",
             log_config=None,
@@ -102,20 +123,22 @@ class _Server(uvicorn.Server):
         self._deadline: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
         if self._deadline is None:
-            self._services.draining = True
-            self._deadline = now + self._services.settings.grace_period
-            log.info("draining", signal=signal.Signals(sig).name, running=self._services.client.live)
+            self._drain(signal.Signals(sig).name)
         else:
-            self._deadline = now
+            self._deadline = time.monotonic()
+
+    def _drain(self, reason: str) -> None:
+        self._services.draining = True
+        self._deadline = time.monotonic() + self._services.settings.grace_period
+        log.info("draining", reason=reason, running=self._services.router.live)
 
     async def on_tick(self, counter: int) -> bool:
+        if self._services.router.failure is not None and self._deadline is None:
+            self._drain("an engine did not start")
         # Tasks are the requests not yet answered in full, those with a slow client among them.
         if self._deadline is not None and (not self.server_state.tasks or time.monotonic() >= self._deadline):
-            self._services.client.fail_all(lambda: Draining("the server is shutting down: the grace period is over"))
-            self.should_exit = True
-        if self._services.supervisor.failure is not None:
+            self._services.router.fail_all(lambda: Draining("the server is shutting down: the grace period is over"))
             self.should_exit = True
         return await super().on_tick(counter)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import msgspec
 import structlog
 
 from lattice_serve.engine import errors
-from lattice_serve.engine.errors import EngineDied, EngineUnavailable, LatticeError
+from lattice_serve.engine.errors import EngineDied, LatticeError
 from lattice_serve.engine.messages import (
     Abort,
     FromEngine,
@@ -25,7 +25,7 @@ from lattice_serve.engine.messages import (
     ToEngine,
     TokenOutput,
 )
-from lattice_serve.engine.sampling import SamplingParams
+from lattice_serve.server.errors import TimedOut
 from lattice_serve.server.metrics import Metrics, SequenceMeter
 
 log = structlog.get_logger(__name__)
@@ -36,7 +36,7 @@ _CONNECT_SECONDS = 0.05
 class EngineClient:
     """Requests to the engine and its answers, matched by id. Lives on one event loop.
 
-    `run` holds the connection; between two connections there is no engine and `generate` refuses.
+    `run` holds the connection; between two connections there is no engine, and nothing may be submitted.
     """
 
     def __init__(self, metrics: Metrics) -> None:
@@ -55,20 +55,12 @@ class EngineClient:
         """Sequences submitted and not ended."""
         return len(self._live)
 
-    def generate(self, prompts: Sequence[tuple[list[int], SamplingParams]], *, priority: int = 0) -> Generation:
-        """Submit one sequence for each of `prompts`; lower `priority` runs first.
-
-        Raises `EngineUnavailable` when no engine is ready.
-        """
-        if self.ready is None:
-            raise EngineUnavailable("the engine is starting: try again in a few seconds")
-        generation = Generation(self)
-        for index, (prompt_ids, params) in enumerate(prompts):
-            request_id = uuid.uuid4().hex
-            generation.open_ids.add(request_id)
-            self._live[request_id] = _Live(index, generation, self._metrics.sequence(len(prompt_ids)))
-            self._send(Submit(request_id, prompt_ids, params, priority))
-        return generation
+    def submit(self, generation: Generation, index: int, request: Submit) -> None:
+        """Have the engine, which is ready, work on sequence `index` of `generation`, under an id of its own."""
+        request_id = uuid.uuid4().hex
+        generation.open[request_id] = self
+        self._live[request_id] = _Live(index, generation, self._metrics.sequence(len(request.prompt_ids)))
+        self._send(msgspec.structs.replace(request, request_id=request_id))
 
     def abort(self, request_id: str) -> None:
         self._take(request_id).meter.stopped("abort")
@@ -130,7 +122,7 @@ class EngineClient:
 
     def _take(self, request_id: str) -> _Live:
         live = self._live.pop(request_id)
-        live.generation.open_ids.discard(request_id)
+        del live.generation.open[request_id]
         return live
 
     def _send(self, message: ToEngine) -> None:
@@ -147,15 +139,20 @@ class _Live:
 
 
 class Generation:
-    """The sequences of one request. Iterating gives (index of the sequence, output) until all have ended.
+    """The sequences of one request, on one engine or several.
 
-    Iterating raises the error of the first sequence that fails. Leaving the `with` block aborts whatever
-    has not ended.
+    Iterating gives (index of the sequence, output) until all have ended, and raises the error of the first one that
+    fails. Leaving the `with` block aborts whatever has not ended.
     """
 
-    def __init__(self, client: EngineClient) -> None:
-        self.open_ids: set[str] = set()
-        self._client = client
+    def __init__(self, timeout: float | None) -> None:
+        """timeout: seconds after which what has not ended fails with `TimedOut`."""
+        self.open: dict[str, EngineClient] = {}
+        """Ids of the sequences that have not ended, and who works on them."""
+        self._timer: asyncio.TimerHandle | None = None
+        if timeout is not None:
+            error = TimedOut(f"the answer took longer than its timeout of {timeout:g} s", param="timeout")
+            self._timer = asyncio.get_running_loop().call_later(timeout, self.put, error)
         self._queue: asyncio.Queue[tuple[int, TokenOutput] | LatticeError] = asyncio.Queue()
 
     def put(self, item: tuple[int, TokenOutput] | LatticeError) -> None:
@@ -165,7 +162,7 @@ class Generation:
         return self
 
     async def __anext__(self) -> tuple[int, TokenOutput]:
-        if not self.open_ids and self._queue.empty():
+        if not self.open and self._queue.empty():
             raise StopAsyncIteration
         item = await self._queue.get()
         if isinstance(item, LatticeError):
@@ -178,8 +175,10 @@ class Generation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for request_id in sorted(self.open_ids):
-            self._client.abort(request_id)
+        if self._timer is not None:
+            self._timer.cancel()
+        for request_id, client in list(self.open.items()):
+            client.abort(request_id)
 
 
 async def _connect(socket: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

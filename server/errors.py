@@ -1,8 +1,10 @@
 """Errors as HTTP: the leaves of `engine.errors` that only a server raises, and the shape clients see.
 
 RequestError (engine.errors)
-├── Unauthorized   401  no API key, or a wrong one
-└── BodyTooLarge   413  the body is larger than the server takes
+├── Unauthorized    401  no API key, or a wrong one
+├── TimedOut        408  the answer was not complete within the timeout that its request gave
+├── BodyTooLarge    413  the body is larger than the server takes
+└── HeaderTooLarge  431  the request line and headers are
 """
 
 from __future__ import annotations
@@ -18,9 +20,24 @@ from starlette.responses import Response
 
 from lattice_serve.engine.errors import InvalidParameter, LatticeError, RequestError
 
+STATUSES = {
+    400: "The request cannot be served as it is: `param` names the field at fault.",
+    401: "No API key, or a wrong one.",
+    404: "There is no such model, or no such route.",
+    405: "The route does not take that method.",
+    408: "The answer took longer than the `timeout` of its request.",
+    413: "The body is too large.",
+    429: "Too many requests wait: come back after `Retry-After` seconds.",
+    431: "Path and headers are too large.",
+    500: "The engine failed at this request.",
+    503: "The engine is starting, or the server is shutting down: come back after `Retry-After` seconds.",
+}
+"""What the statuses of errors mean to a client."""
+
 _TYPES = {
     401: "authentication_error",
     404: "not_found_error",
+    408: "timeout_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
@@ -30,14 +47,35 @@ class Unauthorized(RequestError):
     status = 401
 
 
+class TimedOut(RequestError):
+    status = 408
+
+
 class BodyTooLarge(RequestError):
     status = 413
 
 
-def error_json(message: str, status: int, param: str | None = None) -> bytes:
+class HeaderTooLarge(RequestError):
+    status = 431
+
+
+class Fault(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None
+    code: int
+    """The HTTP status."""
+
+
+class Failure(msgspec.Struct):
     """The OpenAI error object."""
+
+    error: Fault
+
+
+def error_json(message: str, status: int, param: str | None = None) -> bytes:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": status}})
+    return msgspec.json.encode(Failure(Fault(message, kind, param, status)))
 
 
 def error_response(error: Exception) -> Response:
@@ -49,7 +87,9 @@ def error_response(error: Exception) -> Response:
         headers["retry-after"] = str(error.retry_after)
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    if isinstance(error, Unauthorized | BodyTooLarge):
+    if isinstance(error, TimedOut):
+        headers["x-should-retry"] = "false"  # Clients of OpenAI's take a 408 for a reason to ask again.
+    if isinstance(error, Unauthorized | BodyTooLarge | HeaderTooLarge):
         headers["connection"] = "close"  # The rest of the body is not wanted.
     return _respond(error_json(error.message, error.status, error.param), error.status, headers)
 

@@ -1,7 +1,8 @@
-"""What a request must pass before any route sees it: the API key and the size of its body."""
+"""What a request must pass before any route sees it: the API key, and the size of its head and body."""
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from collections.abc import Sequence
 
@@ -9,31 +10,36 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lattice_serve.engine.errors import LatticeError
-from lattice_serve.server.errors import BodyTooLarge, Unauthorized, error_response
+from lattice_serve.server.errors import BodyTooLarge, HeaderTooLarge, Unauthorized, error_response
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
 """Probes ask these without a key."""
 
 
 class Limits:
-    """ASGI middleware: 401 without a key that is in `api_keys` (none: no key needed), 413 for large bodies.
+    """ASGI middleware: 401 without a key that is in `api_keys` (none: no key needed), 413 for large bodies, 431 for
+    large heads.
 
-    A body that says it is too large is not read at all; one that does not say is read up to the limit.
+    A body that says it is too large is not read at all; one that does not say is read up to the limit. A head that does
+    not end is the protocol's matter, see `server.protocol`.
     """
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[bytes], max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, api_keys: Sequence[bytes], max_body_bytes: int, max_header_bytes: int) -> None:
         self._app = app
         self._api_keys = api_keys
         self._max_body_bytes = max_body_bytes
+        self._max_header_bytes = max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        scope.setdefault("state", {})["cache_salt"] = ""
         try:
+            self._check_head(scope)
             if scope["path"] not in OPEN_PATHS:
-                self._check_key(headers)
+                scope["state"]["cache_salt"] = self._check_key(headers)
             self._check_size(int(headers.get("content-length", 0)))
         except LatticeError as error:
             await error_response(error)(scope, receive, send)
@@ -49,15 +55,23 @@ class Limits:
 
         await self._app(scope, counted, send)
 
-    def _check_key(self, headers: Headers) -> None:
+    def _check_head(self, scope: Scope) -> None:
+        size = len(scope["raw_path"]) + len(scope["query_string"])
+        size += sum(len(name) + len(value) for name, value in scope["headers"])
+        if size > self._max_header_bytes:
+            raise HeaderTooLarge(f"path and headers have more than {self._max_header_bytes} bytes: send fewer of them")
+
+    def _check_key(self, headers: Headers) -> str:
+        """What parts the cached states of this key from those of others."""
         if not self._api_keys:
-            return
+            return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip().encode("latin-1")
         # Every key is compared, so that the time taken does not say which one came close.
         matches = [hmac.compare_digest(given, known) for known in self._api_keys]
         if scheme.lower() != "bearer" or not any(matches):
             raise Unauthorized("give a valid API key in the header `Authorization: Bearer KEY`")
+        return hashlib.sha256(given).hexdigest()
 
     def _check_size(self, size: int) -> None:
         if size > self._max_body_bytes:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
 
 from lattice_serve.engine.messages import EngineStats, TokenOutput
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TOKENS = tuple(float(2**power) for power in range(21))
+_REJECTIONS = ("queue_full", "draining", "engine_unavailable")
+_MISSES = ("new", "no_snapshot", "bypass")
 _LABELS = ("model_name", "engine")
 
 
@@ -31,14 +34,19 @@ class Metrics:
             metric = Histogram(f"lattice:{name}", text, _LABELS, registry=self.registry, buckets=buckets)
             return metric.labels(**labels)
 
+        self.up = gauge("engine_up", "1 while the engine takes requests, else 0.")
         self.running = gauge("num_requests_running", "Sequences that hold a state row.")
         self.waiting = gauge("num_requests_waiting", "Sequences that wait for a state row.")
         self.pool_usage = gauge("state_pool_usage_ratio", "Share of the state rows in use, 0 to 1.")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens the engine has run.")
         self.generation_tokens = counter("generation_tokens", "Tokens the engine has generated.")
         self.preemptions = counter("num_preemptions", "Sequences whose state was parked to free their row.")
+        self.draft_tokens = counter("spec_decode_num_draft_tokens", "Tokens guessed in advance.")
+        self.accepted_tokens = counter("spec_decode_num_accepted_tokens", "Those of them that were right.")
         self.cache_queries = counter("prefix_cache_queries", "Prompt tokens that could have been cached.")
         self.cache_hits = counter("prefix_cache_hits", "Prompt tokens whose state was cached.")
+        self.cache_entries = gauge("prefix_cache_entries", "States that the prefix cache holds.")
+        self.cache_bytes = gauge("prefix_cache_bytes", "Memory that they take.")
         self.time_to_first_token = histogram("time_to_first_token_seconds", "Submission to first token.")
         self.inter_token_latency = histogram("inter_token_latency_seconds", "Between two tokens of a sequence.")
         self.e2e_latency = histogram("e2e_request_latency_seconds", "Submission to last token.")
@@ -56,28 +64,27 @@ class Metrics:
             (*_LABELS, "finished_reason"),
             registry=self.registry,
         )
-        self._rejections = Counter(
-            "lattice:admission_rejections",
-            "Requests refused before they were given to the engine.",
+        self._cache_misses = Counter(
+            "lattice:prefix_cache_misses",
+            "Prompts that began with no cached state: nothing known begins like them (new), no state of that beginning "
+            "is kept (no_snapshot), or every token had to be run for more than the state (bypass).",
             (*_LABELS, "reason"),
             registry=self.registry,
         )
         # A series that begins at 0 shows its first event as an increase.
         for reason in ("stop", "length", "abort", "error"):
             self._finished.labels(**labels, finished_reason=reason)
-        for reason in ("queue_full", "draining", "engine_unavailable"):
-            self._rejections.labels(**labels, reason=reason)
+        for reason in _MISSES:
+            self._cache_misses.labels(**labels, reason=reason)
         self._labels = labels
         self._stats = EngineStats()
 
     def finished(self, reason: str) -> None:
         self._finished.labels(**self._labels, finished_reason=reason).inc()
 
-    def rejected(self, reason: str) -> None:
-        self._rejections.labels(**self._labels, reason=reason).inc()
-
     def engine_started(self, rows: int) -> None:
-        """A fresh engine process counts from zero."""
+        """A fresh engine process counts from zero. rows: 0 when it has ended."""
+        self.up.set(rows > 0)
         self._stats = EngineStats(rows=rows)
         self._show_gauges()
 
@@ -86,6 +93,11 @@ class Metrics:
         self.prompt_tokens.inc(stats.prompt_tokens_total - last.prompt_tokens_total)
         self.generation_tokens.inc(stats.generation_tokens_total - last.generation_tokens_total)
         self.preemptions.inc(stats.preemptions_total - last.preemptions_total)
+        self.draft_tokens.inc(stats.draft_tokens_total - last.draft_tokens_total)
+        self.accepted_tokens.inc(stats.accepted_tokens_total - last.accepted_tokens_total)
+        for reason in _MISSES:
+            more = stats.cache_outcomes.get(reason, 0) - last.cache_outcomes.get(reason, 0)
+            self._cache_misses.labels(**self._labels, reason=reason).inc(more)
         if stats.steps_total > last.steps_total:
             self.iteration_tokens.observe(stats.step_tokens)
         self._show_gauges()
@@ -93,14 +105,44 @@ class Metrics:
     def _show_gauges(self) -> None:
         self.running.set(self._stats.running)
         self.waiting.set(self._stats.waiting)
+        self.cache_entries.set(self._stats.cache_entries)
+        self.cache_bytes.set(self._stats.cache_bytes)
         self.pool_usage.set(self._stats.rows_used / max(1, self._stats.rows))
 
     def sequence(self, prompt_tokens: int) -> SequenceMeter:
         return SequenceMeter(self, prompt_tokens)
 
+
+class ServerMetrics(Collector):
+    """The metrics of every engine, and those of the server before them."""
+
+    def __init__(self, model_name: str, engines: int) -> None:
+        self.engines = [Metrics(model_name, str(number)) for number in range(engines)]
+        self._registry = CollectorRegistry()
+        rejections = Counter(
+            "lattice:admission_rejections",
+            "Requests refused before they were given to an engine.",
+            ("model_name", "reason"),
+            registry=self._registry,
+        )
+        self._rejections = {reason: rejections.labels(model_name, reason) for reason in _REJECTIONS}
+
+    def rejected(self, reason: str) -> None:
+        self._rejections[reason].inc()
+
     def render(self) -> bytes:
         """The text exposition."""
-        return generate_latest(self.registry)
+        return generate_latest(self)
+
+    def collect(self) -> Iterable[Metric]:
+        """Each metric once, with the samples of all engines."""
+        metrics: dict[str, Metric] = {}
+        for registry in (*(engine.registry for engine in self.engines), self._registry):
+            for metric in registry.collect():
+                metrics.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type)).samples.extend(
+                    metric.samples
+                )
+        return metrics.values()
 
 
 class SequenceMeter:

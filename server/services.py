@@ -1,4 +1,4 @@
-"""What routes work with: the settings, the engine, the tokenizer, the metrics, and who may come in."""
+"""What routes work with: the settings, engines, tokenizer and chat template, the metrics, and who may come in."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fastapi import Depends, Request
 from lattice_serve.engine.errors import Draining, EngineUnavailable, InvalidParameter, ModelNotFound, Overloaded
 from lattice_serve.engine.messages import Ready
 from lattice_serve.engine.tokenizer import Tokenizer
-from lattice_serve.server.engine_client import EngineClient
-from lattice_serve.server.metrics import Metrics
+from lattice_serve.server.metrics import ServerMetrics
+from lattice_serve.server.router import Router
 from lattice_serve.server.settings import Settings
-from lattice_serve.server.supervisor import Supervisor
+from lattice_serve.server.template import ChatTemplate
 
 MAX_MODEL_LEN = 2**31 - 1
 """A recurrent state has no longest context; clients want a number all the same."""
@@ -30,32 +30,36 @@ R = TypeVar("R")
 @dataclass
 class Services:
     settings: Settings
-    client: EngineClient
-    supervisor: Supervisor
+    router: Router
     tokenizer: Tokenizer
-    metrics: Metrics
+    template: ChatTemplate
+    metrics: ServerMetrics
     draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
     """Unix time."""
 
-    def check_ready(self) -> Ready:
-        """What the engine said of itself. Raises `Draining` or `EngineUnavailable` where requests are not taken."""
+    def check_ready(self) -> list[Ready]:
+        """What the engines that are ready said of themselves.
+
+        Raises `Draining` or `EngineUnavailable` where requests are not taken.
+        """
         if self.draining:
             raise Draining("the server is shutting down: send the request to another one")
-        if self.client.ready is None:
+        if not self.router.ready:
             raise EngineUnavailable("the engine is starting: try again in a few seconds")
-        return self.client.ready
+        return self.router.ready
 
     def admit(self, sequences: int) -> None:
         """Let a request with that many sequences in, or raise the error that says why not, and count it."""
         try:
-            capacity = self.check_ready().rows + self.settings.max_waiting
+            self.check_ready()
+            capacity = self.router.capacity
             if sequences > capacity:
                 raise InvalidParameter(
                     f"n times the number of prompts is {sequences}: give at most {capacity} in one request", param="n"
                 )
-            if self.client.live + sequences > capacity:
-                raise Overloaded(f"{self.client.live} sequences run or wait, of at most {capacity}: try again later")
+            if self.router.live + sequences > capacity:
+                raise Overloaded(f"{self.router.live} sequences run or wait, of at most {capacity}: try again later")
         except (Draining, EngineUnavailable, Overloaded) as error:
             self.metrics.rejected(_REASONS[type(error)])
             raise
@@ -69,6 +73,9 @@ class Services:
 
     async def encode(self, text: str) -> list[int]:
         return await _offload(self.tokenizer.encode, text)
+
+    async def encode_marked(self, text: str) -> list[int]:
+        return await _offload(self.tokenizer.encode_marked, text)
 
     async def decode(self, ids: list[int]) -> str:
         return await _offload(self.tokenizer.decode, ids)

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import ipaddress
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lattice_serve.engine import config as engine_config
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import ConfigError
+from lattice_serve.engine.processors import available_cpus
+from lattice_serve.server.protocol import MAX_HEAD_BYTES
 
 BUNDLED_MODEL = Path(engine_config.__file__).parent / "bundled"
+
+
+def _split(value: object) -> Any:
+    """A string at its commas; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 class Settings(EngineConfig, BaseSettings):
@@ -32,12 +42,20 @@ class Settings(EngineConfig, BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     """0 lets the system choose."""
     api_key: SecretStr | None = None
-    """One key, or several with commas between them. None: no key is asked for."""
+    """One key, or several with commas between them."""
+    api_key_file: Path | None = None
+    """A key a line, besides those of `api_key`. Read at start. Neither: no key is asked for."""
+    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
+    """Origins, such as `https://chat.example`, whose pages may send requests; `*`: any. In the environment with commas
+    between them."""
+    replicas: int = Field(default=1, ge=1)
+    """Engine processes, each with all that the engine's fields say: one a GPU, or several that share the processors."""
     step_seconds: float | None = Field(default=0.05, gt=0, allow_inf_nan=False)
     """As the engine's, but limited: a server's clients wait for their next tokens."""
     grace_period: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     """Seconds that running streams have to finish after SIGTERM."""
     max_body_bytes: int = Field(default=8 << 20, ge=1)
+    max_header_bytes: int = Field(default=64 << 10, ge=1, le=MAX_HEAD_BYTES)
     keep_alive_seconds: float = Field(default=15.0, gt=0, allow_inf_nan=False)
     """Silence on a stream after which a comment is sent, so that proxies keep it open."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -56,11 +74,30 @@ class Settings(EngineConfig, BaseSettings):
             raise ConfigError(text, param=faults[0][0] or None) from error
 
     @model_validator(mode="after")
+    def _check_replicas(self) -> Settings:
+        if self.replicas > 1 and ":" in self.device:
+            raise ConfigError(f"device is {self.device!r}, one for all replicas: give {self.device.split(':')[0]!r}")
+        return self
+
+    @model_validator(mode="after")
     def _check_exposure(self) -> Settings:
-        if not _is_loopback(self.host) and not self.api_keys:
+        # Always asked for: a file of keys that cannot be read must not wait for the first request.
+        keys = self.api_keys
+        if not _is_loopback(self.host) and not keys:
             raise ConfigError(
-                f"host is {self.host!r}, which others can reach: set an API key (LATTICE_API_KEY), or use 127.0.0.1",
+                f"host is {self.host!r}, which others can reach: set an API key (LATTICE_API_KEY, or api_key_file), "
+                "or use 127.0.0.1",
                 param="host",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_device(self) -> Settings:
+        if self.replicas > 1 and ":" in self.device:
+            raise ConfigError(
+                f"device is {self.device!r}, one alone, and replicas is {self.replicas}: "
+                f"give device {self.device.split(':')[0]!r}",
+                param="device",
             )
         return self
 
@@ -70,13 +107,31 @@ class Settings(EngineConfig, BaseSettings):
             return self.served_model_name
         return "lattice" if self.model == BUNDLED_MODEL else self.model.resolve().name
 
-    @property
+    @cached_property
     def api_keys(self) -> tuple[bytes, ...]:
+        """Raises `ConfigError` when `api_key_file` cannot be read, or has no key in it."""
         secret = "" if self.api_key is None else self.api_key.get_secret_value()
-        return tuple(key.strip().encode() for key in secret.split(",") if key.strip())
+        keys = _split(secret)
+        if self.api_key_file is not None:
+            try:
+                lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"api_key_file: {error}: give a text file", param="api_key_file") from error
+            from_file = tuple(line.strip() for line in lines if line.strip())
+            if not from_file:
+                raise ConfigError("api_key_file has no key in it: write one a line", param="api_key_file")
+            keys += from_file
+        return tuple(key.encode() for key in keys)
 
-    def engine_config(self) -> EngineConfig:
-        return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.model_fields})
+    def engine_configs(self) -> list[EngineConfig]:
+        """One a replica: a GPU each, or an even share of the processors unless `threads` says how many."""
+        fields = {name: getattr(self, name) for name in EngineConfig.model_fields}
+        if self.device == "cpu":
+            threads = self.threads or max(1, available_cpus() // self.replicas)
+            return [EngineConfig(**fields | {"threads": threads})] * self.replicas
+        if ":" in self.device:
+            return [EngineConfig(**fields)]
+        return [EngineConfig(**fields | {"device": f"{self.device}:{i}"}) for i in range(self.replicas)]
 
 
 def _is_loopback(host: str) -> bool:

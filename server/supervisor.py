@@ -9,9 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 import structlog
 
@@ -32,7 +30,7 @@ _STDERR = 2
 
 
 class Supervisor:
-    """`async with` it to have an engine: `command --socket PATH --config JSON`, PATH in a folder with mode 0700.
+    """`run` it to have an engine: `command --socket PATH --config JSON`, PATH in a folder with mode 0700.
 
     The engine writes to the server's stderr; it is out of reach of the terminal's Ctrl-C, so that the server
     can drain first; and its stdin ends when the server does, however that happens.
@@ -45,21 +43,9 @@ class Supervisor:
         self._config = config
         self._client = client
         self._command = command
-        self._task: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Supervisor:
-        self._task = asyncio.create_task(self._run())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._task is not None
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
-
-    async def _run(self) -> None:
+    async def run(self) -> None:
+        """Until cancelled, or until an engine ends that was never ready."""
         deaths = 0
         with tempfile.TemporaryDirectory(prefix="lattice-") as folder:
             while True:

@@ -19,50 +19,85 @@ JsonOption = Annotated[
     Path | None, typer.Option("--json", dir_okay=False, help="Also write the last line, which is JSON, to a file.")
 ]
 
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", dir_okay=False, help="Also draw the figures into a PNG file; needs lattice-serve[plot]."),
+]
+
 
 @bench.command()
 def offline(
     model: ModelArgument = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Sequences decoded together. May be repeated.", show_default="1, 8 and 32"),
+        typer.Option(min=1, help="Sequences decoded together. May be repeated.", show_default="1, 8, 32 and 64"),
     ] = None,
     decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded, each sequence.")] = 64,
     prefill_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt that is prefilled.")] = 512,
+    position: Annotated[
+        int | None, typer.Option(min=1, help="Also decode after a prompt of that many tokens.", show_default="not done")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="The median of that many runs is shown.")] = 3,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
     threads: ThreadsOption = None,
     json: JsonOption = None,
+    plot: PlotOption = None,
 ) -> None:
-    """Decode and prefill in this process, without a server.
+    """Decode and prefill in this process, without a server, and the share of what the machine allows.
 
     `lattice bench offline --batch 1 --batch 64`
     """
+    from lattice_serve.clients import plot as plots
     from lattice_serve.clients.bench_offline import GATE_PROMPTS, OfflineBench
+    from lattice_serve.clients.ceilings import BITS, Ceilings, Work
     from lattice_serve.clients.cli import report
+    from lattice_serve.engine.config import ModelConfig
     from lattice_serve.engine.llm import LLM
+    from lattice_serve.engine.processors import available_cpus
+    from lattice_serve.engine.weights import resolve_model
 
-    batches = batch or [1, 8, 32]
-    llm = LLM(
-        model, dtype=dtype or "auto", quantization=quantization, threads=threads, max_rows=max(*batches, GATE_PROMPTS)
-    )
-    runner = OfflineBench(llm, repeats=repeats)
+    if plot is not None:
+        plots.check()
+    batches = batch or [1, 8, 32, 64]
+    settings = {"dtype": dtype or "auto", "quantization": quantization, "threads": threads}
     with report.progress() as progress:
-        task = progress.add_task("check", total=len(batches) + 2)
+        task = progress.add_task("load", total=len(batches) + 4 + (position is not None))
+        llm = LLM(model, max_rows=max(*batches, GATE_PROMPTS), prefix_cache_memory=0, **settings)
+        progress.update(task, advance=1, description="the machine's limits")
+        ceilings = Ceilings.measure(threads or available_cpus())
+        work = Work.of(ModelConfig.load(resolve_model(model)), BITS[llm.info.dtype])
+        runner = OfflineBench(llm, repeats=repeats, work=work, ceilings=ceilings)
+        progress.update(task, advance=1, description="check")
         runner.check()
         progress.update(task, advance=1, description="prefill")
         results = [runner.prefill(prefill_tokens)]
         for size in batches:
             progress.update(task, advance=1, description=f"decode, batch {size}")
             results.append(runner.decode(size, decode_tokens))
-        progress.advance(task)
+        far = None
+        if position is not None:
+            progress.update(task, advance=1, description=f"decode at {position:,}")
+            far = OfflineBench(LLM(model, max_rows=1, **settings), repeats=repeats).far(position, decode_tokens)
 
-    table = report.table("phase", "batch", "tokens", "tokens/s", "slowest", "fastest")
+    table = report.table("phase", "batch", "tokens", "tokens/s", "slowest", "fastest", "of the limit")
     for run in results:
         rates = (run.tokens_per_second, run.slowest, run.fastest)
-        table.add_row(run.phase, str(run.batch), str(run.tokens), *(f"{rate:,.0f}" for rate in rates))
-    report.finish(table, {"benchmark": "offline", "engine": llm.info, "repeats": repeats, "runs": results}, json)
+        share = "" if run.share is None else f"{run.share:.0%}"
+        table.add_row(run.phase, str(run.batch), str(run.tokens), *(f"{rate:,.0f}" for rate in rates), share)
+    table.caption = (
+        f"limit: {ceilings.bytes_per_second / 1e9:.1f} GB/s, {ceilings.flops_per_second / 1e9:.0f} GFLOP/s; "
+        f"a step reads {work.weight_bytes / 1e6:.1f} MB of weights, a token {work.state_bytes / 1e6:.2f} MB of state"
+    )
+    if far is not None:
+        table.caption += (
+            f"\nat token {far.position:,}: {far.far_tokens_per_second:,.0f} tokens/s, at the first ones "
+            f"{far.near_tokens_per_second:,.0f}; memory grew by {far.grown_bytes / 1e6:.1f} MB"
+        )
+    measured = {"engine": llm.info, "repeats": repeats, "ceilings": ceilings, "work": work, "runs": results, "far": far}
+    report.finish(table, {"benchmark": "offline", **measured}, json)
+    if plot is not None:
+        plots.offline(results, plot)
 
 
 @bench.command()
@@ -89,6 +124,7 @@ def http(
     itl_ms: Annotated[float | None, typer.Option(help="Goal for a request's mean inter-token latency.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed sends the same prompts at the same moments.")] = 0,
     json: JsonOption = None,
+    plot: PlotOption = None,
 ) -> None:
     """Send load to a running server and report what its clients see.
 
@@ -100,9 +136,12 @@ def http(
 
     from rich.markup import escape
 
+    from lattice_serve.clients import plot as plots
     from lattice_serve.clients.bench_http import Goal, Load
     from lattice_serve.clients.cli import report
 
+    if plot is not None:
+        plots.check()
     shape = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "vocab_size": vocab_size, "seed": seed}
     closed = concurrency or ([] if rate else [1, 8, 32])
     loads = [Load(concurrency=clients, requests=requests or max(8, 3 * clients), **shape) for clients in closed]
@@ -123,6 +162,8 @@ def http(
     failures = [f"{count} x {error}" for run in reports for error, count in run.errors.items()]
     table.caption += "".join(f"\nfailed: {escape(failure)}" for failure in failures)
     report.finish(table, {"benchmark": "http", "url": url, "model": model, "goal": goal, "runs": reports}, json)
+    if plot is not None:
+        plots.http(reports, plot)
 
 
 async def _run_loads(

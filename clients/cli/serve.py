@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,6 +32,13 @@ def serve(
         str | None,
         typer.Option(help="Key that clients must send. Better in LATTICE_API_KEY: others can read a command line."),
     ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with such keys, one a line.", show_default="none")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin whose web pages may send requests; can be given again.", show_default="none"),
+    ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model.", show_default="the name of its folder")
     ] = None,
@@ -38,11 +46,20 @@ def serve(
     quantization: QuantizationOption = None,
     device: Annotated[str | None, typer.Option(help="Where the model runs.", show_default="cpu")] = None,
     threads: ThreadsOption = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="Engine processes: one a GPU, or sharing the processors.", show_default="1")
+    ] = None,
     max_rows: Annotated[
         int | None, typer.Option(help="Requests that run at once.", show_default="as many as --state-memory holds")
     ] = None,
     state_memory: Annotated[
         str | None, typer.Option(help="Memory for the states of requests, such as 512M.", show_default="1G")
+    ] = None,
+    prefix_cache_memory: Annotated[
+        str | None, typer.Option(help="Memory for states that may come again; 0 keeps none.", show_default="1G")
+    ] = None,
+    speculative_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to guess ahead where a text repeats itself.", show_default="0, none")
     ] = None,
     max_step_tokens: Annotated[
         int | None, typer.Option(help="Tokens a step, prompts and answers together.", show_default="512")
@@ -76,13 +93,18 @@ def serve(
             host=host,
             port=port,
             api_key=api_key,
+            api_key_file=api_key_file,
+            cors_origins=cors_origin or None,
             served_model_name=served_model_name,
             dtype=dtype,
             quantization=quantization,
             device=device,
             threads=threads,
+            replicas=replicas,
             max_rows=max_rows,
             state_memory=None if state_memory is None else parse_size(state_memory),
+            speculative_tokens=speculative_tokens,
+            prefix_cache_memory=None if prefix_cache_memory is None else parse_size(prefix_cache_memory),
             max_step_tokens=max_step_tokens,
             step_seconds=step_seconds,
             max_waiting=max_waiting,

@@ -81,16 +81,16 @@ class CpuDecoder:
         self._parallel_from = parallel_from
         self.name = f"{vectors()}, {threads} {'thread' if threads == 1 else 'threads'}"
         """What it runs on."""
-        self._step = np.zeros(4, dtype=np.int64)
+        self._step = np.zeros(5, dtype=np.int64)
         self._ids = np.zeros(max_tokens, dtype=np.int64)
         self._segments = np.zeros((3, max_tokens + 1), dtype=np.int64)
-        self._wanted = np.zeros(max_tokens, dtype=np.int64)
+        self._wanted = np.zeros(2 * max_tokens, dtype=np.int64)
         self._pool, self._row_size = pool, layout.row_size
         self._vocab_size = V
         # Pages that are never written cost nothing, so the buffers may have room for the largest step.
         self._logits = np.empty((max_tokens, padded(V)), dtype=np.float32)
-        self.hidden = np.empty((max_tokens, padded(hidden)), dtype=np.float32)
-        """[max_tokens, hidden filled up] the last step's final hidden states of the rows that were wanted."""
+        self._hidden = np.empty((2 * max_tokens, padded(hidden)), dtype=np.float32)
+        self._hidden_size = hidden
         buffers = [np.zeros(max_tokens * padded(width), dtype=np.float32) for width in (
             hidden, hidden, block.in_width, block.out_width, 2 * padded(intermediate), intermediate)]  # fmt: skip
         need = max(block.scratch_size, SUMS)
@@ -101,30 +101,35 @@ class CpuDecoder:
             self._step, self._ids, self._segments, self._wanted, pool.numpy().reshape(-1),
             np.array((layout.row_size, layout.layer_size, layout.head_size), dtype=np.int64), block.places, block.dims,
             np.array(widths, dtype=np.int64), np.float32(weights.norm_eps), np.array(table, dtype=np.int64),
-            np.array(ends, dtype=np.int64), embedding, strips, scales, small, *buffers, self.hidden.reshape(-1),
+            np.array(ends, dtype=np.int64), embedding, strips, scales, small, *buffers, self._hidden.reshape(-1),
             self._logits.reshape(-1), np.empty((threads, padded(need)), dtype=np.float32),
         ))  # fmt: skip
 
-    def __call__(self, ids: Sequence[int], segments: Segments, wanted: Sequence[int]) -> Tensor:
-        """ids: the tokens of all segments; wanted: places among them -> their logits [len(wanted), V] float32.
+    def __call__(
+        self, ids: Sequence[int], segments: Segments, wanted: Sequence[int], hidden: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """ids: the tokens of all segments; wanted, hidden: places among them -> logits [len(wanted), V] of the first,
+        final hidden states [len(hidden), hidden_size] of the second, both float32.
 
-        The logits are good until the next call. State rows move on by their segments. Raises ValueError for what does
-        not fit; nothing has happened then.
+        They are good until the next call. State rows move on by their segments. Raises ValueError for what does not
+        fit; nothing has happened then.
         """
-        M, n, R = len(ids), len(segments.rows), len(wanted)
+        M, n, R, E = len(ids), len(segments.rows), len(wanted), len(hidden)
         if not 0 < M == segments.starts[-1] <= len(self._ids) or max(ids) >= self._vocab_size or min(ids) < 0:
             raise ValueError(f"ids: give 1 to {len(self._ids)} ids below {self._vocab_size}, as many as segments have")
-        if R and not (min(wanted) >= 0 and max(wanted) < M):
-            raise ValueError(f"wanted: give places below {M}")
+        for name, places in (("wanted", wanted), ("hidden", hidden)):
+            if places and not (min(places) >= 0 and max(places) < M >= len(places)):
+                raise ValueError(f"{name}: give at most {M} places, all below {M}")
         segments.check(self._pool, self._row_size)
         self._ids[:M] = ids
         self._segments[0, :n], self._segments[1, :n] = segments.rows, segments.positions
         self._segments[2, : n + 1] = segments.starts
-        self._wanted[:R] = wanted
+        self._wanted[:R], self._wanted[R : R + E] = wanted, hidden
         threads = self.team.size if M * self._products >= self._parallel_from else 1
-        self._step[:] = M, n, R, threads
+        self._step[:] = M, n, R, threads, E
         self.team.run(threads)
-        return torch.from_numpy(self._logits[:R, : self._vocab_size])
+        logits, final = self._logits[:R, : self._vocab_size], self._hidden[R : R + E, : self._hidden_size]
+        return torch.from_numpy(logits), torch.from_numpy(final)
 
 
 @njit(cache=True)
@@ -160,7 +165,7 @@ def _work(
     widths: Any, eps: float, table: Any, ends: Any, embedding: Any, w: Any, scales: Any, small: Any, x: Any,
     normed: Any, z: Any, mixed: Any, gate_up: Any, act: Any, hidden: Any, logits: Any, scratches: Any,
 ) -> None:  # fmt: skip
-    M, n, R, threads = step[0], step[1], step[2], step[3]
+    M, n, R, threads, E = step[0], step[1], step[2], step[3], step[4]
     width, z_width, y_width, inner, V = widths[0], widths[1], widths[2], widths[3], widths[4]
     row, z_row, y_row, inner_row = padded(width), padded(z_width), padded(y_width), padded(inner)
     row_size, layer_size, head_size = sizes[0], sizes[1], sizes[2]
@@ -231,11 +236,11 @@ def _work(
         ticket, base = _linear_phase(
             sync, ticket, base, threads, w, at[6], scales, at[7], width, inner, act, inner_row, M, x, row, True, scratch
         )
-    count = _items(R, _ROWS)
+    count = _items(R + E, _ROWS)
     while ticket < base + count:
         wait_for(sync, base)
         first = (ticket - base) * _ROWS
-        for i in range(first, min(first + _ROWS, R)):
+        for i in range(first, min(first + _ROWS, R + E)):
             rms_norm(x, wanted[i] * row, width, small, ends[2], eps, hidden, i * row)
         ticket = finish(sync)
     base += count

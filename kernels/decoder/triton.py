@@ -77,17 +77,24 @@ class TritonDecoder:
             with torch.inference_mode():
                 self._decode = {n: DecodeGraph(self._decode[n], memory) for n in reversed(self._sizes)}
 
-    def __call__(self, ids: Sequence[int], segments: Segments, wanted: Sequence[int]) -> Tensor:
-        """ids: the tokens of all segments; wanted: places among them -> their logits [len(wanted), V] float32.
+    def __call__(
+        self, ids: Sequence[int], segments: Segments, wanted: Sequence[int], hidden: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """ids: the tokens of all segments; wanted: places among them, those of decode first -> logits [len(wanted), V];
+        hidden: places in prompts -> final hidden states [len(hidden), hidden_size], both float32.
 
-        The logits are good until the next call. State rows move on by their segments. Returns before the device is
-        through. Raises ValueError for what does not fit; nothing has happened then.
+        They are good until the next call. State rows move on by their segments. Returns before the device is through.
+        Raises ValueError for what does not fit; nothing has happened then.
         """
         V, M, n = self._network.vocab_size, len(ids), segments.decodes
         if not 0 < M == segments.starts[-1] <= self._max_tokens or max(ids) >= V or min(ids) < 0:
             raise ValueError(f"ids: give 1 to {self._max_tokens} ids below {V}, as many as segments have")
         if wanted and not (min(wanted) >= 0 and max(wanted) < M):
             raise ValueError(f"wanted: give places below {M}")
+        if hidden and not (min(hidden) >= n and max(hidden) < M):
+            raise ValueError(f"hidden: give places from {n} to {M - 1}, of tokens of prompts")
+        if segments.starts[n] != n:
+            raise ValueError("segments: give decode one token each")
         decoded, asked = [place for place in wanted if place < n], [place - n for place in wanted if place >= n]
         if [*decoded, *(place + n for place in asked)] != list(wanted):
             raise ValueError("wanted: give the places of decode before those of prompts")
@@ -100,10 +107,11 @@ class TritonDecoder:
         if decoded != list(range(len(decoded))):
             logits = self._logits[self._upload(decoded)]
         if n == M:
-            return logits
+            return logits, self._logits.new_empty(0, self._network.hidden_size)
         prompts = segments.prompts.to(self._pool.device)
-        prefilled = self._network.prefill(self._upload(ids[n:]), prompts, self._upload(asked))
-        return torch.cat((logits, prefilled)) if decoded else prefilled
+        places = self._upload([place - n for place in hidden])
+        prefilled, states = self._network.prefill(self._upload(ids[n:]), prompts, self._upload(asked), places)
+        return torch.cat((logits, prefilled)) if decoded else prefilled, states
 
     def _decoding(self, size: int) -> Callable[[], object]:
         ids, rows, positions = self._inputs[: 3 * size].view(3, size)

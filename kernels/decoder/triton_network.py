@@ -89,6 +89,10 @@ class TritonNetwork:
     def vocab_size(self) -> int:
         return len(self._embedding)
 
+    @property
+    def hidden_size(self) -> int:
+        return self._embedding.shape[1]
+
     def decode(self, ids: Tensor, rows: Tensor, positions: Tensor, out: Tensor) -> Tensor:
         """One token of each of N sequences: ids, rows, positions [N] int64 -> logits into `out` [N, V] float32.
 
@@ -97,23 +101,25 @@ class TritonNetwork:
 
         def mix(layer: int, z: Tensor) -> Tensor:
             y = z.new_zeros(len(z), self._layout.shape.out_width)
-            weights = self._layers[layer].mixer
-            return mix_decode(z, self._pool, layer, rows, positions, weights, self._layout, y)
+            return mix_decode(z, self._pool, layer, rows, positions, self._layers[layer].mixer, self._layout, y)
 
         linear(self._hidden(ids, mix, "decode"), self._head.weight, self._head.scales, "decode", out[None])
         return out
 
-    def prefill(self, ids: Tensor, segments: DeviceSegments, wanted: Tensor) -> Tensor:
-        """The tokens `ids` [T] of all segments -> logits [len(wanted), V] float32 of the places `wanted` among them."""
+    def prefill(
+        self, ids: Tensor, segments: DeviceSegments, wanted: Tensor, states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens `ids` [T] of all segments -> logits [len(wanted), V] of the places `wanted` among them, final hidden
+        states [len(states), hidden_size] of the places `states`, both float32."""
 
         def mix(layer: int, z: Tensor) -> Tensor:
             y = z.new_empty(len(z), self._layout.shape.out_width)
-            weights = self._layers[layer].mixer
-            return mix_prefill(z, self._pool, layer, segments, weights, self._layout, y)
+            return mix_prefill(z, self._pool, layer, segments, self._layers[layer].mixer, self._layout, y)
 
-        hidden = self._hidden(ids, mix, "prefill")[wanted]
-        out = torch.empty(1, len(hidden), self.vocab_size, dtype=torch.float32, device=ids.device)
-        return linear(hidden, self._head.weight, self._head.scales, "prefill", out)[0]
+        hidden = self._hidden(ids, mix, "prefill")
+        x = hidden[wanted]
+        out = torch.empty(1, len(x), self.vocab_size, dtype=torch.float32, device=ids.device)
+        return linear(x, self._head.weight, self._head.scales, "prefill", out)[0], hidden[states].float()
 
     def _hidden(self, ids: Tensor, mix: Callable[[int, Tensor], Tensor], phase: Phase) -> Tensor:
         x = F.embedding(ids, self._embedding).float()

@@ -24,28 +24,23 @@ class Segments:
     starts: IntArray
     """[n + 1] segment i is tokens starts[i] to starts[i + 1] of the batch."""
     decodes: int = 0
-    """The first so many segments are one token each that the model itself has chosen, the others are of prompts."""
+    """The first so many segments are of tokens that the model itself has chosen, the others of prompts."""
 
     @classmethod
     def of(cls, segments: Sequence[tuple[int, int, int]], decodes: int = 0) -> Segments:
-        """From (row, position, length) of each segment.
-
-        Raises ValueError for a row named twice, an empty segment, or one of decode that is longer than a token.
-        """
+        """From (row, position, length) of each segment. Raises ValueError for a row named twice or an empty segment."""
         rows, positions, lengths = (np.array(column, dtype=np.int64) for column in zip(*segments, strict=True))
         if len(np.unique(rows)) != len(rows):
             raise ValueError("a state row stands in two segments of a batch")
         if (lengths < 1).any():
             raise ValueError("a segment of a batch holds no token")
-        if (lengths[:decodes] != 1).any():
-            raise ValueError("a segment of decode holds more than one token")
         return cls(rows, positions, np.concatenate(([0], np.cumsum(lengths))), decodes)
 
     @property
     def prompts(self) -> Segments:
         """The segments after those of decode."""
         n = self.decodes
-        return Segments(self.rows[n:], self.positions[n:], self.starts[n:] - n)
+        return Segments(self.rows[n:], self.positions[n:], self.starts[n:] - self.starts[n])
 
     def check(self, pool: Tensor, row_size: int) -> None:
         """Raises ValueError, naming the pool, unless it is float32 [rows, row_size] in one piece and holds the rows."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from lattice_serve.server import completion
-from lattice_serve.server.schemas.completions import CompletionRequest
+from lattice_serve.server.answer import respond
+from lattice_serve.server.completion import CompletionAnswer
+from lattice_serve.server.openapi import body, generated
+from lattice_serve.server.schemas.completions import Completion, CompletionRequest
 from lattice_serve.server.services import Injected
-from lattice_serve.server.stream import EventStream, until_disconnect
 
 router = APIRouter()
 
 
-@router.post("/v1/completions")
+@router.post(
+    "/v1/completions", openapi_extra=body(CompletionRequest), responses=generated(Completion, chunk=Completion)
+)
 async def create_completion(request: Request, services: Injected) -> Response:
     """Continue one or more prompts, whole or as a stream of server-sent events."""
-    body = CompletionRequest.parse(await request.body())
-    if body.stream:
-        return EventStream(completion.stream(services, body), keep_alive_seconds=services.settings.keep_alive_seconds)
-    answer = await until_disconnect(request.receive, completion.complete(services, body))
-    return Response(answer, media_type="application/json")
+    asked = CompletionRequest.parse(await request.body())
+    return await respond(CompletionAnswer, services, asked, request)

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from lattice_serve.server.openapi import failures
 from lattice_serve.server.services import MAX_MODEL_LEN, Injected, Services
 
 router = APIRouter()
@@ -17,7 +18,7 @@ async def list_models(services: Injected) -> dict[str, Any]:
     return {"object": "list", "data": [_card(services)]}
 
 
-@router.get("/v1/models/{model_id:path}")
+@router.get("/v1/models/{model_id:path}", responses=failures(404))
 async def get_model(model_id: str, services: Injected) -> dict[str, Any]:
     """That model, by its name."""
     services.check_model(model_id)

@@ -22,7 +22,9 @@ class RequestModel(BaseModel):
     Unknown fields are ignored, for clients send many.
     """
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(
+        strict=True, extra="ignore", allow_inf_nan=False, frozen=True, use_attribute_docstrings=True
+    )
 
     remedies: ClassVar[dict[str, str]] = {}
     """Field -> what to give, where pydantic explains a type poorly."""
@@ -37,4 +39,7 @@ class RequestModel(BaseModel):
         if not fault["loc"]:
             raise InvalidParameter(f"the body is not a JSON object of this route: {fault['msg']}")
         name = str(fault["loc"][0])
-        raise InvalidParameter(f"{name}: {cls.remedies.get(name, fault['msg'])}", param=name)
+        if name in cls.remedies:
+            raise InvalidParameter(f"{name}: {cls.remedies[name]}", param=name)
+        path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in fault["loc"][1:])
+        raise InvalidParameter(f"{name}{path}: {fault['msg'].removeprefix('Value error, ')}", param=name)

@@ -3,96 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import msgspec
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.engine.messages import FinishReason
-from lattice_serve.engine.sampling import MAX_LOGIT_BIAS, SamplingParams
-from lattice_serve.server.schemas.base import Count, RequestModel, Strings, TokenIds
-
-MAX_CHOICES = 128
-MAX_STOP_TOKEN_IDS = 1024
-
-_NOT_SUPPORTED = "not supported by this server: leave it out"
+from lattice_serve.server.schemas.base import Count, Strings, TokenIds
+from lattice_serve.server.schemas.generation import MAX_CHOICES, NOT_SUPPORTED, GenerationRequest, Usage
 
 
-def _check_size(bias: object) -> object:
-    """Before pydantic looks at the entries, of which each wrong one would make an error object."""
-    if isinstance(bias, dict) and len(bias) > MAX_LOGIT_BIAS:
-        raise ValueError(f"{len(bias)} entries: give at most {MAX_LOGIT_BIAS}")
-    return bias
-
-
-class StreamOptions(RequestModel):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
-
-
-class TextFormat(RequestModel):
-    type: Literal["text"]
-
-
-class CompletionRequest(RequestModel):
-    """Names and defaults as OpenAI's, then the extensions that other servers share. null means absent."""
-
-    remedies: ClassVar[dict[str, str]] = {
+class CompletionRequest(GenerationRequest):
+    remedies: ClassVar[dict[str, str]] = GenerationRequest.remedies | {
         "prompt": "give a string, a list of strings, a list of token ids or a list of lists of token ids",
-        "stop": "give a string or a list of strings",
-        "suffix": _NOT_SUPPORTED,
-        "response_format": _NOT_SUPPORTED,
-        "prompt_logprobs": "not supported by this server: use echo with logprobs",
-        "use_beam_search": _NOT_SUPPORTED,
+        "suffix": NOT_SUPPORTED,
     }
 
-    model: str | None = None
     prompt: str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    best_of: int | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     logprobs: Count | None = None
     echo: bool | None = None
-    stop: str | Strings | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float], BeforeValidator(_check_size)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     suffix: Literal[""] | None = None
-
-    min_p: float | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    """0 and -1 are off."""
-    repetition_penalty: float | None = None
-    stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
-    min_tokens: Count | None = None
-    priority: Annotated[int, Field(gt=-(2**31), lt=2**31)] | None = None
-    response_format: TextFormat | None = None
-    prompt_logprobs: None = None
-    use_beam_search: Literal[False] | None = None
+    prompt_logprobs: Count | None = None
 
     @model_validator(mode="after")
     def _check(self) -> CompletionRequest:
-        if self.best_of not in (None, self.choices):
-            raise InvalidParameter(f"best_of is {self.best_of}: leave it out, or give the value of n", param="best_of")
-        if self._max_tokens == 0 and not self.echo:
-            raise InvalidParameter("max_tokens is 0: give at least 1, or echo: true", param="max_tokens")
-        if self.stream_options is not None and not self.stream:
-            raise InvalidParameter("stream_options: give it only with stream: true", param="stream_options")
+        if self.candidates < self.choices:
+            raise InvalidParameter(f"best_of is {self.best_of}, less than n: give at least n", param="best_of")
+        if self.stream and self.candidates > self.choices:
+            raise InvalidParameter(
+                "best_of: which answers are best is known at their end: give no more than n with stream: true",
+                param="best_of",
+            )
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidParameter("prompt_logprobs: not with stream: true", param="prompt_logprobs")
+        if self.token_limit == 0 and not (self.echo or self.prompt_logprobs is not None or self.cache_points):
+            raise InvalidParameter(
+                "max_tokens is 0: give at least 1, or echo: true, prompt_logprobs or cache_points", param="max_tokens"
+            )
         return self
 
     @property
-    def choices(self) -> int:
-        """Answers for each prompt."""
-        return 1 if self.n is None else self.n
+    def candidates(self) -> int:
+        """Answers to generate for each prompt, of which the best are returned."""
+        return self.choices if self.best_of is None else self.best_of
 
     @property
     def prompts(self) -> Sequence[str | list[int]]:
@@ -104,47 +59,14 @@ class CompletionRequest(RequestModel):
             raise InvalidParameter("prompt is empty: give at least one token", param="prompt")
         return prompts
 
-    def sampling(self, choice: int) -> SamplingParams:
-        """Parameters of the `choice`-th answer to a prompt. Raises `InvalidParameter` as `SamplingParams` does."""
-        same = self.model_dump(include=set(SamplingParams.__struct_fields__), exclude_none=True)
-        fields = same | {
-            "max_tokens": self._max_tokens,
-            "top_k": None if self.top_k == -1 else self.top_k,
-            "logit_bias": self.biases,
-            # Answers to one prompt differ also when a seed is given, each reproducibly.
-            "seed": None if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63,
-            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            "include_stop": self.include_stop_str_in_output,
-            "stop_token_ids": tuple(self.stop_token_ids or ()),
-            "prompt_logprobs": self._prompt_logprobs,
-        }
-        return SamplingParams(**{name: value for name, value in fields.items() if value is not None})
-
-    @property
-    def biases(self) -> dict[int, float]:
-        """`logit_bias` by token id. Raises `InvalidParameter` for a key that is none."""
-        try:
-            return {int(token_id): bias for token_id, bias in (self.logit_bias or {}).items()}
-        except ValueError as error:
-            raise InvalidParameter("logit_bias: give token ids as keys", param="logit_bias") from error
-
-    @property
-    def _max_tokens(self) -> int | None:
-        return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
-
-    @property
-    def _prompt_logprobs(self) -> int | None:
-        if not self.echo:
-            return None
+    def _own_sampling(self) -> dict[str, Any]:
+        scored = [count for count in (self.prompt_logprobs, self.logprobs if self.echo else None) if count is not None]
         # To the engine, a request for no tokens is one that scores its prompt.
-        return 0 if self.logprobs is None and self._max_tokens == 0 else self.logprobs
-
-
-class Usage(msgspec.Struct):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: dict[str, int]
+        if not scored and self.token_limit == 0 and not self.cache_points:
+            scored = [0]
+        # The best of several is found by the log-probabilities of their tokens.
+        logprobs = 0 if self.logprobs is None and self.candidates > self.choices else self.logprobs
+        return {"logprobs": logprobs, "prompt_logprobs": max(scored, default=None)}
 
 
 class Logprobs(msgspec.Struct):
@@ -157,12 +79,21 @@ class Logprobs(msgspec.Struct):
     """Where in the text of the answer each token begins."""
 
 
+class PromptLogprob(msgspec.Struct):
+    logprob: float
+    rank: int | None
+    """Of the token among all at its place, from 1; None where it is not one of the most likely that were asked for."""
+    decoded_token: str
+
+
 class Choice(msgspec.Struct):
     index: int
     text: str
     logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    prompt_logprobs: list[dict[int, PromptLogprob] | None] | msgspec.UnsetType = msgspec.UNSET
+    """One a prompt token, by token id; None for the first."""
 
 
 class Completion(msgspec.Struct):
@@ -171,6 +102,6 @@ class Completion(msgspec.Struct):
     id: str
     created: int
     model: str
-    choices: list[Choice]
+    choices: list[Choice] = []
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     object: Literal["text_completion"] = "text_completion"

@@ -2,14 +2,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from lattice_serve.clients.bench_offline import OfflineBench
+from lattice_serve.clients.ceilings import BITS, Ceilings, Work
 from lattice_serve.clients.errors import ClientError
+from lattice_serve.engine.config import ModelConfig
+from lattice_serve.engine.llm import LLM
+from lattice_serve.engine.models.lattice import LatticeForCausalLM
 from lattice_serve.engine.sampling import SamplingParams
+from lattice_serve.kernels.mixer import StateLayout
+from tests.tiny import init_tiny_model
 
 
 class PlayedEngine:
@@ -59,3 +66,51 @@ def test_the_gate() -> None:
         _bench(PlayedEngine(confused=True)).check()
     with pytest.raises(ClientError, match="ended an answer"):
         _bench(PlayedEngine(short=True)).decode(1, 2)
+
+
+CONFIG = ModelConfig(
+    vocab_size=100, hidden_size=16, num_hidden_layers=2, num_heads=2, head_dim=4, num_slots=8, intermediate_size=32,
+    chunk_size=4,
+)  # fmt: skip
+
+
+def test_work_is_that_of_the_matrices() -> None:
+    work = Work.of(CONFIG, BITS["int8"])
+    model = LatticeForCausalLM(CONFIG)
+    matrices = [p.numel() for name, p in model.named_parameters() if name.endswith("_proj.weight")]
+    head = CONFIG.vocab_size * CONFIG.hidden_size
+    assert work.weight_bytes == sum(matrices) + head
+    assert work.head_flops == 2 * head
+    recurrence = 2 * 2 * 2 * (4 * 4 * 8 + 3 * (4 + 8))  # multiply-adds, layers and heads
+    assert work.flops == 2 * sum(matrices) + recurrence
+    assert 4 * 2 * 2 * 4 * 8 < work.state_bytes < 2 * StateLayout(model.shape, 2).row_bytes
+
+
+def test_the_share_of_the_limit() -> None:
+    ceilings = Ceilings(bytes_per_second=1000.0, flops_per_second=1e6)
+    work = Work(weight_bytes=100, state_bytes=10, flops=2000, head_flops=3000)
+    engine = PlayedEngine()
+    bench = OfflineBench(
+        cast(Any, engine), repeats=1, clock=itertools.chain([0.0], [1.0, 5.0] * 2).__next__, work=work,
+        ceilings=ceilings,
+    )  # fmt: skip
+    # A step reads 140 bytes, 0.14 s, and has 20,000 operations, 0.02 s.
+    assert bench.decode(batch=4, tokens=10).floor_seconds == pytest.approx(1.4)
+    assert ceilings.decode_seconds(work, 100) == pytest.approx(1.1)
+    assert ceilings.decode_seconds(work, 10_000) == pytest.approx(100.1)
+    assert ceilings.prefill_seconds(work, 100) == pytest.approx(0.203)
+
+
+def test_this_machine_has_limits() -> None:
+    ceilings = Ceilings.measure(threads=1)
+    assert 1e8 < ceilings.bytes_per_second < 1e13
+    assert 1e8 < ceilings.flops_per_second < 1e14
+
+
+def test_far_into_a_text(tmp_path: Path) -> None:
+    llm = LLM(init_tiny_model(tmp_path / "tiny"), max_rows=1)
+    far = OfflineBench(llm, repeats=2).far(position=300, tokens=20)
+    assert far.near_tokens_per_second > 0
+    assert far.far_tokens_per_second > 0
+    assert llm.generate([list(range(300))], progress=False)[0].cached_tokens == 0
+    assert far.grown_bytes < 100 << 20

@@ -182,11 +182,29 @@ def test_serve_leaves_what_is_not_given_to_the_environment(
     )
 
 
-def test_serve_passes_every_option_on(served: list[Settings]) -> None:
+def test_serve_passes_every_option_on(served: list[Settings], tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("from file\n")
     result = _run(
         *["serve", "folder", "--host", "0.0.0.0", "--port", "1", "--api-key", "k", "--served-model-name", "n"],
-        *["--dtype", "float32", "--device", "cpu", "--threads", "2", "--max-rows", "3", "--state-memory", "2M"],
+        *[
+            "--dtype",
+            "float32",
+            "--device",
+            "cpu",
+            "--threads",
+            "2",
+            "--max-rows",
+            "3",
+            "--state-memory",
+            "2M",
+            "--speculative-tokens",
+            "5",
+            "--prefix-cache-memory",
+            "3M",
+        ],
         *["--max-step-tokens", "64", "--max-waiting", "5", "--grace-period", "1.5", "--log-level", "debug"],
+        *["--api-key-file", str(keys), "--cors-origin", "http://a.example", "--cors-origin", "http://b.example"],
     )
     assert result.exit_code == 0, result.output
     given = served[0].model_dump(exclude_defaults=True, exclude={"api_key"})
@@ -199,12 +217,16 @@ def test_serve_passes_every_option_on(served: list[Settings]) -> None:
         "threads": 2,
         "max_rows": 3,
         "state_memory": 2 << 20,
+        "prefix_cache_memory": 3 << 20,
+        "speculative_tokens": 5,
         "max_step_tokens": 64,
         "max_waiting": 5,
         "grace_period": 1.5,
         "log_level": "debug",
+        "api_key_file": keys,
+        "cors_origins": ("http://a.example", "http://b.example"),
     }
-    assert served[0].api_keys == (b"k",)
+    assert served[0].api_keys == (b"k", b"from file")
 
 
 @pytest.mark.parametrize(
@@ -274,14 +296,16 @@ class TestInit:
 
 class TestBenchHttp:
     def test_table_and_json(self, played: PlayedServer, tmp_path: Path) -> None:
-        file = tmp_path / "out.json"
+        file, picture = tmp_path / "out.json", tmp_path / "out.png"
         result = _run(
             *["bench", "http", "--url", played.url, "--concurrency", "2", "--rate", "500", "--requests", "4"],
             *["--prompt-tokens", "3", "--output-tokens", "5", "--ttft-ms", "60000", "--json", str(file)],
+            *["--plot", str(picture)],
         )
         assert result.exit_code == 0, result.output
         *table, line = result.stdout.splitlines()
         assert file.read_text() == line + "\n"
+        assert picture.read_bytes().startswith(b"\x89PNG")
         assert [row.split()[0] for row in table if "0 of 4" in row] == ["2", "500"]
         shown = json.loads(line)
         assert (shown["benchmark"], shown["model"], shown["goal"]["ttft_ms"]) == ("http", "tiny", 60000)

@@ -32,7 +32,7 @@ def start_server(model: Path, tmp_path: Path) -> Iterator[Callable[..., RealServ
     with ExitStack() as stack:
 
         def start(**settings: Any) -> RealServer:
-            return stack.enter_context(RealServer(tmp_path, model, **settings))
+            return stack.enter_context(RealServer(tmp_path, settings.pop("model", model), **settings))
 
         yield start
 

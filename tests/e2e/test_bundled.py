@@ -28,6 +28,19 @@ def test_its_first_token_comes_within_a_second_and_the_text_is_english(bundled: 
     assert len({"the", "and", "of", "a", "to", "in", "was", "i", "it", "he", "she", "that"} & set(words)) >= 4
 
 
+def test_it_chats_in_turns(bundled: RealServer) -> None:
+    """It knows nothing, but keeps to its part of the transcript."""
+    messages = [{"role": "system", "content": "A talk in a garden."}]
+    for question in ("Who is there?", "And where is the key?", "Good night!"):
+        messages.append({"role": "user", "content": question})
+        body = {"messages": messages, "max_tokens": 60, "temperature": 0.7, "seed": 3}
+        answer = bundled.post("/v1/chat/completions", **body).json()
+        text = answer["choices"][0]["message"]["content"]
+        assert text.strip()
+        assert "\nUser:" not in text
+        messages.append({"role": "assistant", "content": text})
+
+
 def test_its_answers_are_the_same_alone_and_together(bundled: RealServer, pool: ThreadPoolExecutor) -> None:
     draw = random.Random(12)
     bodies = [random_request(draw) for _ in range(16)]

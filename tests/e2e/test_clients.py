@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
+from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
 
 from lattice_serve.clients.client import AsyncClient, Client
 from lattice_serve.engine.llm import LLM
@@ -66,6 +70,114 @@ async def test_openai_asynchronous(server: RealServer, text: str) -> None:
             model="lattice", prompt="Once", max_tokens=24, seed=4, temperature=0.8, stream=True
         )
         assert "".join([chunk.choices[0].text async for chunk in stream]) == text
+
+
+def test_openai_chat(server: RealServer) -> None:
+    messages: list[ChatCompletionMessageParam] = [
+        {"role": "system", "content": "Answer in rhyme."},
+        {"role": "user", "content": [{"type": "text", "text": "Who are you?"}]},
+    ]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        whole = client.chat.completions.create(
+            model="lattice", messages=messages, max_tokens=24, seed=4, logprobs=True, top_logprobs=2
+        )
+        stream = client.chat.completions.create(
+            model="lattice",
+            messages=messages,
+            max_tokens=24,
+            seed=4,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        *chunks, last = stream
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert text == whole.choices[0].message.content
+        assert last.usage is not None
+        # The transcript is a prompt as any other.
+        prompt = "System: Answer in rhyme.\nUser: Who are you?\nAssistant:"
+        same = client.completions.create(model="lattice", prompt=prompt, max_tokens=24, seed=4, logprobs=2)
+        assert whole.usage is not None
+        assert same.usage is not None
+        assert {usage.total_tokens for usage in (whole.usage, last.usage, same.usage)} == {last.usage.total_tokens}
+        assert same.choices[0].text.removeprefix(" ") == text
+        scores, logprobs = whole.choices[0].logprobs, same.choices[0].logprobs
+        assert scores is not None
+        assert scores.content is not None
+        assert logprobs is not None
+        assert [score.logprob for score in scores.content] == logprobs.token_logprobs
+
+
+async def test_openai_chat_asynchronous(server: RealServer) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        whole = await client.chat.completions.create(
+            model="lattice", messages=[{"role": "user", "content": "Hello"}], max_tokens=12, seed=4, n=2
+        )
+        stream = await client.chat.completions.create(
+            model="lattice", messages=[{"role": "user", "content": "Hello"}], max_tokens=12, seed=4, n=2, stream=True
+        )
+        texts = ["", ""]
+        async for chunk in stream:
+            texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+        assert texts == [choice.message.content for choice in whole.choices]
+
+
+MODE = {"type": "object", "properties": {"mode": {"enum": ["day", "night"]}}, "required": ["mode"]}
+
+
+def test_openai_tools(server: RealServer) -> None:
+    tools: list[ChatCompletionToolParam] = [
+        {"type": "function", "function": {"name": name, "parameters": {**MODE, "additionalProperties": False}}}
+        for name in ("light", "alarm")
+    ]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        for seed in range(4):
+            with client.chat.completions.stream(
+                model="lattice",
+                messages=[{"role": "user", "content": "Good night!"}],
+                tools=tools,
+                tool_choice="required",
+                parallel_tool_calls=False,
+                seed=seed,
+            ) as stream:
+                final = stream.get_final_completion().choices[0]
+            assert final.finish_reason == "tool_calls"
+            assert final.message.tool_calls is not None
+            (call,) = final.message.tool_calls
+            assert call.function.name in ("light", "alarm")
+            assert json.loads(call.function.arguments)["mode"] in ("day", "night")
+        named = client.chat.completions.create(
+            model="lattice",
+            messages=[{"role": "user", "content": "Good night!"}],
+            tools=tools,
+            tool_choice={"type": "function", "function": {"name": "alarm"}},
+        )
+        calls = named.choices[0].message.tool_calls
+        assert calls is not None
+        assert [call.function.name for call in calls if call.type == "function"] == ["alarm"]
+
+
+def test_openai_response_format(server: RealServer) -> None:
+    class Mode(pydantic.BaseModel):
+        mode: Literal["day", "night"]
+
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        answer = client.chat.completions.parse(
+            model="lattice", messages=[{"role": "user", "content": "Which?"}], response_format=Mode
+        )
+        parsed = answer.choices[0].message.parsed
+        assert parsed is not None
+        assert parsed.mode in ("day", "night")
+
+
+def test_the_best_of_several_and_scores_of_the_prompt(server: RealServer) -> None:
+    several = [server.complete("Once", max_tokens=8, seed=seed, logprobs=0)["choices"][0] for seed in range(4)]
+    means = [statistics.fmean(each["logprobs"]["token_logprobs"]) for each in several]
+    best = server.complete("Once", max_tokens=8, seed=0, best_of=4)["choices"][0]
+    assert best["text"] == several[means.index(max(means))]["text"]
+    scored = server.complete("Once upon", max_tokens=1, prompt_logprobs=1, echo=True, logprobs=1)["choices"][0]
+    assert [None if each is None else next(iter(each.values()))["logprob"] for each in scored["prompt_logprobs"]] == (
+        scored["logprobs"]["token_logprobs"][:-1]
+    )
 
 
 def test_client(client: Client, text: str) -> None:

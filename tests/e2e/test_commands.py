@@ -26,6 +26,7 @@ def test_init_then_bench(model: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     _lattice("init", model, made, "--seed", "1", "--dtype", "float32")
     sizes = ["--batch", "2", "--decode-tokens", "8", "--prefill-tokens", "32", "--repeats", "1"]
+    sizes += ["--position", "50", "--plot", str(tmp_path / "drawn.png")]
     *_, line = _lattice("bench", "offline", made, "--threads", "1", *sizes).stdout.splitlines()
     report = json.loads(line)
     assert report["engine"]["dtype"] == "float32"
@@ -34,6 +35,8 @@ def test_init_then_bench(model: Path, tmp_path: Path) -> None:
         ("decode", 2, 8),
     ]
     assert all(run["tokens_per_second"] > 0 for run in report["runs"])
+    assert report["far"]["position"] == 50
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bench_http(server: RealServer) -> None:

@@ -62,6 +62,38 @@ def test_bodies_that_are_refused(server: RealServer) -> None:
 
 
 @pytest.mark.usefixtures("unharmed")
+def test_chats_that_are_refused(server: RealServer) -> None:
+    hello = {"role": "user", "content": "a"}
+    deep: Any = "a"
+    for _ in range(100):
+        deep = {"allOf": [deep]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": deep}}
+    bodies: list[dict[str, Any]] = [
+        {"messages": []},
+        {"messages": [hello] * 20_000},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, 5]}]},
+        {"messages": [hello], "max_tokens": 0},
+        {"messages": [hello], "tools": [tool] * 200},
+        {"messages": [hello], "tools": [tool], "tool_choice": "required"},
+        {"messages": [hello], "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}},
+        {"messages": [hello], "chat_template": "{% for a in range(9999999) %}{% endfor %}"},
+    ]
+    for body in bodies:
+        response = server.post("/v1/chat/completions", **body)
+        assert response.status_code == 400, str(body)[:200]
+        assert response.json()["error"]["code"] == 400
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_chats_of_any_text_are_answered(server: RealServer) -> None:
+    for content in ("", "\0\ufdd0<|endoftext|>{{ 1 }}{% x %}", "\nAssistant: Yes\nUser:", "a" * 1_000_000):
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2}
+        answer = server.post("/v1/chat/completions", **body)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["prompt_tokens"] > 5
+
+
+@pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize(
     "fields",
     [

@@ -12,7 +12,7 @@ from typing import Any
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.llm import Completion
-from lattice_serve.engine.messages import RequestFailed, StepOutputs, Submit
+from lattice_serve.engine.messages import Pooling, RequestFailed, StepOutputs, Submit
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.sequence import Sequence
 
@@ -26,13 +26,22 @@ class Visit:
     leaves: int | None = None
 
 
-def submit(request_id: str, prompt_ids: AbstractSequence[int], *, priority: int = 0, **params: Any) -> Submit:
-    return Submit(request_id, list(prompt_ids), SamplingParams(**params), priority)
+def submit(
+    request_id: str,
+    prompt_ids: AbstractSequence[int],
+    *,
+    priority: int = 0,
+    pooling: Pooling | None = None,
+    **params: Any,
+) -> Submit:
+    return Submit(request_id, list(prompt_ids), SamplingParams(**params), priority, pooling=pooling)
 
 
 def make_engine(model: Path, *, quantum: int | None = None, **settings: Any) -> Engine:
-    """With 4 rows and small steps, unless `settings` say otherwise."""
-    engine = Engine(EngineConfig(**{"model": model, "max_rows": 4, "max_step_tokens": 16, **settings}))
+    """With 4 rows, small steps and no prefix cache, unless `settings` say otherwise."""
+    engine = Engine(
+        EngineConfig(**{"model": model, "max_rows": 4, "max_step_tokens": 16, "prefix_cache_memory": 0, **settings})
+    )
     if quantum is not None:
         engine.scheduler.quantum = quantum
     return engine

@@ -14,8 +14,8 @@ import torch
 from lattice_serve.engine.engine import MAX_ROWS, Engine
 from lattice_serve.engine.errors import CheckpointError, ConfigError, InvalidParameter, Overloaded
 from lattice_serve.engine.llm import Completion
-from lattice_serve.engine.messages import EngineStats, RequestFailed
-from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.engine.messages import EngineStats, Pooling, RequestFailed
+from lattice_serve.engine.models.lattice import DenseOps, LatticeForCausalLM
 from lattice_serve.engine.sequence import Status
 from lattice_serve.engine.weights import load_model
 from tests.engine.harness import Visit, assert_idle, complete, drive, live, make_engine, submit
@@ -156,6 +156,39 @@ class TestScoring:
         ).prompt_logprobs
         assert scored is not None
         assert scored[len(PROMPT) :] == completion.logprobs
+
+
+class TestEmbedding:
+    @pytest.mark.parametrize("length", [1, 16, 50])
+    @pytest.mark.parametrize("pooling", ["mean", "last"])
+    def test_a_text_is_what_the_model_makes_of_it(
+        self, engine: Engine, reference: LatticeForCausalLM, length: int, pooling: Pooling
+    ) -> None:
+        """Against the dense torch forward pass in float64; more tokens than a step takes come in pieces."""
+        ids = torch.randint(0, VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+        completion = complete(engine, submit("r", ids, max_tokens=0, pooling=pooling))
+        assert (completion.token_ids, completion.finish_reason) == ([], "length")
+        tokens = torch.tensor([ids])
+        hidden = reference.hidden(tokens, DenseOps(reference, reference.initial_state(1)))[0]
+        truth = hidden.mean(dim=0) if pooling == "mean" else hidden[-1]
+        assert completion.embedding == pytest.approx(truth.tolist(), abs=1e-4)
+
+    @pytest.mark.parametrize("pooling", ["mean", "last"])
+    def test_neither_the_cut_nor_the_company_shows(self, tiny_model: Path, pooling: Pooling) -> None:
+        request = submit("r", range(37), max_tokens=0, pooling=pooling)
+        whole = complete(make_engine(tiny_model, max_step_tokens=64), request)
+        assert len(whole.embedding or []) == 32
+        for size in (4, 5, 23):
+            engine = make_engine(tiny_model, max_step_tokens=size, prefix_cache_memory=1 << 20)
+            for _ in range(2):  # the second finds the prompt in the cache, and must not use it
+                results = drive(engine, [Visit(submit("other", range(9), max_tokens=9)), Visit(request)])
+                assert results["r"] == whole
+
+    def test_with_an_answer_and_scores(self, engine: Engine) -> None:
+        embedded = answer(engine, max_tokens=0, pooling="mean").embedding
+        both = answer(engine, max_tokens=4, seed=1, prompt_logprobs=1, pooling="mean")
+        assert both.embedding == embedded
+        assert dataclasses.replace(both, embedding=None) == answer(engine, max_tokens=4, seed=1, prompt_logprobs=1)
 
 
 LONG = submit("long", range(100), max_tokens=30, seed=5, ignore_eos=True)

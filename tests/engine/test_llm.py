@@ -177,3 +177,10 @@ def test_fewer_tokens_a_step_than_rows_are_refused(tiny_model: Path) -> None:
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         LLM(tmp_path / "nothing")
+
+
+def test_embed(llm: LLM) -> None:
+    one, two = llm.embed(["It was a dark night", "She said"], progress=False)
+    assert len(one) == len(two) == 32
+    assert llm.embed("She said", progress=False) == [two]
+    assert llm.embed("She said", "last", progress=False) != [two]

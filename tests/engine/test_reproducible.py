@@ -9,12 +9,14 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from lattice_serve.engine import prefix_cache
 from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.llm import Completion
 from lattice_serve.engine.messages import Submit
@@ -74,8 +76,13 @@ sampling: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
 prompts = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=45)
 
 
+parts = st.sampled_from([[5], [9, 9], list(range(20, 31)), [7] * 6])
+related = st.lists(parts, min_size=1, max_size=4).map(lambda chosen: [token for part in chosen for token in part])
+"""Prompts that often begin alike."""
+
+
 @st.composite
-def visit(draw: st.DrawFn) -> Visit:
+def visit(draw: st.DrawFn, prompts: st.SearchStrategy[list[int]] = prompts) -> Visit:
     params = SamplingParams(**draw(sampling))
     comes = draw(st.integers(0, 12))
     leaves = draw(st.none() | st.none() | st.integers(comes, comes + 12))
@@ -83,8 +90,8 @@ def visit(draw: st.DrawFn) -> Visit:
 
 
 @st.composite
-def crowds(draw: st.DrawFn) -> list[Visit]:
-    visits = draw(st.lists(visit(), min_size=1, max_size=5))
+def crowds(draw: st.DrawFn, prompts: st.SearchStrategy[list[int]] = prompts) -> list[Visit]:
+    visits = draw(st.lists(visit(prompts), min_size=1, max_size=5))
     return [
         Visit(msgspec.structs.replace(visit.request, request_id=f"r{i}"), visit.comes, visit.leaves)
         for i, visit in enumerate(visits)
@@ -99,6 +106,7 @@ def engine_options(draw: st.DrawFn) -> dict[str, Any]:
         "max_step_tokens": draw(st.integers(rows, 24)),
         "quantum": draw(st.integers(1, 6)),
         "dtype": draw(st.sampled_from(["bfloat16", "float32"])),
+        "speculative_tokens": draw(st.sampled_from([0, 1, 5])),
     }
 
 
@@ -107,6 +115,22 @@ def engine_options(draw: st.DrawFn) -> dict[str, Any]:
 def test_an_answer_is_its_own(tiny_model: Path, visits: list[Visit], options: dict[str, Any]) -> None:
     engine = check(tiny_model, visits, **options)
     event("preempted" if engine.scheduler.preemptions else "not preempted")
+    event("drafts were right" if engine.stats().accepted_tokens_total else "no draft was right")
+
+
+@settings(max_examples=40)
+@given(st.lists(crowds(related), min_size=1, max_size=3), engine_options(), st.sampled_from([12_000, 40_000, 1 << 30]))
+def test_an_answer_does_not_depend_on_what_is_cached(
+    tiny_model: Path, rounds: list[list[Visit]], options: dict[str, Any], memory: int
+) -> None:
+    engine = make_engine(tiny_model, prefix_cache_memory=memory, **options)
+    with patch.object(prefix_cache, "FIRST_INTERVAL", 4):
+        for visits in rounds:
+            results = drive(engine, visits)
+            for visit in visits:
+                if visit.leaves is None or visit.request.request_id in results:
+                    assert results[visit.request.request_id] == alone(tiny_model, options["dtype"], visit.request)
+    event("hit" if engine.cache.outcomes["hit"] else "no hit")
 
 
 def requests(lengths: list[int]) -> list[Submit]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
@@ -16,8 +17,17 @@ from lattice_serve.engine.errors import Overloaded
 from lattice_serve.engine.messages import Submit
 from lattice_serve.engine.sampler import SampleRow
 from lattice_serve.engine.sampling import SamplingParams
-from lattice_serve.engine.scheduler import AGING, Batch, Scheduler
+from lattice_serve.engine.scheduler import AGING, Piece, Scheduler
 from lattice_serve.engine.sequence import Sequence, Status
+
+
+@dataclass
+class Step:
+    """What the scheduler chose."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    park: list[Sequence] = field(default_factory=list)
+    admit: list[Sequence] = field(default_factory=list)
 
 
 class Simulation:
@@ -57,15 +67,16 @@ class Simulation:
         if sequence in self.holders:
             self.holders.remove(sequence)
 
-    def step(self) -> Batch:
+    def step(self) -> Step:
         batch = self.schedule()
         self.run(batch)
         return batch
 
-    def schedule(self) -> Batch:
+    def schedule(self) -> Step:
         """Choose a step, and check it."""
         before = list(self.holders)
-        batch = self.scheduler.schedule()
+        moves = self.scheduler.assign()
+        batch = Step(self.scheduler.schedule(), moves.park, moves.admit)
         self.steps += 1
         assert all(sequence in self.holders and sequence.status is Status.PARKED for sequence in batch.park)
         self.holders = [sequence for sequence in self.holders if sequence not in batch.park]
@@ -77,7 +88,7 @@ class Simulation:
         self._check_pieces(batch)
         return batch
 
-    def run(self, batch: Batch) -> None:
+    def run(self, batch: Step) -> None:
         """Do as if the model had run a step."""
         for piece in batch.pieces:
             sequence, samples = piece.sequence, piece.samples
@@ -111,7 +122,7 @@ class Simulation:
         latest = max((sequence.deadline for sequence in scheduler.running), default=0)
         assert all(deadline >= latest for deadline, _ in order), "a later deadline holds a row"
 
-    def _check_pieces(self, batch: Batch) -> None:
+    def _check_pieces(self, batch: Step) -> None:
         running = self.scheduler.running
         decodes = [piece.decodes for piece in batch.pieces]
         assert decodes == sorted(decodes, reverse=True), "decode does not come first"
@@ -121,17 +132,17 @@ class Simulation:
         assert sorted(id(piece.sequence) for piece in batch.pieces) == sorted(map(id, running)), "a row lay idle"
         counts = [piece.end - piece.start for piece in batch.pieces]
         wanted = [piece.sequence.uncomputed for piece in batch.pieces]
-        assert batch.tokens == sum(counts) == min(self.scheduler.max_step_tokens, sum(wanted))
+        assert sum(counts) == min(self.scheduler.max_step_tokens, sum(wanted))
         assert all(piece.start == piece.sequence.computed for piece in batch.pieces)
         assert all(0 < count <= want for count, want in zip(counts, wanted, strict=True))
         cut = [count for count, want in zip(counts, wanted, strict=True) if count < want]
         assert not cut or max(counts) <= min(cut) + 1, "one prompt got more than its share"
 
 
-    def _check_cuts(self, batch: Batch) -> None:
+    def _check_cuts(self, batch: Step) -> None:
         """Of prompts that are cut at multiples: not all have their share in every step, but the oldest has."""
         multiple, running = self.scheduler.multiple, self.scheduler.running
-        assert batch.tokens <= self.scheduler.max_step_tokens
+        assert sum(piece.tokens for piece in batch.pieces) <= self.scheduler.max_step_tokens
         ran = [piece.sequence for piece in batch.pieces]
         assert all(sequence in ran for sequence in running if sequence.decoding)
         prompts = [sequence for sequence in running if not sequence.decoding]
@@ -142,7 +153,7 @@ class Simulation:
             assert piece.end == piece.sequence.length or piece.end % multiple == 0, "cut elsewhere than at a multiple"
 
 
-def lengths(batch: Batch) -> dict[str, int]:
+def lengths(batch: Step) -> dict[str, int]:
     return {piece.sequence.request_id: piece.end - piece.start for piece in batch.pieces}
 
 
@@ -199,7 +210,8 @@ def test_a_pace_leaves_room_for_a_multiple_beside_decode() -> None:
     simulation.add(prompt=1, max_tokens=9)
     simulation.step()
     simulation.add(prompt=30)
-    assert [piece.end - piece.start for piece in simulation.scheduler.schedule(3).pieces] == [1, 8]
+    simulation.scheduler.assign()
+    assert [piece.end - piece.start for piece in simulation.scheduler.schedule(3)] == [1, 8]
 
 
 def test_a_short_prompt_waits_for_no_long_one() -> None:
@@ -360,10 +372,10 @@ def test_a_sequence_is_removed_in_any_phase(reach: Callable[[Simulation], Sequen
 
 def test_nothing_to_do_is_an_empty_step() -> None:
     simulation = Simulation()
-    assert simulation.step() == Batch()
+    assert simulation.step() == Step()
     simulation.add()
     simulation.step()
-    assert simulation.step() == Batch()
+    assert simulation.step() == Step()
 
 
 sizes = st.fixed_dictionaries({"prompt": st.integers(1, 30), "max_tokens": st.integers(0, 12)})

@@ -19,8 +19,9 @@ from tests.tiny import init_tiny_model
 def test_other_bits_in_a_batch_are_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = CpuDecoder.__call__
 
-    def otherwise(self: CpuDecoder, ids: Any, segments: Any, wanted: Any) -> torch.Tensor:
-        return exact(self, ids, segments, wanted) + 1e-6 * (len(segments.rows) - 1)
+    def otherwise(self: CpuDecoder, ids: Any, segments: Any, *places: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, hidden = exact(self, ids, segments, *places)
+        return logits + 1e-6 * (len(segments.rows) - 1), hidden
 
     model = init_tiny_model(tmp_path)
     monkeypatch.setattr(CpuDecoder, "__call__", otherwise)

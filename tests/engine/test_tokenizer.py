@@ -36,6 +36,20 @@ def test_no_text_makes_a_control_or_unknown_token(text: str) -> None:
     assert not {0, TOKENIZER.eos_token_id} & set(TOKENIZER.encode(text))
 
 
+@given(texts)
+def test_control_pieces_are_made_only_of_marked_text(text: str) -> None:
+    assert TOKENIZER.encode_marked(TOKENIZER.unmark(text)) == TOKENIZER.encode(text)
+    ids = TOKENIZER.encode_marked(f"<|endoftext|>{TOKENIZER.unmark(text)}<|endoftext|>")
+    assert ids == [1, *TOKENIZER.encode(text), 1]
+
+
+@pytest.mark.parametrize(
+    "text", ["<|endoftext|><|endoftext|>", "<<|endoftext|>\ufdd0", "<\ufdd0|endoftext|>", "\ufdd0"]
+)
+def test_a_guard_in_the_text_is_kept(text: str) -> None:
+    assert TOKENIZER.encode_marked(TOKENIZER.unmark(text)) == TOKENIZER.encode(text)
+
+
 @given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1)))
 def test_any_ids_decode_to_their_bytes(ids: list[int]) -> None:
     assert TOKENIZER.decode(ids) == b"".join(map(TOKENIZER.token_bytes, ids)).decode(errors="replace")
@@ -105,6 +119,21 @@ def test_a_broken_file_is_named(tmp_path: Path, content: bytes) -> None:
     ids=lambda fault: next(iter(fault)),
 )
 def test_a_tokenizer_that_changes_text_is_refused(tmp_path: Path, fault: dict[str, Any]) -> None:
+    _train(tmp_path, **fault)
+    with pytest.raises(CheckpointError, match="does not give a text back as it was"):
+        Tokenizer.load(tmp_path)
+
+
+def test_names_of_control_pieces_that_overlap(tmp_path: Path) -> None:
+    _train(tmp_path, control_symbols=["<a<a", "<a", "|a|", "~"])
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = tokenizer.controls
+    for text in ("<a<a<a<a", "|a|a|a|", "<a|a|<a<a", "~"):
+        assert tokenizer.encode_marked(tokenizer.unmark(text)) == tokenizer.encode(text)
+    assert tokenizer.encode_marked("<a<a<a|a|") == [ids["<a<a"], ids["<a"], ids["|a|"]]
+
+
+def _train(folder: Path, **changes: Any) -> None:
     settings: dict[str, Any] = {
         "byte_fallback": True,
         "normalization_rule_name": "identity",
@@ -118,8 +147,6 @@ def test_a_tokenizer_that_changes_text_is_refused(tmp_path: Path, fault: dict[st
         vocab_size=290,
         hard_vocab_limit=False,
         minloglevel=2,
-        **(settings | fault),
+        **(settings | changes),
     )
-    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
-    with pytest.raises(CheckpointError, match="does not give a text back as it was"):
-        Tokenizer.load(tmp_path)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from lattice_serve.engine import engine as engine_module
@@ -72,6 +73,33 @@ def test_a_parked_sequence_goes_on_as_if_nothing_had_been(model: Path) -> None:
     results = drive(engine, [Visit(first), Visit(second, comes=1)])
     assert engine.scheduler.preemptions > 0
     assert results["a"] == results["b"] == complete(engine, first)
+
+
+def test_what_is_cached_has_the_bits_of_what_is_not(model: Path) -> None:
+    """A prompt again, one that leaves it in the middle of a chunk, and the next turn of a conversation."""
+    first = submit("first", range(2, 13), max_tokens=2, seed=1, logprobs=1, ignore_eos=True)
+    prompts = {"again": [*range(2, 13)], "other": [*range(2, 11), 7, 7, 7], "third": [*range(2, 11), 8, 8]}
+    cold, warm = (engine_of(model, triton_backend, prefix_cache_memory=size) for size in (0, 1 << 20))
+    turn = [*range(2, 13), *complete(warm, first).token_ids, 5, 6]
+    for name, ids in (prompts | {"turn": turn}).items():
+        request = submit(name, ids, max_tokens=2, seed=1, logprobs=1, ignore_eos=True)
+        truth, mine = complete(cold, request), complete(warm, request)
+        assert (mine.token_ids, mine.logprobs) == (truth.token_ids, truth.logprobs), name
+    assert warm.cache.outcomes == {"new": 1, "hit": 3, "no_snapshot": 1}
+
+
+def test_a_point_to_cache_is_the_multiple_before_it(model: Path) -> None:
+    engine = engine_of(model, triton_backend, prefix_cache_memory=1 << 20)
+    request = msgspec.structs.replace(submit("a", range(2, 13), max_tokens=0), cache_points=[3, 7])
+    drive(engine, [Visit(request)])
+    snapshot, _ = engine.cache.find("", [*range(2, 9), 90, 91])
+    assert snapshot is not None
+    assert snapshot.length == 4
+
+
+def test_drafts_are_refused(model: Path) -> None:
+    with pytest.raises(ConfigError, match="speculative_tokens"):
+        engine_of(model, triton_backend, speculative_tokens=4)
 
 
 def test_steps_too_small_for_a_chunk_are_refused(model: Path) -> None:

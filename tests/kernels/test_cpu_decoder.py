@@ -66,7 +66,7 @@ class Network:
         """All logits of a batch of (row, position, ids)."""
         ids = [token for _, _, part in batch for token in part]
         segments = Segments.of([(row, position, len(part)) for row, position, part in batch])
-        return list(self.decoder(ids, segments, range(len(ids))).clone().split([len(part) for _, _, part in batch]))
+        return list(self.decoder(ids, segments, range(len(ids)))[0].clone().split([len(part) for _, _, part in batch]))
 
     def alone(self, ids: list[int]) -> tuple[Tensor, Tensor]:
         """Logits of a sequence in one step, and its row after it."""
@@ -193,7 +193,22 @@ def test_only_what_is_wanted_comes_back(network: Network) -> None:
     expected, _ = network.alone(ids)
     for wanted in ([], [8], [3, 3, 0]):
         network.pool[0] = network.start
-        assert same_bits(network.decoder(ids, Segments.of([(0, 0, 9)]), wanted), expected[wanted])
+        assert same_bits(network.decoder(ids, Segments.of([(0, 0, 9)]), wanted)[0], expected[wanted])
+
+
+def test_hidden_states_are_those_of_the_logits(network: Network) -> None:
+    ids = tokens(9)
+    expected, _ = network.alone(ids)
+    network.pool[0] = network.start
+    _, every = network.decoder(ids, Segments.of([(0, 0, 9)]), [], range(9))
+    head = network.model.head_weight
+    torch.testing.assert_close(every.double() @ head.double().T, expected.double(), rtol=1e-4, atol=1e-4)
+    every = every.clone()
+    network.pool[0] = network.start
+    for first, last in ((0, 2), (2, 9)):
+        logits, some = network.decoder(ids[first:last], Segments.of([(0, first, last - first)]), [0], [1, 0])
+        assert same_bits(logits, expected[[first]])
+        assert same_bits(some, every[[first + 1, first]])
 
 
 def test_what_is_not_finite_stays_in_its_sequence(network: Network) -> None:

@@ -66,7 +66,7 @@ class Network:
         ids = [token for _, _, part in parts for token in part]
         segments = Segments.of([(row, position, len(part)) for row, position, part in parts], len(decodes))
         with torch.inference_mode():
-            logits = self.decoder(ids, segments, range(len(ids))).clone()
+            logits = self.decoder(ids, segments, range(len(ids)))[0].clone()
         return list(logits.split([len(part) for _, _, part in parts]))
 
     def alone(self, prompt: list[int], answer: list[int], row: int = 0) -> Tensor:
@@ -164,7 +164,7 @@ def test_only_what_is_wanted_comes_back(network: Network) -> None:
     segments = Segments.of([(0, 0, 1), (1, 0, 1), (2, 0, 4)], 2)
     for wanted in ([1, 0, 5], [5, 5, 2], []):
         network.pool[:] = network.start
-        assert same_bits(network.decoder(ids, segments, wanted), expected[wanted])
+        assert same_bits(network.decoder(ids, segments, wanted)[0], expected[wanted])
 
 
 def test_what_is_not_finite_stays_in_its_sequence(network: Network) -> None:
@@ -200,14 +200,24 @@ def test_what_does_not_fit_is_refused(
     before = network.pool.clone()
     with pytest.raises(ValueError, match=names):
         network.decoder(ids, Segments.of([segment]), wanted)
-    with pytest.raises(ValueError, match=r"decode|ids|pool|wanted"):
+    with pytest.raises(ValueError, match="wanted: give the places of decode before"):
         network.decoder([1, 2], Segments.of([(0, 0, 1), (1, 0, 1)], 1), [1, 0])
+    with pytest.raises(ValueError, match="hidden"):
+        network.decoder([1, 2], Segments.of([(0, 0, 1), (1, 0, 1)], 1), [], [0])
+    with pytest.raises(ValueError, match="one token each"):
+        network.decoder([1, 2], Segments.of([(0, 0, 2)], 1), [1])
     assert same_bits(network.pool, before)
 
 
-def test_decode_of_more_than_a_token_is_refused() -> None:
-    with pytest.raises(ValueError, match="decode"):
-        Segments.of([(0, 0, 1), (1, 0, 2)], 2)
+def test_hidden_states_are_those_that_the_head_takes(network: Network) -> None:
+    ids = tokens(6)
+    network.pool[:] = network.start
+    segments = Segments.of([(0, 0, 1), (2, 0, 5)], 1)
+    with torch.inference_mode():
+        logits, hidden = network.decoder(ids, segments, [3, 5], [3, 5])
+        again, none = network.decoder(ids[:1], Segments.of([(0, 1, 1)], 1), [])
+    assert error(hidden.double() @ network.model.head_weight.double().mT, logits.double()) <= 1e-6
+    assert (again.shape, none.shape) == ((0, 70), (0, 40))
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 16, 100, 256])

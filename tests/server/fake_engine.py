@@ -1,12 +1,15 @@
 """A stand-in for the engine process: the same messages over the same socket, without a model.
 
-Answers are letters drawn from a hash of prompt, seed and place. What a prompt says steers it:
+Answers are letters drawn from a hash of prompt, seed and place. What a prompt says, or the last message of a plain
+chat, steers it:
 
 - `!slow`        50 ms a token
 - `!stall`       never a token
 - `!eos`         end-of-text after 3 tokens
 - `!stop`        the first stop string after 2 tokens
 - `!utf8`        the two bytes of one character first
+- `!rank`        tokens the likelier, the higher the seed
+- `!say TEXT`    TEXT, token by token, then end-of-text
 - `!fail X`      the error X of `engine.errors` instead of a token; `!fail-late X` after 2 tokens
 - `!exit`        the process ends; `!exit-late` after 2 tokens
 - `!garbage`     a frame that is no message
@@ -49,7 +52,12 @@ class FakeEngine:
         self.pieces = {self.tokenizer.token_bytes(token_id): token_id for token_id in vocabulary}
         self.rows = asyncio.Semaphore(config.max_rows or 8)
         self.tasks: dict[str, asyncio.Task[None]] = {}
-        self.counts = {"rows_used": 0, "prompt_tokens_total": 0, "generation_tokens_total": 0, "steps_total": 0}
+        self.counts: dict[str, Any] = {
+            "rows_used": 0,
+            "prompt_tokens_total": 0,
+            "generation_tokens_total": 0,
+            "steps_total": 0,
+        }
         self.record_path = record
 
     def record(self, event: str, **fields: Any) -> None:
@@ -66,7 +74,15 @@ class FakeEngine:
             message = decoder.decode(await reader.readexactly(size))
             if isinstance(message, Submit):
                 params = message.params
-                self.record("submit", id=message.request_id, tokens=len(message.prompt_ids), seed=params.seed)
+                self.record(
+                    "submit",
+                    pid=os.getpid(),
+                    id=message.request_id,
+                    ids=message.prompt_ids,
+                    seed=params.seed,
+                    stop=params.stop,
+                    grammar=msgspec.to_builtins(params.grammar),
+                )
                 self.tasks[message.request_id] = asyncio.create_task(self.answer(message))
             else:
                 self.record("abort", id=message.request_id)
@@ -100,7 +116,8 @@ class FakeEngine:
         params = request.params
         text = self.tokenizer.decode(request.prompt_ids)
         self.counts["prompt_tokens_total"] += len(request.prompt_ids)
-        order, _, error = text.partition(" ")
+        order, _, error = text.rpartition("User: ")[2].removesuffix("\nAssistant:").partition(" ")
+        said = self.tokenizer.encode(error) if order == "!say" else []
         if order == "!stall":
             await asyncio.sleep(3600)
         if params.max_tokens == 0:
@@ -120,7 +137,9 @@ class FakeEngine:
             token_id, delta, reason, stop = self.word(request, place), None, "length" if last else None, None
             if order == "!utf8" and place < 2:
                 token_id, delta = self.pieces["é".encode()[place : place + 1]], "é" * place
-            if order == "!eos" and place == 3:
+            if place < len(said):
+                token_id, delta = said[place], self.tokenizer.decode(said[place : place + 1])
+            if (order == "!eos" and place == 3) or (order == "!say" and place == len(said)):
                 token_id, delta, reason = self.tokenizer.eos_token_id or 0, "", "stop"
             if order == "!stop" and place == 2:
                 delta, reason, stop = "", "stop", params.stop[0]
@@ -156,11 +175,17 @@ class FakeEngine:
             text,
             reason,
             stop,
-            self.logprob(token_id, params.logprobs) if token_id is not None and params.logprobs is not None else None,
+            self.chosen(request, token_id) if token_id is not None and params.logprobs is not None else None,
             prompt_logprobs,
             queue_seconds=0.25 if place == 0 else None,
             prefill_seconds=0.5 if place == 0 else None,
         )
+
+    def chosen(self, request: Submit, token_id: int) -> TokenLogprob:
+        params = request.params
+        if self.tokenizer.decode(request.prompt_ids) == "!rank":
+            return TokenLogprob(token_id, (params.seed or 0) - 100.0)
+        return self.logprob(token_id, params.logprobs or 0)
 
     def logprob(self, token_id: int, count: int) -> TokenLogprob:
         """The token is the most likely one, the others are impossible."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.harness import ServerProcess
+from tests.server.harness import ServerProcess, wait_for
 
 
 def test_answer_has_the_openai_shape(server: ServerProcess) -> None:
@@ -43,6 +43,17 @@ def test_choice_i_of_n_has_the_seed_plus_i(server: ServerProcess) -> None:
 
 def test_the_largest_seed_has_a_next_one(server: ServerProcess) -> None:
     assert len(server.complete("a", seed=2**63 - 1, n=2)["choices"]) == 2
+
+
+def test_best_of_returns_the_likeliest(server: ServerProcess) -> None:
+    answer = server.complete(["!rank", "!rank"], n=2, best_of=4, seed=1, max_tokens=5)
+    best = [server.complete("!rank", seed=seed, max_tokens=5)["choices"][0]["text"] for seed in (4, 3)]
+    assert [choice["text"] for choice in answer["choices"]] == best * 2
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert {choice["logprobs"] for choice in answer["choices"]} == {None}
+    assert answer["usage"]["completion_tokens"] == 40
+    scored = server.complete("!rank", best_of=3, seed=1, logprobs=0, max_tokens=2)["choices"]
+    assert scored[0]["logprobs"]["token_logprobs"] == [-97.0] * 2
 
 
 @pytest.mark.parametrize("as_ids", [False, True])
@@ -85,6 +96,38 @@ def test_echo_with_logprobs_scores_the_prompt(server: ServerProcess, max_tokens:
             assert choice["text"][offset:].startswith(token)
 
 
+def test_prompt_logprobs(server: ServerProcess) -> None:
+    ids = tokens(server, "we few")
+    (choice,) = server.complete("we few", prompt_logprobs=2, max_tokens=1)["choices"]
+    first, *rest = choice["prompt_logprobs"]
+    assert first is None
+    for token_id, entries in zip(ids[1:], rest, strict=True):
+        text = server.post("/detokenize", tokens=[token_id]).json()["prompt"]
+        assert entries.pop(str(token_id)) == {"logprob": -0.5, "rank": 1, "decoded_token": text}
+        assert [(entry["logprob"], entry["rank"]) for entry in entries.values()] == [(-9999.0, 2)]
+    assert choice["logprobs"] is None
+    (choice,) = server.complete("we few", prompt_logprobs=0, max_tokens=0)["choices"]
+    assert choice["prompt_logprobs"][1] == {str(ids[1]): {"logprob": -0.5, "rank": None, "decoded_token": " few"}}
+    (choice,) = server.complete("we few", prompt_logprobs=0, echo=True, logprobs=2, max_tokens=1)["choices"]
+    assert len(choice["prompt_logprobs"][1]) == 1
+    assert len(choice["logprobs"]["top_logprobs"][1]) == 2
+    assert "prompt_logprobs" not in server.complete("we few", max_tokens=1)["choices"][0]
+
+
+def test_an_answer_that_takes_too_long(server: ServerProcess) -> None:
+    aborts = len(server.records("abort"))
+    response = server.post(prompt=["!slow", "!stall"], timeout=0.2)
+    assert response.status_code == 408
+    assert response.json()["error"]["param"] == "timeout"
+    assert response.headers["x-should-retry"] == "false"
+    assert server.post(prompt="!stall", timeout=0.1, stream=True).status_code == 408
+    *chunks, last = server.stream("!slow", timeout=0.3, max_tokens=1000)
+    assert 1 <= len(chunks) <= 6
+    assert last["error"]["code"] == 408
+    wait_for(lambda: len(server.records("abort")) == aborts + 4)
+    assert server.complete("a", timeout=60)
+
+
 def test_end_of_text_and_stop_strings(server: ServerProcess) -> None:
     answer = server.complete("!eos", max_tokens=10)
     assert answer["choices"][0]["finish_reason"] == "stop"
@@ -98,7 +141,8 @@ def test_null_is_as_good_as_absent_and_unknown_fields_are_ignored(server: Server
     optional = (
         "model max_tokens max_completion_tokens temperature top_p n best_of stream stream_options logprobs echo stop "
         "presence_penalty frequency_penalty logit_bias seed suffix min_p top_k repetition_penalty stop_token_ids "
-        "include_stop_str_in_output ignore_eos min_tokens priority response_format prompt_logprobs use_beam_search user"
+        "include_stop_str_in_output ignore_eos min_tokens priority response_format prompt_logprobs use_beam_search "
+        "timeout user"
     )
     answer = server.complete("a", **dict.fromkeys(optional.split()), no_such_field={"a": [1]})
     assert answer["usage"]["completion_tokens"] == 16

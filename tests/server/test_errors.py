@@ -69,12 +69,18 @@ DEEP = b'{"prompt":' + b"[" * 100_000
         (b'{"prompt": "a", "min_tokens": 17}', "min_tokens"),
         (b'{"prompt": "a", "n": 0}', "n"),
         (b'{"prompt": "a", "n": 1000000}', "n"),
-        (b'{"prompt": "a", "n": 2, "best_of": 3}', "best_of"),
-        (b'{"prompt": "a", "best_of": 2}', "best_of"),
+        (b'{"prompt": "a", "n": 3, "best_of": 2}', "best_of"),
+        (b'{"prompt": "a", "best_of": 129}', "best_of"),
         (b'{"prompt": "a", "suffix": "b"}', "suffix"),
-        (b'{"prompt": "a", "prompt_logprobs": 1}', "prompt_logprobs"),
+        (b'{"prompt": "a", "prompt_logprobs": 21}', "prompt_logprobs"),
         (b'{"prompt": "a", "use_beam_search": true}', "use_beam_search"),
-        (b'{"prompt": "a", "response_format": {"type": "json_object"}}', "response_format"),
+        (b'{"prompt": "a", "timeout": 0}', "timeout"),
+        (b'{"prompt": "a", "timeout": 1e9}', "timeout"),
+        (b'{"prompt": "a", "response_format": {"type": "xml"}}', "response_format"),
+        (b'{"prompt": "a", "response_format": {"type": "json_schema"}}', "response_format"),
+        (b'{"prompt": "a", "structured_outputs": {}}', "structured_outputs"),
+        (b'{"prompt": "a", "structured_outputs": {"whitespace_pattern": " ?", "regex": "a"}}', "structured_outputs"),
+        (b'{"prompt": "a", "guided_choice": ["a", 1]}', "guided_choice"),
         (b'{"prompt": "a", "logprobs": 21}', "logprobs"),
         (b'{"prompt": "a", "logprobs": true}', "logprobs"),
         (b'{"prompt": "a", "echo": 1}', "echo"),
@@ -136,6 +142,35 @@ def test_a_body_of_100_mb_is_not_read(server: ServerProcess) -> None:
     error = check_error(response, 413)
     assert str(8 << 20) in error["message"]
     assert response.headers["connection"] == "close"
+
+
+def test_large_heads_are_refused(server: ServerProcess) -> None:
+    for path, value in (("/health", "a" * 70_000), ("/health?" + "a" * 60_000, "a" * 10_000)):
+        error = check_error(server.http.get(path, headers={"x-large": value}), 431)
+        assert str(64 << 10) in error["message"]
+    assert server.http.get("/health", headers={"x-large": "a" * 60_000}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"GET /health HTTP/1.1\r\nhost: x\r\nx-endless: ",
+        b"GET /health?",
+        b"POST /tokenize HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx-trailer: ",
+    ],
+)
+def test_a_head_without_an_end_is_cut_off(server: ServerProcess, start: bytes) -> None:
+    sent = 0
+    with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port or 0), timeout=10) as connection:
+        connection.sendall(start)
+        try:
+            while sent < 100_000_000:
+                connection.sendall(b"a" * 0x10000)
+                sent += 0x10000
+        except ConnectionError:
+            pass
+    assert sent < 10_000_000
+    assert server.http.get("/health").status_code == 200
 
 
 def test_a_body_that_does_not_tell_its_size_is_read_to_the_limit(server: ServerProcess) -> None:

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -157,6 +158,15 @@ def test_the_engine_ends_with_a_server_that_is_killed(start_server: StartServer)
     server = start_server()
     server.process.kill()
     wait_for(lambda: not alive(server.engine_pid))
+
+
+def test_the_renderer_of_templates_ends_with_it_too(start_server: StartServer) -> None:
+    server = start_server()
+    parent = server.process.pid
+    children = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    assert len(children) == 2, "the engine and the renderer"
+    server.process.kill()
+    wait_for(lambda: not any(map(alive, children)), seconds=5)
 
 
 def test_many_streams_a_third_of_them_cut_off(start_server: StartServer, pool: ThreadPoolExecutor) -> None:

@@ -25,13 +25,15 @@ def test_metrics_add_up(start_server: Callable[..., ServerProcess]) -> None:
     with pytest.raises(httpx.ReadTimeout):
         server.http.post("/v1/completions", json={"prompt": "!stall"}, timeout=0.3)
     wait_for(lambda: server.metrics()['request_success_total{finished_reason="abort"}'])
+    # The engine speaks of what it ran for the last one only when it has dropped it.
+    prompt_tokens = sum(len(record["ids"]) for record in server.records("submit"))
+    wait_for(lambda: server.metrics()["prompt_tokens_total"] == prompt_tokens)
 
     metrics = server.metrics()
     ended = {name.split('"')[1]: n for name, n in metrics.items() if name.startswith("request_success_total")}
     assert ended == {"length": 6, "stop": 1, "error": 1, "abort": 1}
     generated = sum(usage["completion_tokens"] for usage in usages)
     assert metrics["generation_tokens_total"] == metrics["request_generation_tokens_sum"] == generated == 20
-    assert metrics["prompt_tokens_total"] == sum(record["tokens"] for record in server.records("submit"))
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_decode_time_seconds"):
         assert metrics[f"{name}_count"] == 7
     for name in ("request_prompt_tokens", "request_generation_tokens", "request_queue_time_seconds"):
@@ -54,10 +56,25 @@ def test_a_new_engine_counts_on() -> None:
     metrics = Metrics("m")
     for _ in range(2):
         metrics.engine_started(rows=4)
-        metrics.step(EngineStats(rows=4, rows_used=1, running=1, steps_total=1, step_tokens=5, prompt_tokens_total=5))
+        metrics.step(
+            EngineStats(
+                rows=4,
+                rows_used=1,
+                running=1,
+                steps_total=1,
+                step_tokens=5,
+                prompt_tokens_total=5,
+                cache_entries=3,
+                cache_bytes=300,
+                cache_outcomes={"hit": 4, "new": 2},
+            )
+        )
     labels = {"model_name": "m", "engine": "0"}
     assert metrics.registry.get_sample_value("lattice:prompt_tokens_total", labels) == 10
     assert metrics.registry.get_sample_value("lattice:iteration_tokens_total_sum", labels) == 10
+    assert metrics.registry.get_sample_value("lattice:prefix_cache_misses_total", labels | {"reason": "new"}) == 4
+    assert metrics.registry.get_sample_value("lattice:prefix_cache_misses_total", labels | {"reason": "bypass"}) == 0
+    assert metrics.registry.get_sample_value("lattice:prefix_cache_bytes", labels) == 300
     assert metrics.registry.get_sample_value("lattice:state_pool_usage_ratio", labels) == 0.25
     metrics.engine_started(rows=0)
     assert metrics.registry.get_sample_value("lattice:state_pool_usage_ratio", labels) == 0

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
 
 from tests.server.harness import ServerProcess
 
@@ -38,6 +39,54 @@ def test_sync_stream(url: str) -> None:
         assert len(chunks) == 16
         assert last.usage is not None
         assert last.usage.completion_tokens == 16
+
+
+def test_chat(url: str) -> None:
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "!eos"}]
+    with openai.OpenAI(base_url=url, api_key="none") as client:
+        answer = client.chat.completions.create(
+            model="lattice", messages=messages, n=2, seed=1, logprobs=True, top_logprobs=1
+        )
+        assert [choice.index for choice in answer.choices] == [0, 1]
+        choice = answer.choices[0]
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert "".join(entry.token for entry in choice.logprobs.content[:-1]) == choice.message.content
+        # Its own reading of the stream, which checks each event.
+        with client.chat.completions.stream(
+            model="lattice", messages=messages, seed=1, stream_options={"include_usage": True}
+        ) as stream:
+            kinds = [event.type for event in stream]
+            final = stream.get_final_completion()
+        assert kinds.count("content.delta") == 5  # of them one with the role
+        assert final.choices[0].message.content == choice.message.content
+        assert final.usage is not None
+        assert final.usage.completion_tokens == 4
+
+
+async def test_streamed_tool_calls(url: str) -> None:
+    add: ChatCompletionToolParam = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    call = '<tool_call>{"name": "add", "arguments": {"a": [1, 2]}}</tool_call>'
+    async with openai.AsyncOpenAI(base_url=url, api_key="none") as client:
+        async with client.chat.completions.stream(
+            model="lattice", messages=[{"role": "user", "content": f"!say {call}{call}"}], tools=[add]
+        ) as stream:
+            kinds = [event.type async for event in stream]
+            final = await stream.get_final_completion()
+        assert kinds.count("tool_calls.function.arguments.done") == 2
+        assert final.choices[0].finish_reason == "tool_calls"
+        calls = final.choices[0].message.tool_calls
+        assert calls is not None
+        assert [each.function.arguments for each in calls] == ['{"a": [1, 2]}'] * 2
+        assert len({each.id for each in calls}) == 2
+
+
+def test_it_does_not_repeat_what_timed_out(server: ServerProcess, url: str) -> None:
+    submits = len(server.records("submit"))
+    with openai.OpenAI(base_url=url, api_key="none") as client, pytest.raises(openai.APIStatusError) as caught:
+        client.completions.create(model="lattice", prompt="!stall", extra_body={"timeout": 0.1})
+    assert caught.value.status_code == 408
+    assert len(server.records("submit")) == submits + 1
 
 
 async def test_async_and_stream(url: str) -> None:

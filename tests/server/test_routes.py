@@ -6,6 +6,7 @@ import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -44,7 +45,12 @@ def test_detokenize_checks_ids(server: ServerProcess) -> None:
 
 
 def test_health_ready_version(server: ServerProcess) -> None:
-    assert server.http.get("/health").json() == {"status": "ok", "engine": "ready", "restarts": 0}
+    assert server.http.get("/health").json() == {
+        "status": "ok",
+        "engine": "ready",
+        "restarts": 0,
+        "engines": [{"state": "ready", "restarts": 0}],
+    }
     assert server.http.head("/health").status_code == 200
     assert server.http.get("/ready").json()["rows"] == 8
     assert server.http.get("/ping").status_code == 200
@@ -56,13 +62,50 @@ def test_no_cors(server: ServerProcess) -> None:
     assert not [name for name in response.headers if name.startswith("access-control")]
 
 
+def test_cors_for_the_origins_that_are_named(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server(cors_origins="http://a.example, http://b.example", api_key="key")
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    for origin, allowed in (("http://a.example", True), ("http://b.example", True), ("http://c.example", False)):
+        # Browsers ask without a key, and must be able to read what is refused.
+        preflight = server.http.options("/v1/completions", headers={"origin": origin, **asked})
+        assert (preflight.status_code == 200) == allowed
+        for answer in (preflight, server.http.get("/v1/models", headers={"origin": origin})):
+            assert (answer.headers.get("access-control-allow-origin") == origin) == allowed
+            assert answer.headers["x-request-id"]
+    assert server.http.get("/v1/models").status_code == 401
+
+
+def test_tokenizer_info(server: ServerProcess) -> None:
+    info = server.http.get("/tokenizer_info").json()
+    assert (info["eos_token"], info["bos_token"], info["vocab_size"]) == ("<|endoftext|>", None, 4096)
+    assert "Assistant:" in info["chat_template"]
+    # As lm-eval asks for the id of the end of text.
+    assert server.post("/tokenize", prompt=info["eos_token"], add_special_tokens=False).json()["tokens"] == [1]
+
+
+def test_tokenize_takes_a_text_or_messages(server: ServerProcess) -> None:
+    chat = server.post("/tokenize", messages=[{"role": "user", "content": "a"}]).json()
+    assert server.post("/detokenize", tokens=chat["tokens"]).json()["prompt"] == "User: a\nAssistant:"
+    for body, param in (
+        ({}, "prompt"),
+        ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"messages": [{"role": "user"}]}, "messages"),
+    ):
+        response = server.post("/tokenize", **body)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == param
+
+
 @pytest.fixture
-def locked(start_server: Callable[..., ServerProcess]) -> ServerProcess:
-    return start_server(api_key="first, sécond", host="127.0.0.1")
+def locked(tmp_path: Path, start_server: Callable[..., ServerProcess]) -> ServerProcess:
+    keys = tmp_path / "keys"
+    keys.write_text("third\n\n  fourth, with a comma \n")
+    return start_server(api_key="first, sécond", api_key_file=str(keys), host="127.0.0.1")
 
 
 def test_api_keys(locked: ServerProcess) -> None:
-    for key in ("first", "sécond"):
+    for key in ("first", "sécond", "third", "fourth, with a comma"):
         assert locked.http.post("/tokenize", json={"prompt": "a"}, headers=bearer(key)).status_code == 200
     for header in (
         {},

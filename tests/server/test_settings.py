@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import ConfigError
+from lattice_serve.engine.processors import available_cpus
 from lattice_serve.server.settings import Settings
 
 
@@ -15,7 +17,8 @@ def test_defaults() -> None:
     settings = Settings.load()
     assert (settings.host, settings.port, settings.api_keys) == ("127.0.0.1", 8000, ())
     assert settings.model_name == "lattice"
-    assert settings.engine_config() == EngineConfig(model=settings.model, step_seconds=0.05)
+    expected = EngineConfig(model=settings.model, step_seconds=0.05, threads=available_cpus())
+    assert settings.engine_configs() == [expected]
 
 
 def test_a_keyword_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +29,19 @@ def test_a_keyword_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     settings = Settings.load(max_rows=5, port=None)
     assert (settings.port, settings.max_rows, settings.threads) == (9000, 5, None)
     assert settings.api_keys == (b"a", b"b")
-    assert settings.engine_config().max_rows == 5
+    assert settings.engine_configs()[0].max_rows == 5
+
+
+def test_replicas_share_processors_and_take_a_gpu_each() -> None:
+    def configs(**fields: Any) -> list[tuple[str, int | None]]:
+        return [(config.device, config.threads) for config in Settings.load(**fields).engine_configs()]
+
+    assert configs(replicas=3, threads=2) == [("cpu", 2)] * 3
+    assert configs(replicas=available_cpus()) == [("cpu", 1)] * available_cpus()
+    assert configs(replicas=2, device="cuda") == [("cuda:0", None), ("cuda:1", None)]
+    assert configs(device="cuda:3", threads=1) == [("cuda:3", 1)]
+    with pytest.raises(ConfigError, match="one for all replicas: give 'cuda'"):
+        Settings.load(replicas=2, device="cuda:1")
 
 
 def test_the_key_is_not_shown() -> None:
@@ -36,6 +51,30 @@ def test_the_key_is_not_shown() -> None:
 def test_the_model_is_named_for_its_folder(tmp_path: Path) -> None:
     assert Settings.load(model=tmp_path / "small").model_name == "small"
     assert Settings.load(model=tmp_path / "small", served_model_name="mine").model_name == "mine"
+
+
+def test_keys_from_a_file(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("a\n\n b, c \n")
+    assert Settings.load(api_key_file=keys, host="0.0.0.0").api_keys == (b"a", b"b, c")
+    assert Settings.load(api_key_file=keys, api_key="k,l").api_keys == (b"k", b"l", b"a", b"b, c")
+
+
+@pytest.mark.parametrize("content", [None, b" \n", b"\xff"])
+def test_a_file_without_keys_is_told_at_once(tmp_path: Path, content: bytes | None) -> None:
+    keys = tmp_path / "keys"
+    if content is not None:
+        keys.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        Settings.load(api_key_file=keys)
+    assert caught.value.param == "api_key_file"
+
+
+def test_origins(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings.load().cors_origins == ()
+    assert Settings.load(cors_origins=["http://a.example"]).cors_origins == ("http://a.example",)
+    monkeypatch.setenv("LATTICE_CORS_ORIGINS", "http://a.example, http://b.example")
+    assert Settings.load().cors_origins == ("http://a.example", "http://b.example")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])

@@ -116,11 +116,13 @@ def test_tokens_are_sent_as_they_come(server: ServerProcess) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("prompt", ["!slow", "!stall"])
-def test_a_client_that_goes_away_frees_its_row(server: ServerProcess, prompt: str, stream: bool) -> None:
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+def test_a_client_that_goes_away_frees_its_row(server: ServerProcess, route: str, prompt: str, stream: bool) -> None:
     submits, aborts = len(server.records("submit")), len(server.records("abort"))
-    body = json.dumps({"prompt": [prompt, prompt], "stream": stream, "max_tokens": 1000})
+    asked = {"prompt": prompt} if route == "completions" else {"messages": [{"role": "user", "content": prompt}]}
+    body = json.dumps({**asked, "n": 2, "stream": stream, "max_tokens": 1000})
     with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port or 0)) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/{route} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
         connection.sendall((head + body).encode())
         wait_for(lambda: len(server.records("submit")) == submits + 2)
         if stream and prompt == "!slow":

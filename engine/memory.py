@@ -1,0 +1,135 @@
+"""What sequences remember, and where: in a row of the pool, parked beside it, or in the cache for those to come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as AbstractSequence
+from itertools import takewhile
+
+from torch import Tensor
+
+from lattice_serve.engine.prefix_cache import FIRST_INTERVAL, PrefixCache, intervals
+from lattice_serve.engine.scheduler import Moves, Piece
+from lattice_serve.engine.sequence import Sequence, Status
+from lattice_serve.engine.state_pool import StatePool
+
+
+class Memory:
+    """Carries out what the scheduler decides about rows, and spares sequences the tokens that others have run."""
+
+    def __init__(self, pool: StatePool, cache: PrefixCache, multiple: int = 1) -> None:
+        """multiple: of so many tokens is where prompts can be cut; states of answers are kept where that is anywhere."""
+        self._pool, self._cache, self._multiple = pool, cache, multiple
+        self._held: dict[Piece, Tensor] = {}
+        """Rows as they were before pieces with drafts."""
+
+    def mark(self, sequence: Sequence, places: AbstractSequence[int]) -> None:
+        """Keep the state of a prompt at the last places that are no further than these, and at which it can be cut."""
+        sequence.marks += [place - place % self._multiple for place in places]
+
+    def move(self, moves: Moves, running: AbstractSequence[Sequence]) -> None:
+        """Take and give rows; `running` are all that hold one then."""
+        for sequence in moves.park:
+            assert sequence.row is not None, "a parked sequence had no state row"
+            sequence.parked = self._pool.park(sequence.row)
+            sequence.row = None
+        for sequence in moves.admit:
+            if sequence.parked is not None:
+                sequence.row, sequence.parked = self._pool.restore(sequence.parked), None
+            else:
+                sequence.row = self._pool.allocate()
+                self._begin(sequence, running)
+            if sequence.started is None:
+                sequence.started = time.monotonic()
+        for sequence in running:
+            leader = sequence.leader
+            if leader is not None and (leader.status is not Status.RUNNING or leader.decoding):
+                self._begin(sequence, running)
+
+    def hold(self, pieces: AbstractSequence[Piece]) -> None:
+        """Before a step: remember the states that its drafts may spoil."""
+        self._held = {piece: self._row(piece.sequence).clone() for piece in pieces if piece.draft}
+
+    def settle(self, piece: Piece, accepted: int) -> None:
+        """After it: where a draft was wrong, back to the state before it; what was right is run again, with the next
+        token, in no more time than that takes alone."""
+        if not piece.draft:
+            return
+        sequence = piece.sequence
+        if accepted == len(piece.draft):
+            sequence.computed = piece.end + accepted
+        else:
+            self._row(sequence).copy_(self._held[piece])
+            sequence.computed = piece.start
+        if sequence.drafter is not None:
+            sequence.drafter.learn(len(piece.draft), accepted)
+
+    def keep_prompt(self, piece: Piece, logits: Tensor | None) -> None:
+        """Cache the state after a piece that has run, where it ends at a place of interest in its prompt.
+
+        logits: [V] of its last token, if they are known.
+        """
+        sequence = piece.sequence
+        if piece.tokens and (piece.ends_prompt or piece.end in sequence.marks):
+            self._keep(sequence, sequence.prompt_ids[: piece.end], logits if piece.ends_prompt else None)
+
+    def keep_answer(self, sequence: Sequence) -> None:
+        """Cache the state at the end of an answer: the next turn of a conversation begins with this one."""
+        # Where decode rounds otherwise than prefill, a next turn could not tell that its prompt was once an answer.
+        if self._multiple == 1 and len(sequence.prompt_ids) < sequence.computed < sequence.length:
+            self._keep(sequence, sequence.tokens(0, sequence.computed), None)
+
+    def release(self, sequence: Sequence) -> None:
+        """Scrub and take back whatever a sequence holds."""
+        if sequence.row is not None:
+            self._pool.free(sequence.row)
+            sequence.row = None
+        sequence.parked = sequence.leader = sequence.recalled = sequence.drafter = None
+
+    def check_idle(self) -> None:
+        """Assert that no sequence holds anything, and that nothing of the cache is lost."""
+        self._pool.check_integrity(())
+        self._cache.check()
+
+    def _keep(self, sequence: Sequence, ids: AbstractSequence[int], logits: Tensor | None) -> None:
+        self._cache.put(sequence.cache_salt, ids, self._row(sequence), logits)
+
+    def _row(self, sequence: Sequence) -> Tensor:
+        assert sequence.row is not None, "a sequence has run without a state row"
+        return self._pool.memory[sequence.row]
+
+    def _begin(self, sequence: Sequence, running: AbstractSequence[Sequence]) -> None:
+        """Give a sequence that has run nothing the state of as much of its prompt as is known, or let it wait for one
+        before it among `running` that is at work on the same prompt."""
+        if not self._cache.enabled:
+            return
+        if sequence.needs_every_token:
+            self._cache.outcomes["bypass"] += 1
+            return
+        before = takewhile(lambda other: other is not sequence, running)
+        sequence.leader = next((other for other in before if _leads(other, sequence)), None)
+        if sequence.leader is not None:
+            return
+        chooses = sequence.params.max_tokens > 0
+        snapshot, shared = self._cache.find(sequence.cache_salt, sequence.prompt_ids, chooses=chooses)
+        if snapshot is not None:
+            self._row(sequence).copy_(snapshot.row)
+            sequence.computed = sequence.cached_tokens = snapshot.length
+            if sequence.decoding:
+                sequence.recalled = snapshot
+        # Where this prompt leaves what is known, the next one may, too: that is where a system prompt ends.
+        self.mark(sequence, [shared, *intervals(sequence.computed, len(sequence.prompt_ids))])
+        if self._multiple > 1 and len(sequence.prompt_ids) > FIRST_INTERVAL:
+            # What goes on after this prompt can begin where it could be cut last.
+            self.mark(sequence, [len(sequence.prompt_ids)])
+
+
+def _leads(other: Sequence, sequence: Sequence) -> bool:
+    """Whether `other` will leave what `sequence` needs to begin with its answer."""
+    return (
+        other.leader is None
+        and not other.decoding
+        and other.params.max_tokens > 0
+        and other.cache_salt == sequence.cache_salt
+        and other.prompt_ids == sequence.prompt_ids
+    )

@@ -1,0 +1,187 @@
+"""States of prompts and answers that may come again: what a sequence remembers is of constant size, so one copy is all.
+
+A snapshot is a state row and the tokens that it has seen. It has the bits that running them again would give, for a
+row's bits do not depend on how its tokens were cut into steps. The least recently used go first, from the device to
+host memory, and from there for good.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+from lattice_serve.engine.radix_tree import Ids, Node, RadixTree
+
+FIRST_INTERVAL = 512
+"""Snapshots of a long prompt lie at this many tokens, twice as many, four times as many and so on."""
+_TOKEN_BYTES = 4
+
+Outcome: TypeAlias = Literal["hit", "new", "no_snapshot", "bypass"]
+"""Of a look-up. new: nothing known begins like it; no_snapshot: no state of that beginning is kept; bypass: every token
+has to be run, for more than the state behind it was asked for."""
+
+
+@dataclass(slots=True, eq=False)
+class Snapshot:
+    """The state after `length` tokens."""
+
+    row: Tensor
+    """[row_size]"""
+    length: int
+    logits: Tensor | None
+    """[V] of the last of them, where they are known: without these, a sequence cannot go on from its very end."""
+    salt: str
+    node: Node[Snapshot]
+
+    @property
+    def nbytes(self) -> int:
+        return self.row.nbytes + (0 if self.logits is None else self.logits.nbytes)
+
+
+@dataclass(slots=True)
+class _Tier:
+    device: str
+    budget: int
+    """Bytes."""
+    used: int = 0
+    snapshots: OrderedDict[int, Snapshot] = field(default_factory=OrderedDict)
+    """By identity, the least recently used first."""
+
+
+class PrefixCache:
+    """Snapshots by the tokens that they have seen. Sequences with different salts never share one."""
+
+    def __init__(self, budgets: Sequence[tuple[str, int]], multiple: int = 1) -> None:
+        """budgets: (device, bytes), the first to be filled first; what is pushed out of one goes to the next.
+
+        multiple: a longer prompt goes on from snapshots after multiples of so many tokens only.
+        """
+        self._multiple = multiple
+        self._tiers = [_Tier(device, budget) for device, budget in budgets]
+        self._trees: dict[str, RadixTree[Snapshot]] = {}
+        self.outcomes: defaultdict[str, int] = defaultdict(int)
+        """Look-ups so far, by `Outcome`."""
+
+    @property
+    def enabled(self) -> bool:
+        return any(tier.budget for tier in self._tiers)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tier.used for tier in self._tiers) + _TOKEN_BYTES * self._tokens
+
+    def __len__(self) -> int:
+        return sum(len(tier.snapshots) for tier in self._tiers)
+
+    def find(self, salt: str, ids: Sequence[int], *, chooses: bool = True) -> tuple[Snapshot | None, int]:
+        """The longest snapshot that a sequence of these tokens can go on from, and how many of them are known.
+
+        chooses: whether it wants a token after them, and with it the logits of the last.
+        """
+        tree = self._trees.get(salt)
+        path, shared = tree.path(_array(ids)) if tree is not None else ([], 0)
+        for depth, node in reversed(path):
+            snapshot = node.value
+            assert snapshot is not None
+            whole = depth == len(ids)
+            if (whole and (not chooses or snapshot.logits is not None)) or (
+                not whole and depth % self._multiple == 0
+            ):
+                self.outcomes["hit"] += 1
+                self._use(snapshot)
+                return snapshot, shared
+        self.outcomes["no_snapshot" if shared else "new"] += 1
+        return None, shared
+
+    def put(self, salt: str, ids: Sequence[int], row: Tensor, logits: Tensor | None = None) -> None:
+        """Keep a copy of `row`, the state after `ids`, and of the logits [V] of the last of them."""
+        if not self.enabled or not len(ids):
+            return
+        tree = self._trees.setdefault(salt, RadixTree())
+        node = tree.node(_array(ids))
+        if node.value is not None and (node.value.logits is not None or logits is None):
+            self._use(node.value)
+            return
+        if node.value is not None:
+            self._forget(node.value)
+        device = self._tiers[0].device
+        kept = None if logits is None else logits.to(device, copy=True)
+        node.value = Snapshot(row.to(device, copy=True), len(ids), kept, salt, node)
+        self._add(self._tiers[0], node.value)
+        self._shrink()
+
+    def clear(self) -> None:
+        self.outcomes.clear()
+        self._trees.clear()
+        for tier in self._tiers:
+            tier.snapshots.clear()
+            tier.used = 0
+
+    def check(self) -> None:
+        """Assert that the tiers hold exactly what the trees hold, within their budgets."""
+        held = {id(snapshot) for tier in self._tiers for snapshot in tier.snapshots.values()}
+        known = {id(node.value) for tree in self._trees.values() for node in tree}
+        assert held == known, "a cached state is lost, or cannot be found"
+        for tier in self._tiers:
+            assert tier.used == sum(snapshot.nbytes for snapshot in tier.snapshots.values()) <= tier.budget, (
+                "the cache has lost count of its bytes"
+            )
+
+    @property
+    def _tokens(self) -> int:
+        return sum(tree.tokens for tree in self._trees.values())
+
+    def _add(self, tier: _Tier, snapshot: Snapshot) -> None:
+        tier.snapshots[id(snapshot)] = snapshot
+        tier.used += snapshot.nbytes
+
+    def _use(self, snapshot: Snapshot) -> None:
+        for tier in self._tiers:
+            if id(snapshot) in tier.snapshots:
+                tier.snapshots.move_to_end(id(snapshot))
+
+    def _shrink(self) -> None:
+        for place, tier in enumerate(self._tiers):
+            last = place == len(self._tiers) - 1
+            # The tokens themselves are kept in host memory, and count there.
+            while tier.snapshots and tier.used + (_TOKEN_BYTES * self._tokens if last else 0) > tier.budget:
+                _, oldest = tier.snapshots.popitem(last=False)
+                tier.used -= oldest.nbytes
+                if last:
+                    self._drop(oldest)
+                else:
+                    following = self._tiers[place + 1]
+                    oldest.row = oldest.row.to(following.device)
+                    oldest.logits = None if oldest.logits is None else oldest.logits.to(following.device)
+                    self._add(following, oldest)
+
+    def _forget(self, snapshot: Snapshot) -> None:
+        for tier in self._tiers:
+            if tier.snapshots.pop(id(snapshot), None) is not None:
+                tier.used -= snapshot.nbytes
+
+    def _drop(self, snapshot: Snapshot) -> None:
+        tree = self._trees[snapshot.salt]
+        tree.remove(snapshot.node)
+        if not tree.tokens:
+            del self._trees[snapshot.salt]
+
+
+def intervals(start: int, end: int) -> list[int]:
+    """Where a prompt of `end` tokens, known up to `start`, gets its snapshots on the way."""
+    places = []
+    place = FIRST_INTERVAL
+    while place < end:
+        if place > start:
+            places.append(place)
+        place *= 2
+    return places
+
+
+def _array(ids: Sequence[int]) -> Ids:
+    return np.array(ids, dtype=np.int32)

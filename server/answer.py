@@ -1,0 +1,150 @@
+"""What all generating routes share: a request becomes sequences, and what the engine says of them becomes choices."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any, ClassVar, Generic, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from lattice_serve.engine.messages import Submit, TokenOutput
+from lattice_serve.engine.sampling import SamplingParams
+from lattice_serve.engine.tokenizer import Tokenizer
+from lattice_serve.server.engine_client import Generation
+from lattice_serve.server.schemas.generation import GenerationRequest, Usage
+from lattice_serve.server.services import Services
+from lattice_serve.server.stream import EventStream, until_disconnect
+
+LOWEST_LOGPROB = -9999.0
+"""What clients expect for minus infinity, which JSON does not have."""
+
+R = TypeVar("R", bound=GenerationRequest)
+C = TypeVar("C", bound=msgspec.Struct)
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Answer(ABC, Generic[R, C]):
+    """One request at work: sequences for the engine, and the choices `C` of the chunks made of its outputs.
+
+    A whole answer is made of the same choices, joined.
+    """
+
+    id_prefix: ClassVar[str]
+    whole_type: ClassVar[type[msgspec.Struct]]
+    chunk_type: ClassVar[type[msgspec.Struct]]
+    """Both have `id`, `created`, `model`, `choices` and `usage`."""
+
+    def __init__(
+        self, services: Services, request: R, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+    ) -> None:
+        """Every prompt is answered once with each of `params`: sequence i is of prompt i // len(params)."""
+        self._services = services
+        self._request = request
+        self._prompts = prompts
+        points = tuple(request.cache_points or ())
+        self._sequences = [Submit("", prompt, each, cache_points=points) for prompt in prompts for each in params]
+        self._completion_tokens = 0
+        self._cached_tokens = [0] * len(self._sequences)
+        self._head: dict[str, Any] = {
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": services.settings.model_name,
+        }
+
+    @classmethod
+    @abstractmethod
+    async def prepare(cls, services: Services, request: R) -> Answer[R, C]:
+        """Raises the error that says why the request cannot be served, or not now."""
+
+    @abstractmethod
+    def parts(self, index: int, output: TokenOutput) -> list[C]:
+        """What `output` of sequence `index` adds: at least one choice."""
+
+    @abstractmethod
+    def joined(self, parts: list[list[C]]) -> Sequence[msgspec.Struct]:
+        """The choices of a whole answer, from the parts of each sequence."""
+
+    async def whole(self, salt: str) -> bytes:
+        """The answer as JSON. salt: whose cached states it may use."""
+        parts: list[list[C]] = [[] for _ in self._sequences]
+        with self._start(salt) as generation:
+            async for index, output in generation:
+                parts[index] += self._count(index, output)
+        return _encode(self.whole_type(**self._head, choices=self.joined(parts), usage=self._usage()))
+
+    async def chunks(self, salt: str) -> AsyncGenerator[bytes, None]:
+        """The answer as JSON chunks, at least one a token, then one with the usage if that is asked for."""
+        options = self._request.stream_options
+        with_usage = options is not None and bool(options.include_usage)
+        with_running_usage = with_usage and options is not None and bool(options.continuous_usage_stats)
+        with self._start(salt) as generation:
+            async for index, output in generation:
+                for part in self._count(index, output):
+                    if with_usage:
+                        yield self._chunk([part], usage=self._usage() if with_running_usage else None)
+                    else:
+                        yield self._chunk([part])
+        if with_usage:
+            yield self._chunk([], usage=self._usage())
+
+    def _start(self, salt: str) -> Generation:
+        self._services.admit(len(self._sequences))  # Again: others may have come in while the prompts were tokenized.
+        priority, salt = self._request.priority or 0, f"{salt}{self._request.cache_salt or ''}"
+        sequences = [msgspec.structs.replace(each, priority=priority, cache_salt=salt) for each in self._sequences]
+        return self._services.router.generate(sequences, timeout=self._request.timeout)
+
+    def _count(self, index: int, output: TokenOutput) -> list[C]:
+        self._completion_tokens += output.token_id is not None
+        self._cached_tokens[index] += output.cached_tokens
+        return self.parts(index, output)
+
+    def _usage(self) -> Usage:
+        # Of a prompt what was run at least once counts as run, and the prompt counts once.
+        width = len(self._sequences) // len(self._prompts)
+        cached = (min(self._cached_tokens[start : start + width]) for start in range(0, len(self._sequences), width))
+        prompt_tokens = sum(map(len, self._prompts))
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            total_tokens=prompt_tokens + self._completion_tokens,
+            prompt_tokens_details={"cached_tokens": sum(cached)},
+        )
+
+    def _chunk(self, choices: list[C], usage: Usage | msgspec.UnsetType | None = msgspec.UNSET) -> bytes:
+        return _encode(self.chunk_type(**self._head, choices=choices, usage=usage))
+
+
+def check(services: Services, request: GenerationRequest) -> None:
+    """Raises `ModelNotFound` or `InvalidParameter` for what can be seen without the prompt."""
+    services.check_model(request.model)
+    vocab_size = services.tokenizer.vocab_size
+    Tokenizer.check(request.stop_token_ids or (), vocab_size, param="stop_token_ids")
+    Tokenizer.check(request.biases, vocab_size, param="logit_bias")
+
+
+async def respond(kind: type[Answer[R, C]], services: Services, request: R, http: Request) -> Response:
+    """The answer to a request for a `kind`: whole, or as server-sent events."""
+    salt: str = http.state.cache_salt
+    if request.stream:
+        chunks = _stream(kind, services, request, salt)
+        return EventStream(chunks, keep_alive_seconds=services.settings.keep_alive_seconds)
+    whole = await until_disconnect(http.receive, _whole(kind, services, request, salt))
+    return Response(whole, media_type="application/json")
+
+
+async def _whole(kind: type[Answer[R, C]], services: Services, request: R, salt: str) -> bytes:
+    return await (await kind.prepare(services, request)).whole(salt)
+
+
+async def _stream(kind: type[Answer[R, C]], services: Services, request: R, salt: str) -> AsyncGenerator[bytes, None]:
+    answer = await kind.prepare(services, request)
+    async with aclosing(answer.chunks(salt)) as chunks:
+        async for chunk in chunks:
+            yield chunk

@@ -1,0 +1,118 @@
+"""The engines of a server, and which of them works on what."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Literal, TypeAlias
+
+import structlog
+
+from lattice_serve.engine.config import EngineConfig
+from lattice_serve.engine.errors import ConfigError, EngineUnavailable, LatticeError
+from lattice_serve.engine.messages import Ready, Submit
+from lattice_serve.server.engine_client import EngineClient, Generation
+from lattice_serve.server.metrics import Metrics
+from lattice_serve.server.supervisor import Supervisor
+
+ReplicaState: TypeAlias = Literal["starting", "ready", "restarting"]
+
+
+class Replica:
+    """One engine: the way to it, and what keeps it running."""
+
+    def __init__(self, config: EngineConfig, metrics: Metrics, command: Sequence[str]) -> None:
+        self.client = EngineClient(metrics)
+        self.supervisor = Supervisor(config, self.client, command)
+
+    @property
+    def state(self) -> ReplicaState:
+        if self.client.ready is not None:
+            return "ready"
+        return "restarting" if self.client.ever_ready else "starting"
+
+
+class Router:
+    """`async with` it to have all engines run. Each dies and comes back alone; the others go on."""
+
+    def __init__(self, replicas: Sequence[Replica], *, max_waiting: int) -> None:
+        self.replicas = replicas
+        self._max_waiting = max_waiting
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Router:
+        self._tasks = [asyncio.create_task(_run(number, replica)) for number, replica in enumerate(self.replicas)]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for result in await asyncio.gather(*self._tasks, return_exceptions=True):
+            if isinstance(result, Exception):
+                raise result
+
+    @property
+    def ready(self) -> list[Ready]:
+        """What the engines that take requests said of themselves."""
+        return [replica.client.ready for replica in self.replicas if replica.client.ready is not None]
+
+    @property
+    def live(self) -> int:
+        """Sequences submitted and not ended."""
+        return sum(replica.client.live for replica in self.replicas)
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that the engines which take requests can run or let wait."""
+        return sum(self._capacity(replica.client) for replica in self.replicas)
+
+    def _capacity(self, client: EngineClient) -> int:
+        return 0 if client.ready is None else client.ready.rows + self._max_waiting
+
+    @property
+    def restarts(self) -> int:
+        return sum(replica.supervisor.restarts for replica in self.replicas)
+
+    @property
+    def failure(self) -> ConfigError | None:
+        """Why one of the engines could not be started at all."""
+        failures = [replica.supervisor.failure for replica in self.replicas]
+        return next((failure for failure in failures if failure is not None), None)
+
+    def generate(self, requests: Sequence[Submit], *, timeout: float | None = None) -> Generation:
+        """Submit `requests`, those with one prompt to one engine, which then runs it once.
+
+        What has not ended after `timeout` seconds fails with `TimedOut`. Raises `EngineUnavailable` when no engine is
+        ready.
+        """
+        generation = Generation(timeout)
+        client = self.route()
+        for index, request in enumerate(requests):
+            same = index > 0 and request.prompt_ids is requests[index - 1].prompt_ids
+            if not same or client.live >= self._capacity(client):
+                client = self.route()
+            client.submit(generation, index, request)
+        return generation
+
+    def route(self) -> EngineClient:
+        """The engine for the next sequence: of those that are ready the least loaded, the first of equals.
+
+        Raises `EngineUnavailable` when none is ready.
+        """
+        clients = [replica.client for replica in self.replicas if replica.client.ready is not None]
+        if not clients:
+            raise EngineUnavailable("the engine is starting: try again in a few seconds")
+        return min(clients, key=lambda client: client.live)
+
+    def fail_all(self, make_error: Callable[[], LatticeError]) -> None:
+        """End every live sequence with an error of its own."""
+        for replica in self.replicas:
+            replica.client.fail_all(make_error)
+
+
+async def _run(number: int, replica: Replica) -> None:
+    structlog.contextvars.bind_contextvars(engine=number)  # in every line that this task logs
+    await replica.supervisor.run()

@@ -1,0 +1,149 @@
+"""Chat templates: messages to the text that a model continues."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import structlog
+
+from lattice_serve.engine.errors import CheckpointError, InvalidParameter, Overloaded
+
+log = structlog.get_logger(__name__)
+
+TEMPLATE_FILE = "chat_template.jinja"
+TOOL_CALL = "<tool_call>"
+"""Where a template has it, its model writes calls as Hermes models do: this, JSON, and the same with a slash."""
+
+_SECONDS = 1.0
+_WORKER = (sys.executable, "-m", "lattice_serve.server.template_worker")
+
+PLAIN_STOP = "\nUser:"
+PLAIN_TEMPLATE = """\
+{%- if tools -%}
+System: To call functions, answer with <tool_call>{"name": ..., "arguments": {...}}</tool_call> for each call:
+{%- for tool in tools %} {{ tool.function | tojson }}{% endfor %}
+{{- "\n" }}
+{%- endif %}
+{%- for message in messages %}
+{{- message.role | capitalize }}:
+{%- if message.content %}{{ "" if message.content[0] in " \n" else " " }}{{ message.content }}{% endif %}
+{%- for call in message.tool_calls or [] %} <tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}
+{{- "\n" if not loop.last or add_generation_prompt }}
+{%- endfor %}
+{%- if add_generation_prompt %}Assistant:{% endif %}"""
+"""For models without a template, which have seen no chats: a transcript, as in a book.
+
+    System: Answer in rhyme.
+    User: Who are you?
+    Assistant:
+
+The answer ends before a line that begins with `User:`, and is without the space it begins with, which the next turn
+puts back: so that begins with the very tokens of this one.
+"""
+
+
+class ChatTemplate:
+    """The template of a model folder, or `PLAIN_TEMPLATE`, rendered by a process of its own.
+
+    A template, or messages that make it run long, can hold up other renderings for about a second, and nothing else.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises `CheckpointError` when the file is there and cannot be read."""
+        path = folder / TEMPLATE_FILE
+        self.plain = not path.exists()
+        try:
+            self.source = PLAIN_TEMPLATE if self.plain else path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: {error}: give a text file, or none") from error
+        self.stop = (PLAIN_STOP,) if self.plain else ()
+        self.knows_tools = TOOL_CALL in self.source
+        self.knows_developers = "developer" in self.source
+        self._lock = asyncio.Lock()
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def render(self, variables: Mapping[str, Any]) -> str:
+        """The text for `variables`, which JSON can hold.
+
+        Raises `InvalidParameter` when the template refuses them, fails, or takes too long, `CheckpointError` when it is
+        no template, and `Overloaded` when others that take long are before this one.
+        """
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
+        async with self._lock:
+            if loop.time() - asked > _SECONDS:
+                raise Overloaded("other chat templates take too long: try again later")
+            try:
+                if self._process is None:
+                    await self._start()
+                rendered = await self._ask(variables)
+            except BaseException as error:
+                # What it would still say is an answer to this request, and must not become that of the next one.
+                await self._stop()
+                if isinstance(error, asyncio.IncompleteReadError | ConnectionError):
+                    raise InvalidParameter(
+                        f"messages: the chat template took over {_SECONDS:g} s or too much memory: send less",
+                        param="messages",
+                    ) from error
+                raise
+        if "error" in rendered:
+            raise InvalidParameter(
+                f"messages: the chat template does not take them: {rendered['error']}", param="messages"
+            )
+        return rendered["text"]
+
+    async def __aenter__(self) -> ChatTemplate:
+        """Ready for the first request. A bad template is logged here, and fails each request."""
+        with suppress(CheckpointError):
+            await self._start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stop()
+
+    async def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+    async def _start(self) -> None:
+        self._process = await asyncio.create_subprocess_exec(
+            *_WORKER,
+            # No keys, for a template that would find a way out of its sandbox.
+            env={name: value for name, value in os.environ.items() if not name.startswith("LATTICE_")},
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            fault = (await self._ask({"source": self.source, "seconds": _SECONDS})).get("error")
+        except (asyncio.IncompleteReadError, ConnectionError):
+            fault = f"reading it takes over {_SECONDS:g} s or too much memory"
+        if fault is not None:
+            await self._stop()
+            log.error("bad chat template", fault=fault)
+            raise CheckpointError(f"{TEMPLATE_FILE} of the model folder: {fault}: mend the template")
+
+    async def _ask(self, message: Mapping[str, Any]) -> dict[str, str]:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        # Integers of any size, which msgspec does not write.
+        data = json.dumps(message).encode()
+        self._process.stdin.write(len(data).to_bytes(4, "big") + data)
+        await self._process.stdin.drain()
+        size = int.from_bytes(await self._process.stdout.readexactly(4), "big")
+        answer: dict[str, str] = json.loads(await self._process.stdout.readexactly(size))
+        return answer

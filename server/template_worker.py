@@ -1,0 +1,112 @@
+"""Renders a chat template, in a process that can be lost: `python -m lattice_serve.server.template_worker`.
+
+Speaks frames over stdin and stdout: a four-byte big-endian length, then a JSON object. The first one it reads has the
+`source` of the template, and the `seconds` that reading it may take, and each rendering; the others are the variables
+of one rendering each. Each, the first one too, is answered by an object with `text` or with `error`, which says why
+there is none. A template runs in jinja's sandbox; this process ends, without an answer, when one takes too long, and
+before one takes the machine's memory. It ends with its stdin.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import Template, nodes
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MEMORY_BYTES = 1 << 30
+MAX_CHARACTERS = 1 << 24
+MAX_ERROR = 500
+
+
+class Refused(TemplateError):
+    """What a template raises itself, by `raise_exception`."""
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what a model is trained on; here it is as if it were not there."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja's own type is not a ClassVar)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise Refused(message)
+
+
+def _to_json(value: object, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
+    """Plain JSON: jinja's own filter escapes it for HTML."""
+    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
+
+
+def _compile(source: str) -> Template:
+    """The template, with the functions that chat templates count on."""
+    extensions = [loopcontrols, _Generation]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def _render(template: Template, variables: dict[str, Any]) -> dict[str, str]:
+    parts, size = [], 0
+    try:
+        for part in template.generate(variables):
+            parts.append(part)
+            size += len(part)
+            if size > MAX_CHARACTERS:
+                return {"error": f"the text is longer than {MAX_CHARACTERS} characters"}
+    except Refused as error:
+        return {"error": str(error)[:MAX_ERROR]}
+    # A template is a program: it may raise anything, for messages that its author did not think of.
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:MAX_ERROR]}
+    return {"text": "".join(parts)}
+
+
+def _read() -> bytes:
+    """The next frame; empty at the end."""
+    return sys.stdin.buffer.read(int.from_bytes(sys.stdin.buffer.read(4), "big"))
+
+
+def _write(answer: dict[str, str]) -> None:
+    # Escaped to ASCII: a template can make what is not valid Unicode.
+    data = json.dumps(answer).encode()
+    sys.stdout.buffer.write(len(data).to_bytes(4, "big") + data)
+    sys.stdout.buffer.flush()
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    # The default action is the system's, and ends the process whatever the interpreter is at.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    setup = json.loads(_read())
+    signal.setitimer(signal.ITIMER_REAL, setup["seconds"])
+    try:
+        template = _compile(setup["source"])
+    except Exception as error:
+        line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
+        _write({"error": f"{line}{error}"})
+        return
+    _write({"text": ""})
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    while frame := _read():
+        signal.setitimer(signal.ITIMER_REAL, setup["seconds"])
+        _write(_render(template, json.loads(frame)))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+if __name__ == "__main__":
+    main()
