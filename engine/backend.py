@@ -7,6 +7,7 @@ sequence is a row of the state pool, updated in place.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Literal, Protocol
 
 import torch
@@ -27,6 +28,8 @@ wants the processors; some milliseconds where threads would mostly take them fro
 
 class Backend(Protocol):
     name: str
+    multiple: int
+    """A prompt is cut into segments at multiples of so many tokens."""
 
     def __call__(
         self, ids: Sequence[int], segments: Segments, wanted: Sequence[int], hidden: Sequence[int] = ()
@@ -34,7 +37,8 @@ class Backend(Protocol):
         """ids: the tokens of all segments; wanted, hidden: places among them -> logits [len(wanted), V] of the first,
         final hidden states [len(hidden), hidden_size] of the second, both float32.
 
-        A token's bits depend on its own sequence alone. The tensors are good until the next call.
+        A token's bits depend on its own sequence alone, and on which of its tokens are its prompt's. Wanted places of
+        decode come before those of prompts. The tensors are good until the next call.
         """
         ...
 
@@ -48,6 +52,7 @@ class TorchBackend:
         weights = [parameter for parameter in model.parameters() if parameter.ndim == 2]
         self.linear = RowInvariantLinear(weights, max_tokens)
         self._model, self._layout, self._pool = model, layout, pool
+        self.multiple = layout.shape.C
 
     def __call__(
         self, ids: Sequence[int], segments: Segments, wanted: Sequence[int], hidden: Sequence[int] = ()
@@ -90,19 +95,25 @@ def make_backend(
     beside: whether other work wants the processors too. The matrices of `model` may be the backend's alone afterwards:
     only its small tensors are there for others. Raises `ConfigError` for a quantization that the device does not have.
     """
-    if pool.device.type != "cpu":
+    backend: Backend
+    if pool.device.type == "cpu":
+        backend = CpuDecoder(
+            decoder_weights(model),
+            layout,
+            pool,
+            max_tokens=max_tokens,
+            threads=threads,
+            parallel_from=_PARALLEL_BESIDE if beside else _PARALLEL_ALONE,
+            quantization=quantization,
+        )
+    elif pool.device.type == "cuda" and find_spec("triton"):  # AMD's devices are called cuda too
+        from lattice_serve.kernels.decoder.triton import TritonDecoder
+
+        backend = TritonDecoder(decoder_weights(model), layout, pool, max_tokens=max_tokens, quantization=quantization)
+    else:
         if quantization is not None:
-            raise ConfigError("quantization is for the CPU: leave it out", param="quantization")
+            raise ConfigError(f"no quantization on {pool.device} without triton: leave it out", param="quantization")
         return TorchBackend(model, layout, pool, max_tokens)
-    backend = CpuDecoder(
-        decoder_weights(model),
-        layout,
-        pool,
-        max_tokens=max_tokens,
-        threads=threads,
-        parallel_from=_PARALLEL_BESIDE if beside else _PARALLEL_ALONE,
-        quantization=quantization,
-    )
     for layer in model.layers:  # packed now, and not to be kept twice
         for linear in (layer.mixer.in_proj, layer.mixer.out_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
             linear.weight = torch.nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
@@ -110,7 +121,7 @@ def make_backend(
 
 
 def decoder_weights(model: LatticeForCausalLM) -> DecoderWeights:
-    """The tensors of a model as the CPU kernel takes them."""
+    """The tensors of a model as the decoders of `kernels` take them."""
     layers = [
         LayerWeights(
             mixer_norm=layer.mixer_norm,

@@ -6,6 +6,7 @@ import os
 import random
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -64,13 +65,17 @@ class Engine:
             beside=beside,
             quantization=config.quantization,
         )
+        self._check_fit(backend)
         self._check_bits(backend)
-        self.runner = Runner(backend)
+        self.runner = Runner(backend, self.pool.memory.device)
         self.scheduler = Scheduler(
-            rows=self.pool.rows, max_step_tokens=config.max_step_tokens, max_waiting=config.max_waiting
+            rows=self.pool.rows,
+            max_step_tokens=config.max_step_tokens,
+            max_waiting=config.max_waiting,
+            multiple=backend.multiple,
         )
-        self.cache = PrefixCache([("cpu", config.prefix_cache_memory)])
-        self.memory = Memory(self.pool, self.cache)
+        self.cache = PrefixCache([("cpu", config.prefix_cache_memory)], backend.multiple)
+        self.memory = Memory(self.pool, self.cache, backend.multiple)
         self._pace = Pace(config.step_seconds, config.max_step_tokens)
         self.grammars = Grammars(config.model, self.tokenizer)
         self._sequences: dict[str, Sequence] = {}
@@ -128,6 +133,7 @@ class Engine:
             detokenizer=Detokenizer(self.tokenizer.token_bytes, params.stop, params.include_stop, params.min_tokens),
             pooled=None if request.pooling is None else Pooled(request.pooling),
         )
+        self.memory.mark(sequence, request.cache_points)
         if params.grammar is not None:
             self._compiling[request.request_id] = self.grammars.compile(params.grammar)
         else:
@@ -206,24 +212,39 @@ class Engine:
             cache_outcomes=dict(self.cache.outcomes),
         )
 
+    def _check_fit(self, backend: Backend) -> None:
+        """Raises `ConfigError` where a prompt could not move on beside all the other rows, or for drafts where only one
+        token at a time is decoded."""
+        if self.config.speculative_tokens and backend.multiple > 1:
+            raise ConfigError("speculative_tokens are for the CPU: leave them out", param="speculative_tokens")
+        need = self.pool.rows - 1 + backend.multiple
+        if self.config.max_step_tokens < need:
+            raise ConfigError(
+                f"max_step_tokens is {self.config.max_step_tokens}: give {need} or more, for {self.pool.rows} rows and "
+                f"chunks of {backend.multiple} tokens, or lower max_rows",
+                param="max_step_tokens",
+            )
+
     def _check_bits(self, backend: Backend) -> None:
         """That a sequence has the same logits alone and cut up beside another, on these weights and this processor.
 
         Also compiles what compiles at its first call. Raises `NumericalError`: promises would not be kept.
         """
-        n = min(6, self.config.max_step_tokens // 2)
-        if n == 0 or self.pool.rows < 2:
+        k = backend.multiple
+        n = max(2 * k, min(12, self.config.max_step_tokens) // k * k)  # tokens of a prompt; three of an answer follow
+        if self.pool.rows < 2 or self.config.max_step_tokens < max(n, k + 1):
             return
-        ids = [token % self.model.config.vocab_size for token in range(1, 2 * n + 1)]
+        ids = [token % self.model.config.vocab_size for token in range(1, n + 4)]
         with torch.inference_mode():
             row, other = self.pool.allocate(), self.pool.allocate()
-            for start in (0, n):
-                whole = backend(ids[start : start + n], Segments.of([(row, start, n)]), [n - 1])[0].clone()
+            for start, end in pairwise((0, n, n + 1, n + 2, n + 3)):
+                segments = Segments.of([(row, start, end - start)], int(start >= n))
+                whole = backend(ids[start:end], segments, [end - start - 1])[0].clone()
             self.pool.free(row)
             row = self.pool.allocate()
-            for start in range(2 * n):
-                beside = Segments.of([(other, start, 1), (row, start, 1)])
-                alone, _ = backend([ids[0], ids[start]], beside, [1])
+            for start, end in pairwise((*range(0, n, k), n, n + 1, n + 2, n + 3)):
+                beside = Segments.of([(other, start, 1), (row, start, end - start)], 1 + int(start >= n))
+                alone, _ = backend([ids[0], *ids[start:end]], beside, [end - start])
             self.pool.free(row)
             self.pool.free(other)
         if not torch.equal(whole, alone):
@@ -244,7 +265,9 @@ class Engine:
     def _rows(self, row_bytes: int) -> int:
         if self.config.max_rows is not None:
             return self.config.max_rows
-        rows = min(self.config.state_memory // row_bytes, MAX_ROWS, self.config.max_step_tokens)
+        # Off the CPU prompts are cut at chunks: beside all rows but one, a step has room for a chunk.
+        chunk = 1 if self.config.device == "cpu" else self.model.shape.C
+        rows = min(self.config.state_memory // row_bytes, MAX_ROWS, max(1, self.config.max_step_tokens + 1 - chunk))
         if rows == 0:
             raise ConfigError(
                 f"state_memory is {self.config.state_memory:,} bytes, but one state row takes {row_bytes:,}: "

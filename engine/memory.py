@@ -8,7 +8,7 @@ from itertools import takewhile
 
 from torch import Tensor
 
-from lattice_serve.engine.prefix_cache import PrefixCache, intervals
+from lattice_serve.engine.prefix_cache import FIRST_INTERVAL, PrefixCache, intervals
 from lattice_serve.engine.scheduler import Moves, Piece
 from lattice_serve.engine.sequence import Sequence, Status
 from lattice_serve.engine.state_pool import StatePool
@@ -17,10 +17,15 @@ from lattice_serve.engine.state_pool import StatePool
 class Memory:
     """Carries out what the scheduler decides about rows, and spares sequences the tokens that others have run."""
 
-    def __init__(self, pool: StatePool, cache: PrefixCache) -> None:
-        self._pool, self._cache = pool, cache
+    def __init__(self, pool: StatePool, cache: PrefixCache, multiple: int = 1) -> None:
+        """multiple: of so many tokens is where prompts are cut; states of answers are kept where that is anywhere."""
+        self._pool, self._cache, self._multiple = pool, cache, multiple
         self._held: dict[Piece, Tensor] = {}
         """Rows as they were before pieces with drafts."""
+
+    def mark(self, sequence: Sequence, places: AbstractSequence[int]) -> None:
+        """Keep the state of a prompt at the last places that are no further than these, and at which it can be cut."""
+        sequence.marks += [place - place % self._multiple for place in places]
 
     def move(self, moves: Moves, running: AbstractSequence[Sequence]) -> None:
         """Take and give rows; `running` are all that hold one then."""
@@ -70,7 +75,8 @@ class Memory:
 
     def keep_answer(self, sequence: Sequence) -> None:
         """Cache the state at the end of an answer: the next turn of a conversation begins with this one."""
-        if len(sequence.prompt_ids) < sequence.computed < sequence.length:
+        # Where decode rounds otherwise than prefill, a next turn could not tell that its prompt was once an answer.
+        if self._multiple == 1 and len(sequence.prompt_ids) < sequence.computed < sequence.length:
             self._keep(sequence, sequence.seen(), None)
 
     def release(self, sequence: Sequence) -> None:
@@ -112,7 +118,10 @@ class Memory:
             if sequence.decoding:
                 sequence.recalled = snapshot
         # Where this prompt leaves what is known, the next one may, too: that is where a system prompt ends.
-        sequence.marks += [shared, *intervals(sequence.computed, len(sequence.prompt_ids))]
+        self.mark(sequence, [shared, *intervals(sequence.computed, len(sequence.prompt_ids))])
+        if self._multiple > 1 and len(sequence.prompt_ids) > FIRST_INTERVAL:
+            # What goes on after this prompt can begin where it could be cut last.
+            self.mark(sequence, [len(sequence.prompt_ids)])
 
 
 def _leads(other: Sequence, sequence: Sequence) -> bool:

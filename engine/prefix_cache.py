@@ -56,8 +56,12 @@ class _Tier:
 class PrefixCache:
     """Snapshots by the tokens that they have seen. Sequences with different salts never share one."""
 
-    def __init__(self, budgets: Sequence[tuple[str, int]]) -> None:
-        """budgets: (device, bytes), the first to be filled first; what is pushed out of one goes to the next."""
+    def __init__(self, budgets: Sequence[tuple[str, int]], multiple: int = 1) -> None:
+        """budgets: (device, bytes), the first to be filled first; what is pushed out of one goes to the next.
+
+        multiple: a longer prompt goes on from snapshots after multiples of so many tokens only.
+        """
+        self._multiple = multiple
         self._tiers = [_Tier(device, budget) for device, budget in budgets]
         self._trees: dict[str, RadixTree[Snapshot]] = {}
         self.outcomes: defaultdict[str, int] = defaultdict(int)
@@ -84,7 +88,8 @@ class PrefixCache:
         for depth, node in reversed(path):
             snapshot = node.value
             assert snapshot is not None
-            if depth < len(ids) or not chooses or snapshot.logits is not None:
+            whole = depth == len(ids)
+            if (whole and (not chooses or snapshot.logits is not None)) or (not whole and depth % self._multiple == 0):
                 self.outcomes["hit"] += 1
                 self._use(snapshot)
                 return snapshot, shared
@@ -102,8 +107,9 @@ class PrefixCache:
             return
         if node.value is not None:
             self._forget(node.value)
-        kept = None if logits is None else logits.clone()
-        node.value = Snapshot(row.clone(), len(ids), kept, salt, node)
+        device = self._tiers[0].device
+        kept = None if logits is None else logits.to(device, copy=True)
+        node.value = Snapshot(row.to(device, copy=True), len(ids), kept, salt, node)
         self._add(self._tiers[0], node.value)
         self._shrink()
 

@@ -28,17 +28,18 @@ class StepResult:
 
 
 class Runner:
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, backend: Backend, device: torch.device) -> None:
+        """device: where the backend's tensors are, and tokens are chosen."""
+        self._backend, self._device = backend, device
 
     @torch.inference_mode()
     def run(self, pieces: list[Piece]) -> list[StepResult]:
         """One forward pass over `pieces`, whose sequences hold rows; advances what they have computed and scored."""
         plan = _Plan()
         parts = [plan.add(piece) for piece in pieces]
-        logits = hidden = torch.empty(0)
+        logits = hidden = torch.empty(0, device=self._device)
         if plan.ids:
-            logits, hidden = self._backend(plan.ids, Segments.of(plan.segments), plan.wanted, plan.pooled)
+            logits, hidden = self._backend(plan.ids, Segments.of(plan.segments, plan.decodes), plan.wanted, plan.pooled)
         chosen = plan.chosen(logits)
         sampled = iter(sample(chosen, plan.rows))
         results = []
@@ -84,6 +85,8 @@ class _Plan:
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.segments: list[tuple[int, int, int]] = []
+        self.decodes = 0
+        """How many of them, the first ones, are of decode."""
         self.wanted: list[int] = []
         """Tokens whose logits are wanted, by their places."""
         self.pooled: list[int] = []
@@ -100,6 +103,7 @@ class _Plan:
         if piece.tokens:
             self.ids += [*sequence.tokens(piece.start, piece.end), *piece.draft]
             self.segments.append((sequence.row, piece.start, piece.tokens))
+            self.decodes += piece.decodes
         end = begin + piece.end - piece.start
         self.wanted += range(begin, begin + len(piece.scored))
         if sequence.pooled is not None and not sequence.output_ids:
@@ -123,7 +127,8 @@ class _Plan:
             return logits
         if len(places) == len(self._chosen):
             return logits[places]
-        return torch.stack([logits[place] if isinstance(place, int) else place for place in self._chosen])
+        each = [logits[place] if isinstance(place, int) else place.to(logits.device) for place in self._chosen]
+        return torch.stack(each)
 
 
 def _right(choices: list[Sampled], draft: tuple[int, ...]) -> Iterator[Sampled]:

@@ -72,8 +72,8 @@ class Sampled:
     """False where the logits held NaN or plus infinity, or nothing but minus infinity."""
 
 
-_Way: TypeAlias = Callable[[Tensor, Sequence[SampleRow]], list[int]]
-"""How a row's token is chosen from its adjusted scores."""
+_Way: TypeAlias = Callable[[Tensor, Sequence[SampleRow]], Tensor]
+"""How tokens `[B]` int64 are chosen from their rows' adjusted scores."""
 
 
 def penalised(params: SamplingParams) -> bool:
@@ -96,26 +96,26 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     if not rows:
         return []
     # max propagates NaN, and gives the lowest id on a tie.
-    highest, first = logits.max(dim=-1)
-    finite = highest.isfinite().tolist()
-    token_ids: list[int] = first.tolist()
-    good = [i for i, ok in enumerate(finite) if ok]
-
-    work = [i for i in good if not rows[i].params.greedy or _adjusts(rows[i])]
+    highest, chosen = logits.max(dim=-1)
+    finite = highest.isfinite()
+    work = [i for i, row in enumerate(rows) if not row.params.greedy or _adjusts(row)]
     if work:
-        for i, token_id in zip(work, _choose(_select(logits, work).double(), [rows[i] for i in work]), strict=True):
-            token_ids[i] = token_id
+        # Rows that are not finite are drawn from too, as if they were: nothing here waits to know which they are.
+        scores = _select(logits, work).double().masked_fill_(~_select(finite, work)[:, None], 0)
+        chosen = chosen.index_copy(0, _places(work, logits.device), _choose(scores, [rows[i] for i in work]))
+    token_ids, flags = _fetch(torch.stack((chosen, finite.long())))
+    good = [i for i, flag in enumerate(flags) if flag]
 
     asked = [i for i in good if rows[i].params.logprobs is not None]
     logprobs: list[TokenLogprob | None] = [None] * len(rows)
     if asked:
         tops = [rows[i].params.logprobs or 0 for i in asked]
-        chosen = [token_ids[i] for i in asked]
-        for i, logprob in zip(asked, _logprobs(_select(logits, asked), chosen, tops), strict=True):
+        targets = [token_ids[i] for i in asked]
+        for i, logprob in zip(asked, _logprobs(_select(logits, asked), targets, tops), strict=True):
             logprobs[i] = logprob
     return [
-        Sampled(token_id if ok else 0, logprob, ok)
-        for token_id, logprob, ok in zip(token_ids, logprobs, finite, strict=True)
+        Sampled(token_id if flag else 0, logprob, bool(flag))
+        for token_id, logprob, flag in zip(token_ids, logprobs, flags, strict=True)
     ]
 
 
@@ -131,22 +131,20 @@ def prompt_logprobs(logits: Tensor, targets: Sequence[int], k: int) -> list[Toke
     return _logprobs(logits, targets, [k] * len(targets))
 
 
-def _select(logits: Tensor, indices: list[int]) -> Tensor:
-    if len(indices) == logits.shape[0]:
-        return logits
-    return logits[torch.tensor(indices, device=logits.device)]
+def _select(x: Tensor, indices: list[int]) -> Tensor:
+    return x if len(indices) == x.shape[0] else x[_places(indices, x.device)]
 
 
-def _choose(scores: Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    """Token of each row. scores: `[B, V]` float64, finite logits, overwritten."""
+def _choose(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Token of each row, `[B]` int64. scores: `[B, V]` float64, finite logits, overwritten."""
     _adjust(scores, rows)
     ways: dict[_Way, list[int]] = {}
     for i, row in enumerate(rows):
         ways.setdefault(_way(row.params), []).append(i)
-    token_ids = [0] * len(rows)
+    token_ids = torch.empty(len(rows), dtype=torch.int64, device=scores.device)
     for way, indices in ways.items():
-        for i, token_id in zip(indices, way(_select(scores, indices), [rows[i] for i in indices]), strict=True):
-            token_ids[i] = token_id
+        chosen = way(_select(scores, indices), [rows[i] for i in indices])
+        token_ids.index_copy_(0, _places(indices, scores.device), chosen)
     return token_ids
 
 
@@ -173,18 +171,17 @@ def _adjust(scores: Tensor, rows: Sequence[SampleRow]) -> None:
     for i, row in enumerate(rows):
         bias = row.params.logit_bias
         if bias:
-            amounts = torch.tensor(list(bias.values()), dtype=torch.float64, device=device)
-            scores[i, torch.tensor(list(bias), device=device)] += amounts
+            scores[i, _places(list(bias), device)] += _column(list(bias.values()), device)[:, 0]
     restrict(scores, [row.matcher for row in rows])
     for i, row in enumerate(rows):
         if _forbids(row):
-            allowed = scores[i].index_fill(0, torch.tensor(row.forbidden, device=device), -math.inf)
+            allowed = scores[i].index_fill(0, _places(row.forbidden, device), -math.inf)
             # Where nothing else is possible, nothing is forbidden.
             scores[i] = torch.where(allowed.amax() > -math.inf, allowed, scores[i])
     repeating = [i for i, row in enumerate(rows) if penalised(row.params)]
     if repeating:
         penalties = _penalised(_select(scores, repeating), [rows[i] for i in repeating])
-        scores[torch.tensor(repeating, device=device)] = penalties
+        scores[_places(repeating, device)] = penalties
 
 
 def _penalised(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
@@ -192,8 +189,8 @@ def _penalised(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     device = scores.device
     counts = [row.counts for row in rows if row.counts is not None]
     assert len(counts) == len(rows), "a penalised row needs its counts"
-    output = torch.stack([count.output for count in counts]).to(device)
-    seen = torch.stack([count.prompt for count in counts]).to(device) | (output > 0)
+    output = _upload(torch.stack([count.output for count in counts]), device)
+    seen = _upload(torch.stack([count.prompt for count in counts]), device) | (output > 0)
     penalty = _column([row.params.repetition_penalty for row in rows], device)
     scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
     scores -= _column([row.params.frequency_penalty for row in rows], device) * output
@@ -202,19 +199,17 @@ def _penalised(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     return scores.clamp_(max=sys.float_info.max)
 
 
-def _most_likely(scores: Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    token_ids: list[int] = scores.argmax(dim=-1).tolist()
-    return token_ids
+def _most_likely(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    return scores.max(dim=-1).indices
 
 
-def _draw(scores: Tensor, rows: Sequence[SampleRow]) -> list[int]:
+def _draw(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """Draw a token for each row. scores: `[B, V]` float64, may be overwritten."""
     sums = _weights(scores, _temperatures(rows)).cumsum(dim=-1)
-    token_ids: list[int] = _pick(sums, sums[:, -1:], rows)[:, 0].tolist()
-    return token_ids
+    return _pick(sums, sums[:, -1:], rows)[:, 0]
 
 
-def _draw_truncated(scores: Tensor, rows: Sequence[SampleRow]) -> list[int]:
+def _draw_truncated(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """The same among the most likely tokens, as top_k, top_p and min_p say."""
     device, vocab_size = scores.device, scores.shape[-1]
     size = _power_of_two(vocab_size)
@@ -235,7 +230,7 @@ def _draw_truncated(scores: Tensor, rows: Sequence[SampleRow]) -> list[int]:
         likely = (weights >= _column([row.params.min_p for row in rows], device)).sum(dim=-1, keepdim=True)
         last = torch.minimum(last, likely - 1)
     places = _pick(sums, sums.gather(-1, last), rows)
-    return [int(key) % size for key in keys.gather(-1, places)[:, 0].tolist()]
+    return keys.gather(-1, places)[:, 0].long().remainder(size)
 
 
 def _temperatures(rows: Sequence[SampleRow]) -> list[float]:
@@ -295,7 +290,27 @@ def _logprobs(logits: Tensor, targets: Sequence[int], tops: Sequence[int]) -> li
 
 def _column(values: Sequence[float], device: torch.device) -> Tensor:
     """`[B, 1]` float64."""
-    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+    return _upload(torch.tensor(values, dtype=torch.float64), device)[:, None]
+
+
+def _places(values: Sequence[int], device: torch.device) -> Tensor:
+    """`[B]` int64."""
+    return _upload(torch.tensor(values, dtype=torch.int64), device)
+
+
+def _upload(values: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting for what it is at."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
+def _fetch(values: Tensor) -> list[list[int]]:
+    """From the device, when all that it was given to do is done: the only wait of a step."""
+    if values.device.type == "cuda":
+        pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+        torch.cuda.current_stream(values.device).synchronize()
+        values = pinned
+    rows: list[list[int]] = values.tolist()
+    return rows
 
 
 def _power_of_two(size: int) -> int:

@@ -36,6 +36,11 @@ class Piece:
         return self.end - self.start + len(self.draft)
 
     @property
+    def decodes(self) -> bool:
+        """Whether its tokens are such as the model has chosen."""
+        return self.start >= len(self.sequence.prompt_ids)
+
+    @property
     def samples(self) -> bool:
         """Whether the sequence's next token is chosen after this piece."""
         return self.end == self.sequence.length and self.sequence.params.max_tokens > 0
@@ -64,11 +69,15 @@ class Moves:
 class Scheduler:
     """Deterministic: the same calls in the same order give the same steps. Of each, `assign` is the first half."""
 
-    def __init__(self, *, rows: int, max_step_tokens: int, max_waiting: int, quantum: int = 256) -> None:
+    def __init__(
+        self, *, rows: int, max_step_tokens: int, max_waiting: int, quantum: int = 256, multiple: int = 1
+    ) -> None:
+        """multiple: prompts are cut at multiples of so many tokens; `max_step_tokens` has room for one after decode."""
         self.rows = rows
         self.max_step_tokens = max_step_tokens
         self.max_waiting = max_waiting
         self.quantum = quantum
+        self.multiple = multiple
         self.running: list[Sequence] = []
         """In order of admission."""
         self.waiting: list[Sequence] = []
@@ -104,18 +113,22 @@ class Scheduler:
         return moves
 
     def schedule(self, tokens: int | None = None) -> list[Piece]:
-        """Choose what the next step runs, up to `tokens` or `max_step_tokens`."""
+        """Choose what the next step runs, decode first, up to `tokens` or `max_step_tokens`."""
         # Decode goes first: a long prompt may delay the others' next token by one step's budget, never more. Prompts
         # share the rest evenly, what the short ones leave going to the long: none waits for another's to end.
         decoding = [sequence for sequence in self.running if sequence.decoding]
         prompts = [sequence for sequence in self.running if not sequence.decoding and sequence.leader is None]
-        prompts.sort(key=lambda sequence: sequence.uncomputed)
+        left = self.max_step_tokens
+        if tokens is not None:
+            left = min(left, max(tokens, len(decoding) + self.multiple))
+        # Where there is not a multiple for each, they take turns by age: the first has one in every step.
+        if prompts and (left - len(decoding)) // len(prompts) >= self.multiple:
+            prompts.sort(key=lambda sequence: sequence.uncomputed)
         order = decoding + prompts
         pieces = []
-        left = self.max_step_tokens if tokens is None else min(tokens, self.max_step_tokens)
         for place, sequence in enumerate(order):
-            share = left if place < len(decoding) else max(1, left // (len(order) - place))
-            count = min(sequence.runnable, share, left)
+            share = left // (len(order) - place)
+            count = min(sequence.runnable, left) if place < len(decoding) else self._count(sequence, share, left)
             if count or sequence.recalled is not None:
                 pieces.append(Piece(sequence, sequence.computed, sequence.computed + count))
                 left -= count
@@ -136,6 +149,14 @@ class Scheduler:
 
     def __len__(self) -> int:
         return len(self.running) + len(self.waiting)
+
+    def _count(self, sequence: Sequence, share: int, left: int) -> int:
+        """Tokens of a prompt's next piece: about its share, cut at a multiple or at the prompt's end."""
+        share = max(share, self.multiple - sequence.computed % self.multiple)
+        end = sequence.computed + min(sequence.runnable, share, left)
+        if end < sequence.length:
+            end -= end % self.multiple
+        return max(0, end - sequence.computed)
 
     def _enqueue(self, sequence: Sequence) -> None:
         self._tickets += 1

@@ -90,7 +90,6 @@ class Sequence:
             prompt_logprobs=scored,
             pooled=pooled,
             cache_salt=request.cache_salt,
-            marks=list(request.cache_points),
         )
 
     @property

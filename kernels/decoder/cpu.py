@@ -40,6 +40,9 @@ _COLUMNS = 512
 class CpuDecoder:
     """The network of `weights`, packed; not differentiable, activations and sums are float32."""
 
+    multiple = 1
+    """A prompt may be cut anywhere."""
+
     def __init__(
         self, weights: DecoderWeights, layout: StateLayout, pool: Tensor, *, max_tokens: int, threads: int,
         parallel_from: int = 4_000_000, quantization: Literal["int8"] | None = None,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lattice_serve.kernels.cpu.vector import load, store, tile
 from lattice_serve.kernels.lanes import LANES, padded
+from lattice_serve.kernels.linear.quantize import quantize
 
 PANEL = 64
 """Outputs that a thread takes at once: four strips."""
@@ -47,9 +48,8 @@ class PackedWeight:
 
     @classmethod
     def quantized(cls, weight: Tensor) -> PackedWeight:
-        """weight [N, K] as int8 with a scale for each output, symmetric: largest |weight| of a row / 127."""
-        scales = weight.float().abs().amax(dim=1) / 127
-        whole = (weight.float() / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
+        """weight [N, K] as int8 with a scale for each output; see `linear.quantize`."""
+        whole, scales = quantize(weight)
         filled = torch.zeros(padded(len(weight)))
         filled[: len(weight)] = scales
         N, K = weight.shape

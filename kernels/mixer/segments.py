@@ -23,16 +23,24 @@ class Segments:
     """[n] tokens that each sequence has seen before."""
     starts: IntArray
     """[n + 1] segment i is tokens starts[i] to starts[i + 1] of the batch."""
+    decodes: int = 0
+    """The first so many segments are of tokens that the model itself has chosen, the others of prompts."""
 
     @classmethod
-    def of(cls, segments: Sequence[tuple[int, int, int]]) -> Segments:
+    def of(cls, segments: Sequence[tuple[int, int, int]], decodes: int = 0) -> Segments:
         """From (row, position, length) of each segment. Raises ValueError for a row named twice or an empty segment."""
         rows, positions, lengths = (np.array(column, dtype=np.int64) for column in zip(*segments, strict=True))
         if len(np.unique(rows)) != len(rows):
             raise ValueError("a state row stands in two segments of a batch")
         if (lengths < 1).any():
             raise ValueError("a segment of a batch holds no token")
-        return cls(rows, positions, np.concatenate(([0], np.cumsum(lengths))))
+        return cls(rows, positions, np.concatenate(([0], np.cumsum(lengths))), decodes)
+
+    @property
+    def prompts(self) -> Segments:
+        """The segments after those of decode."""
+        n = self.decodes
+        return Segments(self.rows[n:], self.positions[n:], self.starts[n:] - self.starts[n])
 
     def check(self, pool: Tensor, row_size: int) -> None:
         """Raises ValueError, naming the pool, unless it is float32 [rows, row_size] in one piece and holds the rows."""
@@ -41,7 +49,24 @@ class Segments:
         if not (self.rows.min() >= 0 and self.rows.max() < len(pool)):
             raise ValueError(f"pool has {len(pool)} rows: rows {self.rows.min()} to {self.rows.max()} are asked for")
 
+    def to(self, device: torch.device | str) -> DeviceSegments:
+        """By one copy, which does not wait for the device."""
+        joined = torch.from_numpy(np.concatenate((self.rows, self.positions, self.starts)))
+        if torch.device(device).type == "cuda":
+            joined = joined.pin_memory()
+        n = len(self.rows)
+        return DeviceSegments(*joined.to(device, non_blocking=True).split((n, n, n + 1)))
+
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
         """(row, position, start, end) of each segment."""
         starts = self.starts.tolist()
         return zip(self.rows.tolist(), self.positions.tolist(), starts[:-1], starts[1:], strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSegments:
+    """`Segments` as int64 tensors on a device."""
+
+    rows: Tensor
+    positions: Tensor
+    starts: Tensor

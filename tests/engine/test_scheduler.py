@@ -33,8 +33,12 @@ class Step:
 class Simulation:
     """A scheduler with what an engine does around it; holds every step against the rules."""
 
-    def __init__(self, *, rows: int = 2, budget: int = 8, max_waiting: int = 1000, quantum: int = 256) -> None:
-        self.scheduler = Scheduler(rows=rows, max_step_tokens=budget, max_waiting=max_waiting, quantum=quantum)
+    def __init__(
+        self, *, rows: int = 2, budget: int = 8, max_waiting: int = 1000, quantum: int = 256, multiple: int = 1
+    ) -> None:
+        self.scheduler = Scheduler(
+            rows=rows, max_step_tokens=budget, max_waiting=max_waiting, quantum=quantum, multiple=multiple
+        )
         self.live: list[Sequence] = []
         self.holders: list[Sequence] = []
         """Of state rows."""
@@ -120,6 +124,11 @@ class Simulation:
 
     def _check_pieces(self, batch: Step) -> None:
         running = self.scheduler.running
+        decodes = [piece.decodes for piece in batch.pieces]
+        assert decodes == sorted(decodes, reverse=True), "decode does not come first"
+        if self.scheduler.multiple > 1:
+            self._check_cuts(batch)
+            return
         assert sorted(id(piece.sequence) for piece in batch.pieces) == sorted(map(id, running)), "a row lay idle"
         counts = [piece.end - piece.start for piece in batch.pieces]
         wanted = [piece.sequence.uncomputed for piece in batch.pieces]
@@ -128,6 +137,19 @@ class Simulation:
         assert all(0 < count <= want for count, want in zip(counts, wanted, strict=True))
         cut = [count for count, want in zip(counts, wanted, strict=True) if count < want]
         assert not cut or max(counts) <= min(cut) + 1, "one prompt got more than its share"
+
+    def _check_cuts(self, batch: Step) -> None:
+        """Of prompts that are cut at multiples: not all have their share in every step, but the oldest has."""
+        multiple, running = self.scheduler.multiple, self.scheduler.running
+        assert sum(piece.tokens for piece in batch.pieces) <= self.scheduler.max_step_tokens
+        ran = [piece.sequence for piece in batch.pieces]
+        assert all(sequence in ran for sequence in running if sequence.decoding)
+        prompts = [sequence for sequence in running if not sequence.decoding]
+        assert not prompts or prompts[0] in ran or self.scheduler.max_step_tokens >= len(running) * multiple
+        assert not prompts or any(sequence in ran for sequence in prompts)
+        for piece in batch.pieces:
+            assert piece.start == piece.sequence.computed < piece.end <= piece.sequence.length
+            assert piece.end == piece.sequence.length or piece.end % multiple == 0, "cut elsewhere than at a multiple"
 
 
 def lengths(batch: Step) -> dict[str, int]:
@@ -172,6 +194,23 @@ def test_prompts_share_a_step_evenly(prompts: list[int], shares: list[int]) -> N
     for prompt in prompts:
         simulation.add(prompt=prompt)
     assert lengths(simulation.step()) == {f"s{i}": share for i, share in enumerate(shares)}
+
+
+def test_prompts_are_cut_at_multiples_and_take_turns_where_room_is_short() -> None:
+    simulation = Simulation(rows=4, budget=20, multiple=8)
+    for prompt in (30, 9, 40):
+        simulation.add(prompt=prompt, max_tokens=2)
+    steps = [lengths(simulation.step()) for _ in range(4)]
+    assert steps == [{"s0": 8, "s1": 8}, {"s0": 8, "s1": 1, "s2": 8}, {"s1": 1, "s0": 8, "s2": 8}, {"s0": 6, "s2": 8}]
+
+
+def test_a_pace_leaves_room_for_a_multiple_beside_decode() -> None:
+    simulation = Simulation(rows=2, budget=20, multiple=8)
+    simulation.add(prompt=1, max_tokens=9)
+    simulation.step()
+    simulation.add(prompt=30)
+    simulation.scheduler.assign()
+    assert [piece.end - piece.start for piece in simulation.scheduler.schedule(3)] == [1, 8]
 
 
 def test_a_short_prompt_waits_for_no_long_one() -> None:
@@ -340,11 +379,12 @@ def test_nothing_to_do_is_an_empty_step() -> None:
 
 sizes = st.fixed_dictionaries({"prompt": st.integers(1, 30), "max_tokens": st.integers(0, 12)})
 priorities = st.sampled_from([0, 0, 0, 1, -1, 5])
-options = st.integers(1, 4).flatmap(
-    lambda rows: st.fixed_dictionaries(
+options = st.tuples(st.integers(1, 4), st.sampled_from([1, 1, 3, 4])).flatmap(
+    lambda chosen: st.fixed_dictionaries(
         {
-            "rows": st.just(rows),
-            "budget": st.integers(rows, 16),
+            "rows": st.just(chosen[0]),
+            "multiple": st.just(chosen[1]),
+            "budget": st.integers(chosen[0] - 1 + chosen[1], 16),
             "max_waiting": st.integers(0, 6),
             "quantum": st.integers(1, 8),
         }

@@ -1,0 +1,131 @@
+"""A step of the whole network on a GPU: decode as one CUDA graph, prompts kernel by kernel behind it.
+
+A sequence's tokens run through one path while they are its prompt's and through another once the model has chosen them,
+whatever else is in the batch; prompts are cut at multiples of C only. So a token's bits depend on its own sequence
+alone, although the two paths round differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lattice_serve.kernels.decoder.triton_network import TritonNetwork
+from lattice_serve.kernels.decoder.weights import DecoderWeights
+from lattice_serve.kernels.mixer.layout import StateLayout
+from lattice_serve.kernels.mixer.segments import Segments
+
+
+def ladder(most: int) -> list[int]:
+    """Rows that graphs of decode are captured for: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... and `most`.
+
+    Rows that fill up to the next of them cost little: the mixer leaves them out, and tiles of products are taller.
+    """
+    return sorted({size for n in range(most.bit_length()) for size in (1 << n, 3 << n) if size < most} | {most})
+
+
+class DecodeGraph:
+    """A call whose inputs and outputs stay where they are, captured once and replayed in one launch."""
+
+    def __init__(self, call: Callable[[], object], memory: Any) -> None:
+        """memory: a `torch.cuda.graph_pool_handle`, shared by graphs of which one runs at a time."""
+        call()  # what compiles or is set up at its first call cannot be captured
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=memory):
+            call()
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+
+class TritonDecoder:
+    """The network of `weights` on the device of the state pool."""
+
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        layout: StateLayout,
+        pool: Tensor,
+        *,
+        max_tokens: int,
+        quantization: Literal["int8"] | None = None,
+        gather: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """pool: [rows, row_size], the state rows; they are read and written in place, always.
+
+        quantization, gather: as `TritonNetwork`. On a GPU decode is captured here for every size of the `ladder`.
+        """
+        self._network = TritonNetwork(weights, layout, pool, quantization=quantization, gather=gather)
+        self._pool, self._row_size, self._max_tokens = pool, layout.row_size, max_tokens
+        self.multiple = layout.shape.C
+        """A prompt is cut into segments at multiples of so many tokens."""
+        on_gpu = pool.device.type == "cuda"
+        name = torch.cuda.get_device_name(pool.device) if on_gpu else "Triton's interpreter"
+        self.name = f"{name}, CUDA graphs" if on_gpu else name
+        self._sizes = ladder(len(pool))
+        most = self._sizes[-1]
+        self._inputs = torch.zeros(3 * most, dtype=torch.int64, device=pool.device)
+        self._logits = torch.zeros(most, self._network.vocab_size, dtype=torch.float32, device=pool.device)
+        self._decode: dict[int, Callable[[], object]] = {n: self._decoding(n) for n in self._sizes}
+        if on_gpu:
+            self._fill([], [], [], most)
+            memory = torch.cuda.graph_pool_handle()
+            with torch.inference_mode():
+                self._decode = {n: DecodeGraph(self._decode[n], memory) for n in reversed(self._sizes)}
+
+    def __call__(
+        self, ids: Sequence[int], segments: Segments, wanted: Sequence[int], hidden: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """ids: the tokens of all segments; wanted: places among them, those of decode first -> logits [len(wanted), V];
+        hidden: places in prompts -> final hidden states [len(hidden), hidden_size], both float32.
+
+        They are good until the next call. State rows move on by their segments. Returns before the device is through.
+        Raises ValueError for what does not fit; nothing has happened then.
+        """
+        V, M, n = self._network.vocab_size, len(ids), segments.decodes
+        if not 0 < M == segments.starts[-1] <= self._max_tokens or max(ids) >= V or min(ids) < 0:
+            raise ValueError(f"ids: give 1 to {self._max_tokens} ids below {V}, as many as segments have")
+        if wanted and not (min(wanted) >= 0 and max(wanted) < M):
+            raise ValueError(f"wanted: give places below {M}")
+        if hidden and not (min(hidden) >= n and max(hidden) < M):
+            raise ValueError(f"hidden: give places from {n} to {M - 1}, of tokens of prompts")
+        if segments.starts[n] != n:
+            raise ValueError("segments: give decode one token each")
+        decoded, asked = [place for place in wanted if place < n], [place - n for place in wanted if place >= n]
+        if [*decoded, *(place + n for place in asked)] != list(wanted):
+            raise ValueError("wanted: give the places of decode before those of prompts")
+        segments.check(self._pool, self._row_size)
+        if n:
+            size = next(size for size in self._sizes if size >= n)
+            self._fill(ids[:n], segments.rows[:n].tolist(), segments.positions[:n].tolist(), size)
+            self._decode[size]()
+        logits = self._logits[: len(decoded)]
+        if decoded != list(range(len(decoded))):
+            logits = self._logits[self._upload(decoded)]
+        if n == M:
+            return logits, self._logits.new_empty(0, self._network.hidden_size)
+        prompts = segments.prompts.to(self._pool.device)
+        places = self._upload([place - n for place in hidden])
+        prefilled, states = self._network.prefill(self._upload(ids[n:]), prompts, self._upload(asked), places)
+        return torch.cat((logits, prefilled)) if decoded else prefilled, states
+
+    def _decoding(self, size: int) -> Callable[[], object]:
+        ids, rows, positions = self._inputs[: 3 * size].view(3, size)
+        return lambda: self._network.decode(ids, rows, positions, self._logits[:size])
+
+    def _fill(self, ids: Sequence[int], rows: list[int], positions: list[int], size: int) -> None:
+        """Inputs of decode, filled up to `size` with rows of none."""
+        missing = size - len(ids)
+        columns = [*ids, *[0] * missing, *rows, *[-1] * missing, *positions, *[0] * missing]
+        self._inputs[: 3 * size].copy_(self._pinned(columns), non_blocking=True)
+
+    def _upload(self, values: Sequence[int]) -> Tensor:
+        return self._pinned(values).to(self._pool.device, non_blocking=True)
+
+    def _pinned(self, values: Sequence[int]) -> Tensor:
+        """Host memory that is copied from without waiting; torch keeps it until the copy is through."""
+        return torch.tensor(values, dtype=torch.int64, pin_memory=self._pool.device.type == "cuda")

@@ -1,0 +1,180 @@
+"""One token of many sequences through a layer's mixer, in one launch; reference: `mixer.reference`, one token a row.
+
+One program has one head of one row: convolution, SiLU, unit q and k, gates, recurrence in the pending-factor form of
+`mixer.cpu` (equations there), read-out, output norm and gate. The anchor is loaded once and stays in registers for
+h = v - A k, w = A^T h and y; it is written at a chunk's last token only.
+
+    z [N, in_width], out [N, out_width]    float32 or bfloat16, columns as `MixerShape` has them
+    pool [rows, row_size]                  float32 or bfloat16, as `StateLayout` has it
+    rows, positions [N]                    int64 on the device; a row of -1 is none: nothing is read or written for it
+
+Sums are float32. What bounds it is memory: a token and head moves the numbers that `traffic` counts and computes
+about 6 m d + 8 (C - 1) (m + d) / 2 FLOPs, 1.5 for each byte of a float32 anchor. Splitting a head over programs would
+need sums across them (w and the norms run over d), so a batch of few rows leaves multiprocessors idle: its step takes
+the time of one program, which is latency.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lattice_serve.kernels.mixer.layout import StateLayout
+from lattice_serve.kernels.mixer.shape import MixerWeights
+from lattice_serve.kernels.mixer.triton_parts import (
+    DECODING,
+    ENCODING,
+    check_arguments,
+    forget_gate,
+    geometry,
+    load,
+    load_anchor,
+    silu,
+    step_size,
+    unit_length,
+    unit_rows,
+)
+
+
+@triton.jit
+def _inputs(p_z: Any, p_tail: Any, o_n: Any, mask: Any, line: tl.constexpr, taps: tl.constexpr) -> Any:
+    """The convolution's inputs [b_taps, n]: the tail, then this token."""
+    o_tap = tl.arange(0, triton.next_power_of_2(taps))[:, None]
+    before = load(p_tail + o_tap * line + o_n[None, :], (o_tap < taps - 1) & mask[None, :])
+    return before + load(p_z + o_n[None, :] + 0 * o_tap, (o_tap == taps - 1) & mask[None, :])
+
+
+@triton.jit
+def _convolve(x: Any, p_conv: Any, o_n: Any, mask: Any, taps: tl.constexpr) -> Any:
+    o_tap = tl.arange(0, x.shape[0])[:, None]
+    weight = load(p_conv + o_n[None, :] * taps + o_tap, (o_tap < taps) & mask[None, :])
+    return silu(tl.sum(x * weight, axis=0))
+
+
+@triton.jit
+def _shift(x: Any, p_tail: Any, o_n: Any, mask: Any, line: tl.constexpr, taps: tl.constexpr) -> None:
+    """Write the inputs but the oldest as the new tail."""
+    o_tap = tl.arange(0, x.shape[0])[:, None]
+    tl.store(p_tail + (o_tap - 1) * line + o_n[None, :], x, mask=(o_tap > 0) & (o_tap < taps) & mask[None, :])
+
+
+@triton.jit
+def _mix_token(
+    p_z: Any, p_pool: Any, p_rows: Any, p_positions: Any, p_conv: Any, p_bias: Any, p_norm: Any, p_out: Any,
+    z_stride: Any, out_stride: Any, row_size: Any, o_layer: Any, floor: Any, eps: Any,
+    H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, taps: tl.constexpr,
+    line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
+    objective: tl.constexpr, use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_s: tl.constexpr,
+) -> None:  # fmt: skip
+    i_token, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_row = tl.load(p_rows + i_token)
+    if i_row < 0:
+        return
+    slot = (tl.load(p_positions + i_token) % C).to(tl.int32)
+    p_state = p_pool + i_row * row_size + o_layer + i_head * head_size
+    p_z += i_token * z_stride
+    o_d, o_m, o_s = tl.arange(0, b_d), tl.arange(0, b_m), tl.arange(0, b_s)
+    in_d, in_m = o_d < d, o_m < m
+    o_A, in_A = o_m[:, None] * line_d + o_d[None, :], in_m[:, None] & in_d[None, :]
+    A = load_anchor(p_state + o_A, in_A)
+
+    o_k, o_v = H * m, 2 * H * m
+    o_q_head, o_k_head, o_v_head = i_head * m, o_k + i_head * m, o_v + i_head * d
+    line: tl.constexpr = 2 * line_m + line_d
+    p_tail = p_state + places[6]
+    q_in = _inputs(p_z + o_q_head, p_tail, o_m, in_m, line, taps)
+    k_in = _inputs(p_z + o_k_head, p_tail + line_m, o_m, in_m, line, taps)
+    v_in = _inputs(p_z + o_v_head, p_tail + 2 * line_m, o_d, in_d, line, taps)
+    q = unit_length(_convolve(q_in, p_conv + o_q_head * taps, o_m, in_m, taps), 0)
+    k = unit_length(_convolve(k_in, p_conv + o_k_head * taps, o_m, in_m, taps), 0)
+    h = _convolve(v_in, p_conv + o_v_head * taps, o_d, in_d, taps)
+    p_gates = p_z + 2 * H * (m + d) + i_head
+    gamma = step_size(p_gates, p_bias + i_head, True)
+    mu = 1.0
+    if use_forget_gate:
+        mu = forget_gate(p_gates + H, p_bias + H + i_head, True, floor)
+
+    if objective == DECODING:
+        h -= tl.sum(A * k[:, None], axis=0)
+    w = tl.sum(A * h[None, :], axis=1)
+    c = gamma * (k - w) if objective == ENCODING else gamma * k
+    a = mu
+    b = tl.zeros_like(c)
+    e = tl.zeros_like(c)
+    sums = tl.zeros_like(c)
+    if C > 1:
+        p_h, p_c = p_state + places[1], p_state + places[2]
+        p_b, p_e, p_a = p_state + places[3], p_state + places[4], p_state + places[5]
+        pending = slot > 0
+        in_h, in_c = (o_s < slot)[:, None] & in_d[None, :], (o_s < slot)[:, None] & in_m[None, :]
+        h_old = load(p_h + o_s[:, None] * line_d + o_d[None, :], in_h)
+        c_old = mu * load(p_c + o_s[:, None] * line_m + o_m[None, :], in_c)
+        a *= tl.load(p_a, mask=pending, other=1.0).to(tl.float32)
+        b += mu * load(p_b + o_m, in_m & pending)
+        e += mu * mu * load(p_e + o_m, in_m & pending)
+        sums += tl.sum(c_old * tl.sum(h_old * h[None, :], axis=1)[:, None], axis=0)
+    e += 2 * c * (sums - w * b) + c * c * (tl.sum(h * h, axis=0) - w * w)
+    e = tl.maximum(e, 0.0)
+    b += c * w
+    qn = q * tl.rsqrt(a * a + e)
+    y = tl.sum(A * (qn * (a - b))[:, None], axis=0) + tl.sum(c * qn, axis=0) * h
+    if C > 1:
+        y += tl.sum(h_old * tl.sum(c_old * qn[None, :], axis=1)[:, None], axis=0)
+
+    y *= tl.rsqrt(tl.sum(y * y, axis=0) / d + eps) * load(p_norm + o_d, in_d)
+    y *= silu(load(p_z + H * (2 * m + d) + i_head * d + o_d, in_d))
+    tl.store(p_out + i_token * out_stride + i_head * d + o_d, y, mask=in_d)
+
+    # Every warp may hold a copy of a line: all have to have read the state before one of them writes it.
+    tl.debug_barrier()
+    _shift(q_in, p_tail, o_m, in_m, line, taps)
+    _shift(k_in, p_tail + line_m, o_m, in_m, line, taps)
+    _shift(v_in, p_tail + 2 * line_m, o_d, in_d, line, taps)
+    if slot == C - 1:
+        R = A * (a - b)[:, None] + c[:, None] * h[None, :]
+        for i_s in range(C - 1):
+            c_s, h_s = load(p_c + i_s * line_m + o_m, in_m), load(p_h + i_s * line_d + o_d, in_d)
+            R += (mu * c_s)[:, None] * h_s[None, :]
+        tl.store(p_state + o_A, unit_rows(R), mask=in_A)
+    elif C > 1:
+        tl.store(p_h + slot * line_d + o_d, h, mask=in_d)
+        # without a forget gate the old rows stay as they are
+        written = (o_s == slot) | ((o_s < slot) & use_forget_gate)
+        c_rows = tl.where((o_s == slot)[:, None], c[None, :], c_old)
+        tl.store(p_c + o_s[:, None] * line_m + o_m[None, :], c_rows, mask=written[:, None] & in_m[None, :])
+        tl.store(p_b + o_m, b, mask=in_m)
+        tl.store(p_e + o_m, e, mask=in_m)
+        tl.store(p_a, a)
+
+
+def mix_decode(
+    z: Tensor,
+    pool: Tensor,
+    layer: int,
+    rows: Tensor,
+    positions: Tensor,
+    weights: MixerWeights,
+    layout: StateLayout,
+    out: Tensor,
+) -> Tensor:
+    """Run token i, z [N, in_width] row i, through layer `layer` at state row rows[i] of `pool`, which is updated.
+
+    positions [N]: tokens that each sequence has seen before, which are left as they are. No two rows may be equal, but
+    those of -1, whose rows of `out` [N, out_width] stay as they are. H, in the layout, may be a share of the model's.
+    Every tensor stays where it is, so a CUDA graph may hold the launch. Raises ValueError, naming what does not fit.
+    """
+    check_arguments(z, pool, layer, weights, layout, out, rows=rows, positions=positions)
+    s, N = layout.shape, len(z)
+    for name, index in (("rows", rows), ("positions", positions)):
+        if len(index) != N:
+            raise ValueError(f"{name} has {len(index)} entries, z {N} tokens")
+    if N:
+        _mix_token[(N, s.H)](
+            z, pool, rows, positions, weights.conv, weights.gate_bias, weights.norm, out,
+            z.stride(0), out.stride(0), layout.row_size, layer * layout.layer_size, s.mu_floor, s.norm_eps,
+            **geometry(layout), b_s=triton.next_power_of_2(s.C), num_warps=4 if s.d * s.m <= 64 * 64 else 8,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,107 @@
+"""What the mixer's Triton kernels share: small functions of a tile, and the check of a launcher's arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lattice_serve.kernels.lattice.state import OBJECTIVES
+from lattice_serve.kernels.mixer.layout import StateLayout
+from lattice_serve.kernels.mixer.shape import L2_EPS, MixerWeights
+
+DECODING = tl.constexpr(OBJECTIVES.index("decoding"))
+ENCODING = tl.constexpr(OBJECTIVES.index("encoding"))
+_L2_EPS = tl.constexpr(L2_EPS)
+
+
+@triton.jit
+def silu(x: Any) -> Any:
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
+def load(pointers: Any, mask: Any) -> Any:
+    """In float32, 0 outside of the mask."""
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_anchor(p_A: Any, inside: Any) -> Any:
+    """A^T [m, d] in float32. Rounded to bfloat16 a column has not quite norm 1, which the recurrence builds on."""
+    A = load(p_A, inside)
+    if p_A.dtype.element_ty == tl.bfloat16:
+        A = unit_rows(A)
+    return A
+
+
+@triton.jit
+def unit_rows(R: Any) -> Any:
+    """Rows of R [m, d] to norm 1; a row of zeros, which only fills a tile, stays one."""
+    square = tl.sum(R * R, axis=1)
+    return R * tl.rsqrt(tl.where(square > 0, square, 1.0))[:, None]
+
+
+@triton.jit
+def step_size(p_z: Any, p_bias: Any, mask: Any) -> Any:
+    """gamma of tokens."""
+    return tl.sigmoid(load(p_z, mask) + tl.load(p_bias).to(tl.float32))
+
+
+@triton.jit
+def forget_gate(p_z: Any, p_bias: Any, mask: Any, floor: Any) -> Any:
+    """mu of tokens."""
+    return floor + (1 - floor) * tl.sigmoid(load(p_z, mask) + tl.load(p_bias).to(tl.float32))
+
+
+@triton.jit
+def unit_length(x: Any, axis: tl.constexpr) -> Any:
+    """q or k [.., m] to length 1."""
+    return x * tl.expand_dims(tl.rsqrt(tl.sum(x * x, axis=axis) + _L2_EPS), axis)
+
+
+def geometry(layout: StateLayout) -> dict[str, Any]:
+    """The kernels' constants: a layer's shape, and the lines and places of a head's block as in `StateLayout`."""
+    s = layout.shape
+    return {
+        "H": s.H, "d": s.d, "m": s.m, "C": s.C, "taps": s.taps, "line_d": layout.d, "line_m": layout.m,
+        "places": layout.offsets, "head_size": layout.head_size, "objective": OBJECTIVES.index(s.objective),
+        "use_forget_gate": s.use_forget_gate, "b_d": triton.next_power_of_2(s.d), "b_m": triton.next_power_of_2(s.m),
+    }  # fmt: skip
+
+
+def check_arguments(
+    z: Tensor, pool: Tensor, layer: int, weights: MixerWeights, layout: StateLayout, out: Tensor, **indices: Tensor
+) -> None:
+    """Raises ValueError, naming it, unless a launcher's arguments fit each other; `indices` are int64 [..]."""
+    s, N = layout.shape, len(z)
+    kinds = (torch.float32, torch.bfloat16)
+    if not 0 <= layer < layout.layers:
+        raise ValueError(f"layer is {layer}: the layout has {layout.layers} layers")
+    if pool.dtype not in kinds or pool.ndim != 2 or pool.shape[1] != layout.row_size or not pool.is_contiguous():
+        raise ValueError(
+            f"pool must be contiguous float32 or bfloat16 [rows, {layout.row_size}], not {pool.dtype} {[*pool.shape]}"
+        )
+    if pool.data_ptr() % 16:
+        raise ValueError("pool must start at a multiple of 16 bytes")
+    for name, x, width in (("z", z, s.in_width), ("out", out, s.out_width)):
+        if x.dtype not in kinds or x.dtype != z.dtype or x.shape != (N, width) or x.stride(1) != 1:
+            raise ValueError(
+                f"{name} must be {' or '.join(map(str, kinds))} [{N}, {width}] with one stride of 1 and of z's dtype, "
+                f"not {x.dtype} {[*x.shape]} of strides {x.stride()}"
+            )
+    shapes = {"conv": (s.conv_width, s.taps), "gate_bias": (2 * s.H,), "norm": (s.d,)}
+    for name, shape in shapes.items():
+        weight: Tensor = getattr(weights, name)
+        if weight.shape != shape or not weight.is_contiguous():
+            raise ValueError(f"weights.{name} must be contiguous {[*shape]}, not {[*weight.shape]}")
+    for name, index in indices.items():
+        if index.dtype != torch.int64 or index.ndim != 1 or not index.is_contiguous():
+            raise ValueError(f"{name} must be contiguous int64 [..], not {index.dtype} {[*index.shape]}")
+    tensors = {"pool": pool, "out": out, "weights.conv": weights.conv, **indices}
+    for name, x in tensors.items():
+        if x.device != z.device:
+            raise ValueError(f"{name} is on {x.device}, z on {z.device}")
