@@ -16,8 +16,6 @@ the time of one program, which is latency.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,6 +30,7 @@ from lattice_serve.kernels.mixer.triton_parts import (
     geometry,
     load,
     load_anchor,
+    shift_tail,
     silu,
     step_size,
     unit_length,
@@ -40,31 +39,23 @@ from lattice_serve.kernels.mixer.triton_parts import (
 
 
 @triton.jit
-def _inputs(p_z: Any, p_tail: Any, o_n: Any, mask: Any, line: tl.constexpr, taps: tl.constexpr) -> Any:
-    """The convolution's inputs [b_taps, n]: the tail, then this token."""
-    o_tap = tl.arange(0, triton.next_power_of_2(taps))[:, None]
-    before = load(p_tail + o_tap * line + o_n[None, :], (o_tap < taps - 1) & mask[None, :])
-    return before + load(p_z + o_n[None, :] + 0 * o_tap, (o_tap == taps - 1) & mask[None, :])
-
-
-@triton.jit
-def _convolve(x: Any, p_conv: Any, o_n: Any, mask: Any, taps: tl.constexpr) -> Any:
-    o_tap = tl.arange(0, x.shape[0])[:, None]
-    weight = load(p_conv + o_n[None, :] * taps + o_tap, (o_tap < taps) & mask[None, :])
-    return silu(tl.sum(x * weight, axis=0))
-
-
-@triton.jit
-def _shift(x: Any, p_tail: Any, o_n: Any, mask: Any, line: tl.constexpr, taps: tl.constexpr) -> None:
-    """Write the inputs but the oldest as the new tail."""
-    o_tap = tl.arange(0, x.shape[0])[:, None]
-    tl.store(p_tail + (o_tap - 1) * line + o_n[None, :], x, mask=(o_tap > 0) & (o_tap < taps) & mask[None, :])
+def _convolve(
+    p_z: tl.tensor, p_tail: tl.tensor, p_conv: tl.tensor, o_n: tl.tensor, mask: tl.tensor,
+    line: tl.constexpr, taps: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """SiLU of the convolution of channels o_n."""
+    x = load(p_z + o_n, mask) * load(p_conv + o_n * taps + taps - 1, mask)
+    for i_tap in tl.static_range(taps - 1):
+        x += load(p_tail + i_tap * line + o_n, mask) * load(p_conv + o_n * taps + i_tap, mask)
+    return silu(x)
 
 
 @triton.jit
 def _mix_token(
-    p_z: Any, p_pool: Any, p_rows: Any, p_positions: Any, p_conv: Any, p_bias: Any, p_norm: Any, p_out: Any,
-    z_stride: Any, out_stride: Any, row_size: Any, o_layer: Any, floor: Any, eps: Any,
+    p_z: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor, p_conv: tl.tensor,
+    p_bias: tl.tensor, p_norm: tl.tensor, p_out: tl.tensor,
+    z_stride: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, floor: tl.tensor,
+    eps: tl.tensor,
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, taps: tl.constexpr,
     line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
     objective: tl.constexpr, use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_s: tl.constexpr,
@@ -75,23 +66,19 @@ def _mix_token(
         return
     slot = (tl.load(p_positions + i_token) % C).to(tl.int32)
     p_state = p_pool + i_row * row_size + o_layer + i_head * head_size
-    p_z += i_token * z_stride
+    p_now = p_z + i_token * z_stride
     o_d, o_m, o_s = tl.arange(0, b_d), tl.arange(0, b_m), tl.arange(0, b_s)
     in_d, in_m = o_d < d, o_m < m
     o_A, in_A = o_m[:, None] * line_d + o_d[None, :], in_m[:, None] & in_d[None, :]
     A = load_anchor(p_state + o_A, in_A)
 
-    o_k, o_v = H * m, 2 * H * m
-    o_q_head, o_k_head, o_v_head = i_head * m, o_k + i_head * m, o_v + i_head * d
     line: tl.constexpr = 2 * line_m + line_d
     p_tail = p_state + places[6]
-    q_in = _inputs(p_z + o_q_head, p_tail, o_m, in_m, line, taps)
-    k_in = _inputs(p_z + o_k_head, p_tail + line_m, o_m, in_m, line, taps)
-    v_in = _inputs(p_z + o_v_head, p_tail + 2 * line_m, o_d, in_d, line, taps)
-    q = unit_length(_convolve(q_in, p_conv + o_q_head * taps, o_m, in_m, taps), 0)
-    k = unit_length(_convolve(k_in, p_conv + o_k_head * taps, o_m, in_m, taps), 0)
-    h = _convolve(v_in, p_conv + o_v_head * taps, o_d, in_d, taps)
-    p_gates = p_z + 2 * H * (m + d) + i_head
+    o_q, o_k, o_v = i_head * m, (H + i_head) * m, 2 * H * m + i_head * d
+    q = unit_length(_convolve(p_now + o_q, p_tail, p_conv + o_q * taps, o_m, in_m, line, taps), 0)
+    k = unit_length(_convolve(p_now + o_k, p_tail + line_m, p_conv + o_k * taps, o_m, in_m, line, taps), 0)
+    h = _convolve(p_now + o_v, p_tail + 2 * line_m, p_conv + o_v * taps, o_d, in_d, line, taps)
+    p_gates = p_now + 2 * H * (m + d) + i_head
     gamma = step_size(p_gates, p_bias + i_head, True)
     mu = 1.0
     if use_forget_gate:
@@ -125,21 +112,19 @@ def _mix_token(
         y += tl.sum(h_old * tl.sum(c_old * qn[None, :], axis=1)[:, None], axis=0)
 
     y *= tl.rsqrt(tl.sum(y * y, axis=0) / d + eps) * load(p_norm + o_d, in_d)
-    y *= silu(load(p_z + H * (2 * m + d) + i_head * d + o_d, in_d))
+    y *= silu(load(p_now + H * (2 * m + d) + i_head * d + o_d, in_d))
     tl.store(p_out + i_token * out_stride + i_head * d + o_d, y, mask=in_d)
 
-    # Every warp may hold a copy of a line: all have to have read the state before one of them writes it.
-    tl.debug_barrier()
-    _shift(q_in, p_tail, o_m, in_m, line, taps)
-    _shift(k_in, p_tail + line_m, o_m, in_m, line, taps)
-    _shift(v_in, p_tail + 2 * line_m, o_d, in_d, line, taps)
-    if slot == C - 1:
+    shift_tail(p_z, z_stride, i_head, i_token, i_token + 1, p_tail, o_d, o_m, H, d, m, line_d, line_m, taps)
+    if C == 1:
+        tl.store(p_state + o_A, unit_rows(A * (a - b)[:, None] + c[:, None] * h[None, :]), mask=in_A)
+    elif slot == C - 1:
         R = A * (a - b)[:, None] + c[:, None] * h[None, :]
-        for i_s in range(C - 1):
+        for i_s in range(slot):
             c_s, h_s = load(p_c + i_s * line_m + o_m, in_m), load(p_h + i_s * line_d + o_d, in_d)
             R += (mu * c_s)[:, None] * h_s[None, :]
         tl.store(p_state + o_A, unit_rows(R), mask=in_A)
-    elif C > 1:
+    else:
         tl.store(p_h + slot * line_d + o_d, h, mask=in_d)
         # without a forget gate the old rows stay as they are
         written = (o_s == slot) | ((o_s < slot) & use_forget_gate)

@@ -19,18 +19,18 @@ _L2_EPS = tl.constexpr(L2_EPS)
 
 
 @triton.jit
-def silu(x: Any) -> Any:
+def silu(x: tl.tensor) -> tl.tensor:
     return x * tl.sigmoid(x)
 
 
 @triton.jit
-def load(pointers: Any, mask: Any) -> Any:
+def load(pointers: tl.tensor, mask: tl.tensor) -> tl.tensor:
     """In float32, 0 outside of the mask."""
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_anchor(p_A: Any, inside: Any) -> Any:
+def load_anchor(p_A: tl.tensor, inside: tl.tensor) -> tl.tensor:
     """A^T [m, d] in float32. Rounded to bfloat16 a column has not quite norm 1, which the recurrence builds on."""
     A = load(p_A, inside)
     if p_A.dtype.element_ty == tl.bfloat16:
@@ -39,28 +39,64 @@ def load_anchor(p_A: Any, inside: Any) -> Any:
 
 
 @triton.jit
-def unit_rows(R: Any) -> Any:
+def unit_rows(R: tl.tensor) -> tl.tensor:
     """Rows of R [m, d] to norm 1; a row of zeros, which only fills a tile, stays one."""
     square = tl.sum(R * R, axis=1)
     return R * tl.rsqrt(tl.where(square > 0, square, 1.0))[:, None]
 
 
 @triton.jit
-def step_size(p_z: Any, p_bias: Any, mask: Any) -> Any:
+def step_size(p_z: tl.tensor, p_bias: tl.tensor, mask: tl.tensor) -> tl.tensor:
     """gamma of tokens."""
     return tl.sigmoid(load(p_z, mask) + tl.load(p_bias).to(tl.float32))
 
 
 @triton.jit
-def forget_gate(p_z: Any, p_bias: Any, mask: Any, floor: Any) -> Any:
+def forget_gate(p_z: tl.tensor, p_bias: tl.tensor, mask: tl.tensor, floor: tl.tensor) -> tl.tensor:
     """mu of tokens."""
     return floor + (1 - floor) * tl.sigmoid(load(p_z, mask) + tl.load(p_bias).to(tl.float32))
 
 
 @triton.jit
-def unit_length(x: Any, axis: tl.constexpr) -> Any:
+def unit_length(x: tl.tensor, axis: tl.constexpr) -> tl.tensor:
     """q or k [.., m] to length 1."""
     return x * tl.expand_dims(tl.rsqrt(tl.sum(x * x, axis=axis) + _L2_EPS), axis)
+
+
+@triton.jit
+def _last_inputs(
+    p_z: tl.tensor, z_stride: tl.tensor, start: tl.tensor, end: tl.tensor, p_tail: tl.tensor, o_n: tl.tensor,
+    mask: tl.tensor, line: tl.constexpr, taps: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    o_tap = tl.arange(0, triton.next_power_of_2(taps))
+    i_t = end - (taps - 1) + o_tap
+    inside, own = (o_tap < taps - 1)[:, None] & mask[None, :], (i_t >= start)[:, None]
+    now = load(p_z + i_t[:, None] * z_stride + o_n[None, :], inside & own)
+    return now + load(p_tail + (i_t - start + taps - 1)[:, None] * line + o_n[None, :], inside & (own == 0))
+
+
+@triton.jit
+def shift_tail(
+    p_z: tl.tensor, z_stride: tl.tensor, i_head: tl.tensor, start: tl.tensor, end: tl.tensor, p_tail: tl.tensor,
+    o_d: tl.tensor, o_m: tl.tensor, H: tl.constexpr, d: tl.constexpr, m: tl.constexpr,
+    line_d: tl.constexpr, line_m: tl.constexpr, taps: tl.constexpr,
+) -> None:  # fmt: skip
+    """The convolution's last inputs, after tokens `start` to `end`, as the new tail: old ones first if these are few.
+
+    Every warp may hold a copy of a line of the state. So all have read it, whatever they need, before one writes.
+    """
+    line: tl.constexpr = 2 * line_m + line_d
+    in_d, in_m = o_d < d, o_m < m
+    p_k, p_v = p_tail + line_m, p_tail + 2 * line_m
+    q = _last_inputs(p_z + i_head * m, z_stride, start, end, p_tail, o_m, in_m, line, taps)
+    k = _last_inputs(p_z + (H + i_head) * m, z_stride, start, end, p_k, o_m, in_m, line, taps)
+    v = _last_inputs(p_z + 2 * H * m + i_head * d, z_stride, start, end, p_v, o_d, in_d, line, taps)
+    tl.debug_barrier()
+    o_tap = tl.arange(0, triton.next_power_of_2(taps))[:, None]
+    o_line, in_line = o_tap * line, o_tap < taps - 1
+    tl.store(p_tail + o_line + o_m[None, :], q, mask=in_line & in_m[None, :])
+    tl.store(p_k + o_line + o_m[None, :], k, mask=in_line & in_m[None, :])
+    tl.store(p_v + o_line + o_d[None, :], v, mask=in_line & in_d[None, :])
 
 
 def geometry(layout: StateLayout) -> dict[str, Any]:

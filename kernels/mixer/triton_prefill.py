@@ -19,8 +19,6 @@ over programs without sums across them in every chunk.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -37,6 +35,7 @@ from lattice_serve.kernels.mixer.triton_parts import (
     geometry,
     load,
     load_anchor,
+    shift_tail,
     silu,
     step_size,
     unit_length,
@@ -49,9 +48,10 @@ _TOKENS = 16
 
 @triton.jit
 def _convolve(
-    p_z: Any, z_stride: Any, o_t: Any, first: Any, end: Any, p_tail: Any, p_conv: Any, o_n: Any, mask: Any,
+    p_z: tl.tensor, z_stride: tl.tensor, o_t: tl.tensor, first: tl.tensor, end: tl.tensor, p_tail: tl.tensor,
+    p_conv: tl.tensor, o_n: tl.tensor, mask: tl.tensor,
     line: tl.constexpr, taps: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """SiLU of the convolution [b_t, n] at tokens o_t of segments that start at `first`, with tails p_tail [b_t]."""
     x = tl.zeros((o_t.shape[0], o_n.shape[0]), tl.float32)
     inside = (o_t < end)[:, None] & mask[None, :]
@@ -67,8 +67,8 @@ def _convolve(
 
 @triton.jit
 def _convolve_tokens(
-    p_z: Any, p_pool: Any, p_rows: Any, p_starts: Any, p_conv: Any, p_u: Any,
-    z_stride: Any, row_size: Any, o_layer: Any, T: Any, n: Any,
+    p_z: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_starts: tl.tensor, p_conv: tl.tensor, p_u: tl.tensor,
+    z_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, T: tl.tensor, n: tl.tensor,
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, taps: tl.constexpr, line_d: tl.constexpr, line_m: tl.constexpr,
     o_tail: tl.constexpr, head_size: tl.constexpr, b_t: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -94,36 +94,11 @@ def _convolve_tokens(
 
 
 @triton.jit
-def _shift(
-    p_z: Any, z_stride: Any, start: Any, end: Any, p_tail: Any, o_n: Any, mask: Any,
-    line: tl.constexpr, taps: tl.constexpr,
-) -> None:  # fmt: skip
-    """The last inputs of a segment as the new tail, old ones first where it is short."""
-    o_tap = tl.arange(0, triton.next_power_of_2(taps))
-    i_t = end - (taps - 1) + o_tap
-    inside, own = (o_tap < taps - 1)[:, None] & mask[None, :], (i_t >= start)[:, None]
-    x = load(p_z + i_t[:, None] * z_stride + o_n[None, :], inside & own)
-    x += load(p_tail + (i_t - start + taps - 1)[:, None] * line + o_n[None, :], inside & (own == 0))
-    # every warp may hold a copy: all have to have read before one writes
-    tl.debug_barrier()
-    tl.store(p_tail + o_tap[:, None] * line + o_n[None, :], x, mask=inside)
-
-
-@triton.jit
-def _shift_all(
-    p_z: Any, z_stride: Any, i_head: Any, start: Any, end: Any, p_tail: Any, o_d: Any, o_m: Any,
-    H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, line_d: tl.constexpr, line_m: tl.constexpr, taps: tl.constexpr,
-) -> None:  # fmt: skip
-    line: tl.constexpr = 2 * line_m + line_d
-    _shift(p_z + i_head * m, z_stride, start, end, p_tail, o_m, o_m < m, line, taps)
-    _shift(p_z + (H + i_head) * m, z_stride, start, end, p_tail + line_m, o_m, o_m < m, line, taps)
-    _shift(p_z + 2 * H * m + i_head * d, z_stride, start, end, p_tail + 2 * line_m, o_d, o_d < d, line, taps)
-
-
-@triton.jit
 def _mix_chunks(
-    p_z: Any, p_u: Any, p_pool: Any, p_rows: Any, p_positions: Any, p_starts: Any, p_bias: Any, p_norm: Any, p_out: Any,
-    z_stride: Any, out_stride: Any, row_size: Any, o_layer: Any, floor: Any, eps: Any,
+    p_z: tl.tensor, p_u: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor,
+    p_starts: tl.tensor, p_bias: tl.tensor, p_norm: tl.tensor, p_out: tl.tensor,
+    z_stride: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, floor: tl.tensor,
+    eps: tl.tensor,
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, taps: tl.constexpr,
     line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
     objective: tl.constexpr, use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr,
@@ -209,13 +184,15 @@ def _mix_chunks(
     if end - base >= C:
         tl.debug_barrier()
         tl.store(p_state + o_A, A, mask=in_A)
-    _shift_all(p_z, z_stride, i_head, start, end, p_state + places[6], o_d, o_m, H, d, m, line_d, line_m, taps)
+    shift_tail(p_z, z_stride, i_head, start, end, p_state + places[6], o_d, o_m, H, d, m, line_d, line_m, taps)
 
 
 @triton.jit
 def _mix_tokens(
-    p_z: Any, p_u: Any, p_pool: Any, p_rows: Any, p_starts: Any, p_bias: Any, p_norm: Any, p_out: Any,
-    z_stride: Any, out_stride: Any, row_size: Any, o_layer: Any, floor: Any, eps: Any,
+    p_z: tl.tensor, p_u: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_starts: tl.tensor, p_bias: tl.tensor,
+    p_norm: tl.tensor, p_out: tl.tensor,
+    z_stride: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, floor: tl.tensor,
+    eps: tl.tensor,
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, taps: tl.constexpr,
     line_d: tl.constexpr, line_m: tl.constexpr, o_tail: tl.constexpr, head_size: tl.constexpr,
     objective: tl.constexpr, use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr,
@@ -252,7 +229,7 @@ def _mix_tokens(
         tl.store(p_out + i_t * out_stride + i_head * d + o_d, y, mask=in_d)
     tl.debug_barrier()
     tl.store(p_state + o_A, A, mask=in_A)
-    _shift_all(p_z, z_stride, i_head, start, end, p_state + o_tail, o_d, o_m, H, d, m, line_d, line_m, taps)
+    shift_tail(p_z, z_stride, i_head, start, end, p_state + o_tail, o_d, o_m, H, d, m, line_d, line_m, taps)
 
 
 def mix_prefill(
@@ -285,7 +262,8 @@ def mix_prefill(
         return out
     constants = geometry(layout)
     o_layer = layer * layout.layer_size
-    num_warps = 4 if s.d * s.m <= 64 * 64 else 8
+    # By what the compilers make of it: registers spill with fewer warps on NVIDIA, with more on AMD.
+    num_warps = 4 if torch.version.hip and s.d * s.m <= 64 * 64 else 8
     u = torch.empty((T, s.conv_width), dtype=torch.float32, device=z.device)
     shared = {name: constants[name] for name in ("H", "d", "m", "taps", "line_d", "line_m", "head_size", "b_d", "b_m")}
     o_tail = layout.offsets[-1]
