@@ -1,0 +1,83 @@
+"""What can be told of the images and the compose file without an engine to run them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli
+import yaml
+
+from lattice_serve.server.metrics import ServerMetrics
+from lattice_serve.server.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+DOCKERFILES = ["Dockerfile", "Dockerfile.cpu"]
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((DEPLOY / name).read_text(encoding="utf-8"))
+
+
+def panels() -> list[dict[str, Any]]:
+    made = json.loads((DEPLOY / "grafana" / "lattice.json").read_text(encoding="utf-8"))["panels"]
+    return [panel for each in made for panel in (each, *each.get("panels", []))]
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
+    text = ServerMetrics("m", 2).render().decode()
+    known = set(re.findall(r"^(lattice:\w+)", text, re.MULTILINE))
+    asked = [target["expr"] for panel in panels() for target in panel.get("targets", [])]
+    assert len(asked) > 20
+    for expression in asked:
+        names = set(re.findall(r"lattice:\w+", expression))
+        assert names, expression
+        assert names <= known, expression
+
+
+def test_prometheus_asks_the_server_with_its_key() -> None:
+    [job] = load("prometheus.yml")["scrape_configs"]
+    assert job["static_configs"] == [{"targets": [f"server:{Settings.model_fields['port'].default}"]}]
+    secret = job["authorization"]["credentials_file"]
+    services = load("compose.yaml")["services"]
+    assert secret == services["server"]["environment"]["LATTICE_API_KEY_FILE"]
+    assert secret.rpartition("/")[2] in services["prometheus"]["secrets"]
+
+
+def test_settings_in_the_compose_file_are_the_servers() -> None:
+    compose = load("compose.yaml")
+    environment = compose["services"]["server"]["environment"]
+    names = {name.removeprefix("LATTICE_").lower() for name in environment}
+    assert names <= Settings.model_fields.keys()
+    grace = int(compose["services"]["server"]["stop_grace_period"].removesuffix("s"))
+    assert grace > environment["LATTICE_GRACE_PERIOD"]
+
+
+def test_what_is_mounted_and_named_is_there() -> None:
+    compose = load("compose.yaml")
+    for service in compose["services"].values():
+        for volume in service.get("volumes", ()):
+            source = volume.partition(":")[0]
+            if source.startswith("./"):
+                assert (DEPLOY / source).exists(), volume
+        assert set(service.get("secrets", ())) <= compose["secrets"].keys()
+    assert (ROOT / compose["services"]["server"]["build"]["dockerfile"]).exists()
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_an_image_has_all_packages_and_no_root(name: str) -> None:
+    text = (DEPLOY / name).read_text(encoding="utf-8")
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE)
+    sources = {source for line in copied for source in line.split()}
+    assert all((ROOT / source).exists() for source in sources)
+    packages = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-dir"]
+    assert set(packages.values()) <= sources
+    allowed = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert {f"!{source}" for source in sources} <= set(allowed)
+    assert re.findall(r"^USER (.+)$", text, re.MULTILINE)[-1] not in ("root", "0", "0:0")
+    assert "HEALTHCHECK" in text
+    assert not re.search(r"^ADD ", text, re.MULTILINE)
