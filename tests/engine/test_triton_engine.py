@@ -103,5 +103,5 @@ def test_drafts_are_refused(model: Path) -> None:
 
 
 def test_steps_too_small_for_a_chunk_are_refused(model: Path) -> None:
-    with pytest.raises(ConfigError, match="max_step_tokens is 6: give at least 7"):
+    with pytest.raises(ConfigError, match="max_step_tokens is 6: give 7 or more"):
         engine_of(model, triton_backend, max_rows=4, max_step_tokens=6)
