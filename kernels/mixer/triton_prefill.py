@@ -1,23 +1,31 @@
-"""Segments of many tokens through a layer's mixer, in two launches; reference: `mixer.reference`, segment by segment.
+"""Segments of many tokens through a layer's mixer, in three launches; reference: `mixer.reference`, segment by segment.
 
-First the convolution, SiLU and unit q and k of all tokens at once, into float32 scratch; then one program a segment and
-head goes through the tokens with the anchor in registers: by the chunk form of `kernels.lattice.chunk` (equations
-there) with products on tensor cores, or for C = 1 token by token with sums. A tile's row is a token's place in a chunk,
-so a segment may start and end anywhere in one: rows before it are the pending factors from the state, rows past
-it have c = 0 and mu = 1, which changes nothing.
+The chunk form of `kernels.lattice.chunk` (equations there), parted by what has to wait. A chunk needs the memory that
+the one before it left, but little of its work is on the way from one memory to the next:
+
+    prepare    one program a chunk and head: convolution, SiLU, unit q and k, gates and their products
+    advance    one program a segment and head, chunk after chunk with the memory in registers:
+               H = V - K A^T,  N = H^T (M[last] * c),  b = diag(A^T N),  R = A (a - b) + N,  A' = R, columns made unit
+    read       one program a chunk and head: y of its tokens from the memory before them, output norm and gate
+
+A chunk is a tile of b_t = max(16, C) rows; a segment may start and end anywhere in one: rows before it are the pending
+factors from the state, rows past it have c = 0 and mu = 1, which changes nothing. Tiles of segment i begin at tile
+``starts[i] // C + 2 i``: room for its chunks, however they lie, without a look at the device. For C = 1 there is no
+chunk form; then one program a segment and head goes through the tokens with sums.
 
     z [T, in_width], out [T, out_width]    float32 or bfloat16, columns as `MixerShape` has them
     pool [rows, row_size]                  float32 or bfloat16, as `StateLayout` has it
     rows, positions [n], starts [n + 1]    int64 on the device, as `Segments` has them
 
-What bounds it: chunks of a head follow one another, as each takes the memory that the one before it left: time is the
-chunks of the longest segment times the latency of one, until n H programs fill the device; then FLOPs. A chunk of
-b_t = max(16, C) rows takes 8 b_t m d + 2 b_t^2 (2 d + 4 m) of them on tensor cores (half of b_t^2 is zeros: the decay
-is triangular), for C < 16 with 16 rows all the same: a tensor core has no smaller product. Neither d nor m can be split
-over programs without sums across them in every chunk.
+What bounds it: a sequence's chunks follow one another, each by two products that wait for each other, until n H
+programs fill the device; then the FLOPs of tensor cores, 2 b_t (4 m d + b_t (2 d + 4 m)) a chunk, and the
+4 (m d + b_t (m + d)) bytes that `advance` leaves for `read`. Neither d nor m can be split over programs without sums
+across them in every chunk.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -44,67 +52,115 @@ from lattice_serve.kernels.mixer.triton_parts import (
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 _TOKENS = 16
+"""Of a tile where C = 1."""
 
 
 @triton.jit
 def _convolve(
-    p_z: tl.tensor, z_stride: tl.tensor, o_t: tl.tensor, first: tl.tensor, end: tl.tensor, p_tail: tl.tensor,
-    p_conv: tl.tensor, o_n: tl.tensor, mask: tl.tensor,
-    line: tl.constexpr, taps: tl.constexpr,
+    p_z: tl.tensor, z_stride: tl.tensor, i_t: tl.tensor, inside: tl.tensor, start: tl.tensor, p_tail: tl.tensor,
+    p_conv: tl.tensor, o_n: tl.tensor, in_n: tl.tensor, line: tl.constexpr, taps: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """SiLU of the convolution [b_t, n] at tokens o_t of segments that start at `first`, with tails p_tail [b_t]."""
-    x = tl.zeros((o_t.shape[0], o_n.shape[0]), tl.float32)
-    inside = (o_t < end)[:, None] & mask[None, :]
+    """SiLU of the convolution [b_t, n] at tokens i_t of a segment that starts at `start`, its tail before it."""
+    x = tl.zeros((i_t.shape[0], o_n.shape[0]), tl.float32)
+    mask = inside[:, None] & in_n[None, :]
     for i_tap in tl.static_range(taps):
-        i_t = o_t - (taps - 1) + i_tap
-        own = (i_t >= first)[:, None]
-        now = load(p_z + i_t[:, None] * z_stride + o_n[None, :], inside & own)
+        i_from = i_t - (taps - 1) + i_tap
+        own = (i_from >= start)[:, None]
+        now = load(p_z + i_from[:, None] * z_stride + o_n[None, :], mask & own)
         # the tail's last line is the token before the segment
-        before = load(p_tail[:, None] + (i_t - first + taps - 1)[:, None] * line + o_n[None, :], inside & (own == 0))
-        x += (now + before) * load(p_conv + o_n * taps + i_tap, mask)[None, :]
+        before = load(p_tail + (i_from - start + taps - 1)[:, None] * line + o_n[None, :], mask & (own == 0))
+        x += (now + before) * load(p_conv + o_n * taps + i_tap, in_n)[None, :]
     return silu(x)
 
 
 @triton.jit
-def _convolve_tokens(
-    p_z: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_starts: tl.tensor, p_conv: tl.tensor, p_u: tl.tensor,
-    z_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, T: tl.tensor, n: tl.tensor,
-    H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, taps: tl.constexpr, line_d: tl.constexpr, line_m: tl.constexpr,
-    o_tail: tl.constexpr, head_size: tl.constexpr, b_t: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr,
+def _segment_of(i_tile: tl.tensor, p_starts: tl.tensor, n: tl.tensor, tile: tl.constexpr) -> tl.tensor:
+    """Of the n segments, the last whose tiles begin at i_tile or before it."""
+    low, high = n * 0, n
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(p_starts + middle) // tile + 2 * middle <= i_tile
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@triton.jit(do_not_specialize=["n"])
+def _prepare(
+    p_z: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor, p_starts: tl.tensor,
+    p_conv: tl.tensor, p_bias: tl.tensor, p_u: tl.tensor, p_gates: tl.tensor,
+    z_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, floor: tl.tensor, n: tl.tensor,
+    H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, taps: tl.constexpr,
+    line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
+    use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr, tile: tl.constexpr,
 ) -> None:  # fmt: skip
-    """q | k | v of b_t tokens of one head, as the recurrence takes them, into p_u [T, conv_width] float32."""
-    i_head = tl.program_id(1)
-    o_t = tl.program_id(0).to(tl.int64) * b_t + tl.arange(0, b_t)
-    o_d, o_m = tl.arange(0, b_d), tl.arange(0, b_m)
-    in_t, in_d, in_m = o_t < T, o_d < d, o_m < m
-    segment = tl.zeros((b_t,), tl.int32)
-    for i_segment in range(1, n):
-        segment += (tl.load(p_starts + i_segment) <= o_t).to(tl.int32)
-    first = tl.load(p_starts + segment)
-    p_tail = p_pool + tl.load(p_rows + segment) * row_size + o_layer + i_head * head_size + o_tail
+    """q | k | v of a tile's tokens of one head into p_u [T, H (2 m + d)], as the recurrence takes them; for C > 1 also
+    gamma and the log of a, from the chunk's start on, of its rows into p_gates [tiles, H, 2, b_t]; all float32."""
+    i_tile, i_head = tl.program_id(0), tl.program_id(1)
+    i_segment = _segment_of(i_tile, p_starts, n, tile)
+    start, end = tl.load(p_starts + i_segment), tl.load(p_starts + i_segment + 1)
+    pending = tl.load(p_positions + i_segment) % C
+    i_chunk = i_tile - (start // tile + 2 * i_segment)
+    if i_chunk * tile >= pending + end - start:
+        return
+    o_d, o_m, o_t = tl.arange(0, b_d), tl.arange(0, b_m), tl.arange(0, b_t)
+    in_d, in_m = o_d < d, o_m < m
+    i_t = start - pending + i_chunk * tile + o_t.to(tl.int64)
+    now = (o_t < tile) & (i_t >= start) & (i_t < end)
+    p_state = p_pool + tl.load(p_rows + i_segment) * row_size + o_layer + i_head * head_size
+    p_tail = p_state + places[6]
     o_q, o_k, o_v = i_head * m, (H + i_head) * m, 2 * H * m + i_head * d
     line: tl.constexpr = 2 * line_m + line_d
-    q = _convolve(p_z + o_q, z_stride, o_t, first, T, p_tail, p_conv + o_q * taps, o_m, in_m, line, taps)
-    k = _convolve(p_z + o_k, z_stride, o_t, first, T, p_tail + line_m, p_conv + o_k * taps, o_m, in_m, line, taps)
-    v = _convolve(p_z + o_v, z_stride, o_t, first, T, p_tail + 2 * line_m, p_conv + o_v * taps, o_d, in_d, line, taps)
-    p_u += o_t[:, None] * (H * (2 * m + d))
-    tl.store(p_u + o_q + o_m[None, :], unit_length(q, 1), mask=in_t[:, None] & in_m[None, :])
-    tl.store(p_u + o_k + o_m[None, :], unit_length(k, 1), mask=in_t[:, None] & in_m[None, :])
-    tl.store(p_u + o_v + o_d[None, :], v, mask=in_t[:, None] & in_d[None, :])
+    q = _convolve(p_z + o_q, z_stride, i_t, now, start, p_tail, p_conv + o_q * taps, o_m, in_m, line, taps)
+    p_tail += line_m
+    k = _convolve(p_z + o_k, z_stride, i_t, now, start, p_tail, p_conv + o_k * taps, o_m, in_m, line, taps)
+    p_tail += line_m
+    v = _convolve(p_z + o_v, z_stride, i_t, now, start, p_tail, p_conv + o_v * taps, o_d, in_d, line, taps)
+    width: tl.constexpr = H * (2 * m + d)
+    p_u += i_t[:, None] * width
+    tl.store(p_u + o_q + o_m[None, :], unit_length(q, 1), mask=now[:, None] & in_m[None, :])
+    tl.store(p_u + o_k + o_m[None, :], unit_length(k, 1), mask=now[:, None] & in_m[None, :])
+    tl.store(p_u + o_v + o_d[None, :], v, mask=now[:, None] & in_d[None, :])
+    if C > 1:
+        p_z += i_t * z_stride + width + H * d + i_head
+        gamma = tl.where(now, step_size(p_z, p_bias + i_head, now), 0.0)
+        log_mu = tl.zeros((b_t,), tl.float32)
+        if use_forget_gate:
+            log_mu = tl.where(now, tl.log(forget_gate(p_z + H, p_bias + H + i_head, now, floor)), 0.0)
+        old = (pending > 0) & (i_chunk == 0)
+        log_a = tl.cumsum(log_mu, 0) + tl.log(tl.load(p_state + places[5], mask=old, other=1.0).to(tl.float32))
+        p_gates += (i_tile * H + i_head) * 2 * b_t + o_t
+        tl.store(p_gates, gamma)
+        tl.store(p_gates + b_t, log_a)
 
 
 @triton.jit
-def _mix_chunks(
-    p_z: tl.tensor, p_u: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor,
-    p_starts: tl.tensor, p_bias: tl.tensor, p_norm: tl.tensor, p_out: tl.tensor,
-    z_stride: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, floor: tl.tensor,
-    eps: tl.tensor,
+def _load_chunk(
+    p_u: tl.tensor, p_gates: tl.tensor, i_t: tl.tensor, start: tl.tensor, end: tl.tensor,
+    o_k: tl.tensor, o_v: tl.tensor, o_d: tl.tensor, o_m: tl.tensor,
+    d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, b_t: tl.constexpr, width: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """k [b_t, m], v^T [d, b_t], gamma and log a [b_t] of the chunk whose first row is token i_t; zeros past the end."""
+    o_t = tl.arange(0, b_t)
+    now = (o_t < C) & (i_t + o_t >= start) & (i_t + o_t < end)
+    p_token = p_u + (i_t + o_t.to(tl.int64)) * width
+    k = load(p_token[:, None] + o_k + o_m[None, :], now[:, None] & (o_m < m)[None, :])
+    v = load(p_token[None, :] + o_v + o_d[:, None], now[None, :] & (o_d < d)[:, None])
+    there = (i_t < end) & (o_t < b_t)
+    return k, v, load(p_gates + o_t, there), load(p_gates + b_t + o_t, there)
+
+
+@triton.jit
+def _advance(
+    p_z: tl.tensor, p_u: tl.tensor, p_gates: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor,
+    p_starts: tl.tensor, p_memory: tl.tensor, p_hs: tl.tensor, p_cs: tl.tensor,
+    z_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor,
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, taps: tl.constexpr,
     line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
-    objective: tl.constexpr, use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr,
-    precision: tl.constexpr,
+    objective: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr, precision: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One segment of one head, C > 1."""
+    """The state after one segment of one head; what each of its chunks began with, and its factors, for `_read`: memory
+    [tiles, H, d, m], h^T [tiles, H, d, b_t] and c [tiles, H, b_t, m], float32."""
     i_segment, i_head = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(p_starts + i_segment), tl.load(p_starts + i_segment + 1)
     pending = (tl.load(p_positions + i_segment) % C).to(tl.int32)
@@ -112,79 +168,114 @@ def _mix_chunks(
     o_d, o_m, o_t = tl.arange(0, b_d), tl.arange(0, b_m), tl.arange(0, b_t)
     in_d, in_m = o_d < d, o_m < m
     o_A, in_A = o_m[:, None] * line_d + o_d[None, :], in_m[:, None] & in_d[None, :]
-    p_h = p_state + places[1] + o_t[:, None] * line_d + o_d[None, :]
+    p_h = p_state + places[1] + o_t[None, :] * line_d + o_d[:, None]
     p_c = p_state + places[2] + o_t[:, None] * line_m + o_m[None, :]
-    p_b, p_e, p_a = p_state + places[3], p_state + places[4], p_state + places[5]
+    A = tl.trans(load_anchor(p_state + o_A, in_A))
+    c_old = load(p_c, (o_t < pending)[:, None] & in_m[None, :])
+    h_old = load(p_h, (o_t < pending)[None, :] & in_d[:, None])
+    # Every warp may hold a copy of what another is going to write.
+    tl.debug_barrier()
     width: tl.constexpr = H * (2 * m + d)
-    p_gates = p_z + width + H * d + i_head
-    norm = load(p_norm + o_d, in_d)
-    A = load_anchor(p_state + o_A, in_A)
+    o_k, o_v = (H + i_head) * m, 2 * H * m + i_head * d
     base = start - pending
-    for i_chunk in range(tl.cdiv(pending + (end - start), C)):
-        i_t = base + i_chunk * C + o_t.to(tl.int64)
-        now = (o_t < C) & (i_t >= start) & (i_t < end)
-        old = (o_t < pending) & (i_chunk == 0)
-        now_m, now_d = now[:, None] & in_m[None, :], now[:, None] & in_d[None, :]
-        p_token = p_u + i_t[:, None] * width
-        q = load(p_token + i_head * m + o_m[None, :], now_m)
-        k = load(p_token + (H + i_head) * m + o_m[None, :], now_m)
-        v = load(p_token + 2 * H * m + i_head * d + o_d[None, :], now_d)
-        h_old, c_old = load(p_h, old[:, None] & in_d[None, :]), load(p_c, old[:, None] & in_m[None, :])
-        a_old = tl.load(p_a, mask=(pending > 0) & (i_chunk == 0), other=1.0).to(tl.float32)
-        gamma = tl.where(now, step_size(p_gates + i_t * z_stride, p_bias + i_head, now), 0.0)
-        log_mu = tl.zeros((b_t,), tl.float32)
-        if use_forget_gate:
-            mu = forget_gate(p_gates + H + i_t * z_stride, p_bias + H + i_head, now, floor)
-            log_mu = tl.where(now, tl.log(mu), 0.0)
-        log_a = tl.cumsum(log_mu, 0)
-        log_end = tl.sum(log_mu, 0)
-        below = o_t[:, None] > o_t[None, :]
-        # The diagonals of M, 1, are left out of the products and added as they are.
-        L = tl.where(below, tl.exp(log_a[:, None] - log_a[None, :]), 0.0)
-        a = a_old * tl.exp(log_a)
-
-        h = v + h_old
+    i_tile = (start // C + 2 * i_segment) * H + i_head
+    p_gates += i_tile * 2 * b_t
+    p_memory += i_tile * d * m + o_d[:, None] * m + o_m[None, :]
+    p_hs += i_tile * d * b_t + o_d[:, None] * b_t + o_t[None, :]
+    p_cs += i_tile * b_t * m + o_t[:, None] * m + o_m[None, :]
+    k, v, gamma, log_a = _load_chunk(p_u, p_gates, base, start, end, o_k, o_v, o_d, o_m, d, m, C, b_t, width)
+    v += h_old
+    for i_t in range(base, end, C):
+        # Loads of the next chunk are on their way while this one is worked on.
+        p_gates += H * 2 * b_t
+        following = _load_chunk(p_u, p_gates, i_t + C, start, end, o_k, o_v, o_d, o_m, d, m, C, b_t, width)
+        tl.store(p_memory, A, mask=in_d[:, None] & in_m[None, :])
+        h = v
         if objective == DECODING:
-            h -= tl.dot(k, A, input_precision=precision)
-        W = tl.dot(h, tl.trans(A), input_precision=precision)
+            h -= tl.dot(A, tl.trans(k), input_precision=precision)
         if objective == ENCODING:
-            k = tl.where(now_m, k - W, 0.0)
+            k -= tl.dot(tl.trans(h), A, input_precision=precision)
         c = gamma[:, None] * k + c_old
-        cW = c * W
-        b_below = tl.dot(L, cW, input_precision=precision)
-        b = b_below + cW
-        G = tl.dot(h, tl.trans(h), input_precision=precision)
-        cross = tl.dot(L * G, c, input_precision=precision) - W * b_below
-        u = c * (2 * cross + c * (tl.sum(h * h, axis=1)[:, None] - W * W))
-        e = tl.maximum(tl.dot(L * L, u, input_precision=precision) + u, 0.0)
-        qn = q * tl.rsqrt((a * a)[:, None] + e)
-        y = tl.dot(qn * (a[:, None] - b), A, input_precision=precision)
-        weights = tl.where(below, L, (o_t[:, None] == o_t[None, :]).to(tl.float32))
-        weights *= tl.dot(qn, tl.trans(c), input_precision=precision)
-        y = tl.dot(weights, h, y, input_precision=precision)
-
-        y *= tl.rsqrt(tl.sum(y * y, axis=1) / d + eps)[:, None] * norm[None, :]
-        y *= silu(load(p_z + i_t[:, None] * z_stride + width + i_head * d + o_d[None, :], now_d))
-        tl.store(p_out + i_t[:, None] * out_stride + i_head * d + o_d[None, :], y, mask=now_d)
-
-        left = tl.exp(log_end - log_a)[:, None]
-        b_end = tl.sum(left * cW, axis=0)
-        a_end = a_old * tl.exp(log_end)
-        c *= left
-        used = (end - base) - i_chunk * C
-        if used >= C:
-            A = unit_rows(tl.dot(tl.trans(c), h, A * (a_end - b_end)[:, None], input_precision=precision))
-        else:
-            tl.debug_barrier()
-            tl.store(p_h, h, mask=(o_t < used)[:, None] & in_d[None, :])
+        c_old = tl.zeros_like(c_old)
+        tl.store(p_hs, h, mask=in_d[:, None] & (o_t < C)[None, :])
+        tl.store(p_cs, c, mask=(o_t < C)[:, None] & in_m[None, :])
+        log_end = tl.sum(tl.where(o_t == b_t - 1, log_a, 0.0), axis=0)
+        c *= tl.exp(log_end - log_a)[:, None]
+        N = tl.dot(h, c, input_precision=precision)
+        a_end, b_end = tl.exp(log_end), tl.sum(A * N, axis=0)
+        used = (end - i_t).to(tl.int32)
+        if used < C:
+            tl.store(p_h, h, mask=(o_t < used)[None, :] & in_d[:, None])
             tl.store(p_c, c, mask=(o_t < used)[:, None] & in_m[None, :])
-            tl.store(p_b + o_m, b_end, mask=in_m)
-            tl.store(p_e + o_m, tl.sum(tl.where((o_t == b_t - 1)[:, None], e, 0.0), axis=0), mask=in_m)
-            tl.store(p_a, a_end)
+            tl.store(p_state + places[3] + o_m, b_end, mask=in_m)
+            tl.store(p_state + places[5], a_end)
+        R = A * (a_end - b_end)[None, :] + N
+        square = tl.sum(R * R, axis=0)
+        # Columns of zeros only fill the tile.
+        A = tl.where(used < C, A, R * tl.rsqrt(tl.where(square > 0, square, 1.0))[None, :])
+        p_memory += H * d * m
+        p_hs += H * d * b_t
+        p_cs += H * b_t * m
+        k, v, gamma, log_a = following
     if end - base >= C:
-        tl.debug_barrier()
-        tl.store(p_state + o_A, A, mask=in_A)
+        tl.store(p_state + o_A, tl.trans(A), mask=in_A)
     shift_tail(p_z, z_stride, i_head, start, end, p_state + places[6], o_d, o_m, H, d, m, line_d, line_m, taps)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _read(
+    p_z: tl.tensor, p_u: tl.tensor, p_gates: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor,
+    p_starts: tl.tensor, p_memory: tl.tensor, p_hs: tl.tensor, p_cs: tl.tensor, p_norm: tl.tensor, p_out: tl.tensor,
+    z_stride: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, eps: tl.tensor, n: tl.tensor,
+    H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
+    b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr, precision: tl.constexpr,
+) -> None:  # fmt: skip
+    """Outputs of one chunk of one head; also e of the state, where the chunk is not finished."""
+    i_tile, i_head = tl.program_id(0), tl.program_id(1)
+    i_segment = _segment_of(i_tile, p_starts, n, C)
+    start, end = tl.load(p_starts + i_segment), tl.load(p_starts + i_segment + 1)
+    pending = tl.load(p_positions + i_segment) % C
+    i_chunk = i_tile - (start // C + 2 * i_segment)
+    if i_chunk * C >= pending + end - start:
+        return
+    o_d, o_m, o_t = tl.arange(0, b_d), tl.arange(0, b_m), tl.arange(0, b_t)
+    in_d, in_m, in_t = o_d < d, o_m < m, o_t < C
+    first = start - pending + i_chunk * C
+    i_t = first + o_t.to(tl.int64)
+    now = in_t & (i_t >= start) & (i_t < end)
+    now_m, now_d = now[:, None] & in_m[None, :], now[:, None] & in_d[None, :]
+    o_tile = (i_tile * H + i_head).to(tl.int64)
+    A = load(p_memory + o_tile * d * m + o_d[:, None] * m + o_m[None, :], in_d[:, None] & in_m[None, :])
+    h = tl.trans(load(p_hs + o_tile * d * b_t + o_d[:, None] * b_t + o_t[None, :], in_d[:, None] & in_t[None, :]))
+    c = load(p_cs + o_tile * b_t * m + o_t[:, None] * m + o_m[None, :], in_t[:, None] & in_m[None, :])
+    log_a = tl.load(p_gates + (o_tile * 2 + 1) * b_t + o_t)
+    width: tl.constexpr = H * (2 * m + d)
+    q = load(p_u + i_t[:, None] * width + i_head * m + o_m[None, :], now_m)
+
+    # The diagonals of M, 1, are left out of the products and added as they are.
+    below = o_t[:, None] > o_t[None, :]
+    L = tl.where(below, tl.exp(log_a[:, None] - log_a[None, :]), 0.0)
+    a = tl.exp(log_a)[:, None]
+    W = tl.dot(h, A, input_precision=precision)
+    cW = c * W
+    b_below = tl.dot(L, cW, input_precision=precision)
+    b = b_below + cW
+    G = tl.dot(h, tl.trans(h), input_precision=precision)
+    cross = tl.dot(L * G, c, input_precision=precision) - W * b_below
+    u = c * (2 * cross + c * (tl.sum(h * h, axis=1)[:, None] - W * W))
+    e = tl.maximum(tl.dot(L * L, u, input_precision=precision) + u, 0.0)
+    qn = q * tl.rsqrt(a * a + e)
+    y = tl.dot(qn * (a - b), tl.trans(A), input_precision=precision)
+    weights = tl.where(below, L, (o_t[:, None] == o_t[None, :]).to(tl.float32))
+    weights *= tl.dot(qn, tl.trans(c), input_precision=precision)
+    y = tl.dot(weights, h, y, input_precision=precision)
+
+    y *= tl.rsqrt(tl.sum(y * y, axis=1) / d + eps)[:, None] * load(p_norm + o_d, in_d)[None, :]
+    y *= silu(load(p_z + i_t[:, None] * z_stride + width + i_head * d + o_d[None, :], now_d))
+    tl.store(p_out + i_t[:, None] * out_stride + i_head * d + o_d[None, :], y, mask=now_d)
+    if end - first < C:
+        p_e = p_pool + tl.load(p_rows + i_segment) * row_size + o_layer + i_head * head_size + places[4]
+        tl.store(p_e + o_m, tl.sum(tl.where((o_t == b_t - 1)[:, None], e, 0.0), axis=0), mask=in_m)
 
 
 @triton.jit
@@ -194,7 +285,7 @@ def _mix_tokens(
     z_stride: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, floor: tl.tensor,
     eps: tl.tensor,
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, taps: tl.constexpr,
-    line_d: tl.constexpr, line_m: tl.constexpr, o_tail: tl.constexpr, head_size: tl.constexpr,
+    line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
     objective: tl.constexpr, use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr,
 ) -> None:  # fmt: skip
     """One segment of one head, C = 1: R_t = A (mu - c w) + c h, and y = A' q with A' the columns of R made unit."""
@@ -229,7 +320,46 @@ def _mix_tokens(
         tl.store(p_out + i_t * out_stride + i_head * d + o_d, y, mask=in_d)
     tl.debug_barrier()
     tl.store(p_state + o_A, A, mask=in_A)
-    shift_tail(p_z, z_stride, i_head, start, end, p_state + o_tail, o_d, o_m, H, d, m, line_d, line_m, taps)
+    shift_tail(p_z, z_stride, i_head, start, end, p_state + places[6], o_d, o_m, H, d, m, line_d, line_m, taps)
+
+
+def tile_rows(C: int) -> int:
+    """Rows b_t of a tile: a tensor core has no smaller product than one of 16."""
+    return max(_TOKENS, triton.next_power_of_2(C))
+
+
+def _options(layout: StateLayout, names: str, **more: Any) -> dict[str, Any]:
+    constants = geometry(layout)
+    return {name: constants[name] for name in names.split()} | more
+
+
+def prepare_options(layout: StateLayout) -> dict[str, Any]:
+    """Constants that `_prepare` is launched with."""
+    C = layout.shape.C
+    names = "H d m C taps line_d line_m places head_size use_forget_gate b_d b_m"
+    return _options(layout, names, b_t=tile_rows(C), tile=C if C > 1 else _TOKENS, num_warps=4)
+
+
+def advance_options(layout: StateLayout, precision: str) -> dict[str, Any]:
+    """Constants that `_advance` is launched with."""
+    s = layout.shape
+    names = "H d m C taps line_d line_m places head_size objective b_d b_m"
+    # A warp has 16 lines of d: what products hand on to each other stays in its registers.
+    return _options(layout, names, b_t=tile_rows(s.C), precision=precision, num_warps=4 if s.d <= 64 else 8)
+
+
+def read_options(layout: StateLayout, precision: str) -> dict[str, Any]:
+    """Constants that `_read` is launched with."""
+    s = layout.shape
+    names = "H d m C places head_size b_d b_m"
+    return _options(layout, names, b_t=tile_rows(s.C), precision=precision, num_warps=4 if s.d * s.m <= 64 * 64 else 8)
+
+
+def token_options(layout: StateLayout) -> dict[str, Any]:
+    """Constants that `_mix_tokens` is launched with."""
+    s = layout.shape
+    names = "H d m taps line_d line_m places head_size objective use_forget_gate b_d b_m"
+    return _options(layout, names, num_warps=4 if s.d * s.m <= 64 * 64 else 8)
 
 
 def mix_prefill(
@@ -260,28 +390,34 @@ def mix_prefill(
     s, n, T = layout.shape, len(rows), len(z)
     if not n:
         return out
-    constants = geometry(layout)
     o_layer = layer * layout.layer_size
-    # By what the compilers make of it: registers spill with fewer warps on NVIDIA, with more on AMD.
-    num_warps = 4 if torch.version.hip and s.d * s.m <= 64 * 64 else 8
-    u = torch.empty((T, s.conv_width), dtype=torch.float32, device=z.device)
-    shared = {name: constants[name] for name in ("H", "d", "m", "taps", "line_d", "line_m", "head_size", "b_d", "b_m")}
-    o_tail = layout.offsets[-1]
-    _convolve_tokens[(triton.cdiv(T, _TOKENS), s.H)](
-        z, pool, rows, starts, weights.conv, u, z.stride(0), layout.row_size, o_layer, T, n,
-        **shared, o_tail=o_tail, b_t=_TOKENS,
+    tile = s.C if s.C > 1 else _TOKENS
+    tiles, b_t = T // tile + 2 * n, tile_rows(s.C)
+
+    def scratch(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float32, device=z.device)
+
+    u, gates = scratch(T, s.conv_width), scratch(tiles, s.H, 2, b_t)
+    _prepare[(tiles, s.H)](
+        z, pool, rows, positions, starts, weights.conv, weights.gate_bias, u, gates,
+        z.stride(0), layout.row_size, o_layer, s.mu_floor, n,
+        **prepare_options(layout),
     )  # fmt: skip
     if s.C == 1:
         _mix_tokens[(n, s.H)](
             z, u, pool, rows, starts, weights.gate_bias, weights.norm, out,
             z.stride(0), out.stride(0), layout.row_size, o_layer, s.mu_floor, s.norm_eps,
-            **shared, o_tail=o_tail, objective=constants["objective"], use_forget_gate=s.use_forget_gate,
-            num_warps=num_warps,
+            **token_options(layout),
         )  # fmt: skip
-    else:
-        _mix_chunks[(n, s.H)](
-            z, u, pool, rows, positions, starts, weights.gate_bias, weights.norm, out,
-            z.stride(0), out.stride(0), layout.row_size, o_layer, s.mu_floor, s.norm_eps,
-            **constants, b_t=max(16, triton.next_power_of_2(s.C)), precision=precision, num_warps=num_warps,
-        )  # fmt: skip
+        return out
+    memory, h, c = scratch(tiles, s.H, s.d, s.m), scratch(tiles, s.H, s.d, b_t), scratch(tiles, s.H, b_t, s.m)
+    _advance[(n, s.H)](
+        z, u, gates, pool, rows, positions, starts, memory, h, c, z.stride(0), layout.row_size, o_layer,
+        **advance_options(layout, precision),
+    )  # fmt: skip
+    _read[(tiles, s.H)](
+        z, u, gates, pool, rows, positions, starts, memory, h, c, weights.norm, out,
+        z.stride(0), out.stride(0), layout.row_size, o_layer, s.norm_eps, n,
+        **read_options(layout, precision),
+    )  # fmt: skip
     return out
