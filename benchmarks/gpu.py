@@ -169,7 +169,7 @@ def fla_prefill(shape: MixerShape, batch: int, tokens: int, chunk: int) -> Calla
     )
 
 
-def measure_decode(config: ModelConfig, ceilings: Device, batches: list[int]) -> tuple[Table, Figures]:
+def measure_decode(config: ModelConfig, ceilings: Device, batches: list[int], peer: bool) -> tuple[Table, Figures]:
     """One layer's mixer; microseconds."""
     layout = layout_of(config)
     s, weights = layout.shape, random_weights(layout.shape)
@@ -193,7 +193,7 @@ def measure_decode(config: ModelConfig, ceilings: Device, batches: list[int]) ->
         mine = (times[0] + times[1] * (s.C - 2) + times[2]) / s.C
         floor = sum(mixer_decode_bytes(s, slot, 2) for slot in range(s.C)) / s.C * batch / ceilings.bytes_per_second
         plain = seconds(torch_step(layout, batch))
-        other = seconds(fla_decode(s, batch, layout.layers)) / layout.layers if find_spec("fla") else float("nan")
+        other = seconds(fla_decode(s, batch, layout.layers)) / layout.layers if peer else float("nan")
         row = {"us": mine, "floor": floor, "torch": plain, "fla": other, "first": times[0], "last": times[2]}
         figures |= {f"decode, {batch} rows, {name}": round(value * 1e6, 2) for name, value in row.items()}
         table.add_row(
@@ -203,7 +203,7 @@ def measure_decode(config: ModelConfig, ceilings: Device, batches: list[int]) ->
     return table, figures
 
 
-def measure_prefill(config: ModelConfig, cases: list[tuple[int, int]]) -> tuple[Table, Figures]:
+def measure_prefill(config: ModelConfig, cases: list[tuple[int, int]], peer: bool) -> tuple[Table, Figures]:
     """One layer's mixer over n prompts of T tokens; microseconds."""
     layout = StateLayout(layout_of(config).shape, 1)
     s, weights = layout.shape, random_weights(layout.shape)
@@ -215,9 +215,7 @@ def measure_prefill(config: ModelConfig, cases: list[tuple[int, int]]) -> tuple[
         out = z.new_empty(n * tokens, s.out_width)
         segments = Segments.of([(row, 0, tokens) for row in range(n)]).to("cuda")
         mine = seconds(partial(mix_prefill, z, pool, 0, segments, weights, layout, out))
-        others = [
-            seconds(fla_prefill(s, n, tokens, chunk)) if find_spec("fla") else float("nan") for chunk in (s.C, 64)
-        ]
+        others = [seconds(fla_prefill(s, n, tokens, chunk)) if peer else float("nan") for chunk in (s.C, 64)]
         names = ("us", "fla 16", "fla 64")
         figures |= {
             f"prefill, {n} x {tokens}, {name}": round(value * 1e6, 1)
@@ -347,7 +345,7 @@ def run_tests() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sections = ["tests", "parity", "mixer", "network", "profile", "engine"]
+    sections = ["tests", "parity", "mixer", "fla", "network", "profile", "engine"]
     parser.add_argument("--sections", nargs="+", choices=sections, default=sections, help="(all)")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="of the network (all)")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 64, 128, 256, 512], help="(%(default)s)")
@@ -365,10 +363,11 @@ def main() -> None:
     if "parity" in options.sections:
         result["errors"] = {name: check_mixer(config) for name, config in MODELS.items()}
         console.print(f"errors against float64: {result['errors']}")
+    peer = "fla" in options.sections and find_spec("fla") is not None
     if "mixer" in options.sections:
         for table, figures in (
-            measure_decode(small, ceilings, batches),
-            measure_prefill(small, [(1, 512), (1, 8192), (16, 512), (64, 512)]),
+            measure_decode(small, ceilings, batches, peer),
+            measure_prefill(small, [(1, 512), (1, 8192), (16, 512), (64, 512)], peer),
         ):
             console.print(table)
             result["mixer"] = result.get("mixer", {}) | figures

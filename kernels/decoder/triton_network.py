@@ -18,14 +18,13 @@ from torch.nn import functional as F
 from lattice_serve.kernels.decoder.weights import DecoderWeights
 from lattice_serve.kernels.linear.quantize import quantize
 from lattice_serve.kernels.linear.tiles import Phase
-from lattice_serve.kernels.linear.triton import linear, parts
+from lattice_serve.kernels.linear.triton import gated_linear, linear, parts
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.segments import DeviceSegments
 from lattice_serve.kernels.mixer.shape import MixerWeights
 from lattice_serve.kernels.mixer.triton_decode import mix_decode
 from lattice_serve.kernels.mixer.triton_prefill import mix_prefill
 from lattice_serve.kernels.norm.triton import add_rms_norm
-from lattice_serve.kernels.swiglu.triton import swiglu
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +99,7 @@ class TritonNetwork:
         """
 
         def mix(layer: int, z: Tensor) -> Tensor:
-            y = z.new_zeros(len(z), self._layout.shape.out_width)
+            y = z.new_empty(len(z), self._layout.shape.out_width)
             return mix_decode(z, self._pool, layer, rows, positions, self._layers[layer].mixer, self._layout, y)
 
         linear(self._hidden(ids, mix, "decode"), self._head.weight, self._head.scales, "decode", out[None])
@@ -125,8 +124,9 @@ class TritonNetwork:
         for i, layer in enumerate(self._layers):
             z = self._product(self._norm(x, added, layer.mixer_norm), layer.in_proj, phase)
             added = self._parts(mix(i, z), layer.out_proj, phase)
-            gate_up = self._product(self._norm(x, added, layer.mlp_norm), layer.gate_up_proj, phase)
-            active = swiglu(gate_up, gate_up.new_empty(len(x), gate_up.shape[1] // 2))
+            gate_up, normed = layer.gate_up_proj, self._norm(x, added, layer.mlp_norm)
+            active = normed.new_empty(len(x), len(gate_up.weight) // 2)
+            gated_linear(normed, gate_up.weight, gate_up.scales, phase, active)
             added = self._parts(active, layer.down_proj, phase)
         return self._norm(x, added, self._norm_weight)
 

@@ -5,33 +5,32 @@
     scales [N]      float32, where the weight is int8
     out [P, M, N]   float32 or bfloat16: the sums over P parts of K, which the next kernel adds up; P = 1 is the product
 
-Every sum goes through K in one order, that of the phase's tiles (`linear.tiles`), so a row's bits do not depend on
-the number of rows: what a library's product cannot promise. Decode is bound by reading the weight: N K bytes, half of
-bfloat16's where it is int8.
+`gated_linear` has a weight [2 n, K], the gate's outputs first, and out [M, n] = silu(gate) up: SwiGLU at no cost.
+
+Every sum goes through K in one order (`linear.tiles`), so a row's bits do not depend on the number of rows: what a
+library's product cannot promise. Decode is bound by reading the weight: N K bytes, half of bfloat16's where it is int8.
+There, a program asks for its share of the weight before it waits for the kernel that makes x.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lattice_serve.kernels.linear.tiles import Phase, architecture
+from lattice_serve.kernels.launch import launch_options, overlaps, prefetch, wait
+from lattice_serve.kernels.linear.tiles import Phase, Tiles, architecture, part
 
 
-@triton.jit(do_not_specialize=["M"])
-def _linear(
-    p_x: tl.tensor, p_weight: tl.tensor, p_scales: tl.tensor, p_out: tl.tensor, M: tl.tensor,
-    N: tl.constexpr, K: tl.constexpr, steps: tl.constexpr, scaled: tl.constexpr, kind: tl.constexpr,
-    b_m: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr,
-) -> None:  # fmt: skip
-    i_part = tl.program_id(2)
-    o_m = tl.program_id(0).to(tl.int64) * b_m + tl.arange(0, b_m)
-    o_n = tl.program_id(1) * b_n + tl.arange(0, b_n)
-    o_k = i_part * steps * b_k + tl.arange(0, b_k)
-    in_m, in_n = o_m < M, o_n < N
-    p_x += o_m[:, None] * K + o_k[None, :]
+@triton.jit
+def _weight_sums(
+    p_x: tl.tensor, p_weight: tl.tensor, in_m: tl.tensor, o_n: tl.tensor, in_n: tl.tensor, o_k: tl.tensor,
+    K: tl.constexpr, steps: tl.constexpr, kind: tl.constexpr, b_m: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Sums [b_m, b_n] over `steps` steps of K from o_k [b_k] on, of weight's rows o_n."""
     p_weight += o_n.to(tl.int64)[None, :] * K + o_k[:, None]
     sums = tl.zeros((b_m, b_n), dtype=tl.float32)
     for i_k in range(steps):
@@ -39,10 +38,60 @@ def _linear(
         x = tl.load(p_x + i_k * b_k, mask=in_m[:, None] & in_k[None, :], other=0.0)
         weight = tl.load(p_weight + i_k * b_k, mask=in_n[None, :] & in_k[:, None], other=0)
         sums = tl.dot(x.to(kind), weight.to(kind), sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit(do_not_specialize=["M"])
+def _linear(
+    p_x: tl.tensor, p_weight: tl.tensor, p_scales: tl.tensor, p_out: tl.tensor, M: tl.tensor,
+    N: tl.constexpr, K: tl.constexpr, part: tl.constexpr, scaled: tl.constexpr, kind: tl.constexpr,
+    b_m: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr, ahead: tl.constexpr,
+) -> None:  # fmt: skip
+    i_part = tl.program_id(2)
+    o_m = tl.program_id(0).to(tl.int64) * b_m + tl.arange(0, b_m)
+    o_n = tl.program_id(1) * b_n + tl.arange(0, b_n)
+    o_k = i_part * part + tl.arange(0, b_k)
+    in_m, in_n = o_m < M, o_n < N
+    if ahead:
+        prefetch(p_weight, tl.program_id(1) * b_n, i_part * part, N, K, b_n, part)
+        wait()
+    p_x += o_m[:, None] * K + o_k[None, :]
+    sums = _weight_sums(p_x, p_weight, in_m, o_n, in_n, o_k, K, part // b_k, kind, b_m, b_n, b_k)
     if scaled:
         sums *= tl.load(p_scales + o_n, mask=in_n, other=0.0)[None, :]
     p_out += (o_m + i_part * M)[:, None] * N + o_n[None, :]
     tl.store(p_out, sums, mask=in_m[:, None] & in_n[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def _gated_linear(
+    p_x: tl.tensor, p_weight: tl.tensor, p_scales: tl.tensor, p_out: tl.tensor, M: tl.tensor,
+    n: tl.constexpr, K: tl.constexpr, part: tl.constexpr, scaled: tl.constexpr, kind: tl.constexpr,
+    b_m: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr, ahead: tl.constexpr,
+) -> None:  # fmt: skip
+    o_m = tl.program_id(0).to(tl.int64) * b_m + tl.arange(0, b_m)
+    o_n = tl.program_id(1) * b_n + tl.arange(0, b_n)
+    o_k = tl.arange(0, b_k)
+    in_m, in_n = o_m < M, o_n < n
+    if ahead:
+        prefetch(p_weight, tl.program_id(1) * b_n, 0, n, K, b_n, part)
+        prefetch(p_weight, n + tl.program_id(1) * b_n, 0, 2 * n, K, b_n, part)
+        wait()
+    p_x += o_m[:, None] * K + o_k[None, :]
+    p_gate = p_weight + o_n.to(tl.int64)[None, :] * K + o_k[:, None]
+    p_up = p_gate + n * K
+    gate, up = tl.zeros((b_m, b_n), dtype=tl.float32), tl.zeros((b_m, b_n), dtype=tl.float32)
+    for i_k in range(part // b_k):
+        in_k = o_k + i_k * b_k < K
+        mask = in_n[None, :] & in_k[:, None]
+        x = tl.load(p_x + i_k * b_k, mask=in_m[:, None] & in_k[None, :], other=0.0).to(kind)
+        gate = tl.dot(x, tl.load(p_gate + i_k * b_k, mask=mask, other=0).to(kind), gate, input_precision="ieee")
+        up = tl.dot(x, tl.load(p_up + i_k * b_k, mask=mask, other=0).to(kind), up, input_precision="ieee")
+    if scaled:
+        gate *= tl.load(p_scales + o_n, mask=in_n, other=0.0)[None, :]
+        up *= tl.load(p_scales + n + o_n, mask=in_n, other=0.0)[None, :]
+    p_out += o_m[:, None] * n + o_n[None, :]
+    tl.store(p_out, gate * tl.sigmoid(gate) * up, mask=in_m[:, None] & in_n[None, :])
 
 
 def parts(device: torch.device, phase: Phase, weight: Tensor, itemsize: int) -> int:
@@ -50,31 +99,64 @@ def parts(device: torch.device, phase: Phase, weight: Tensor, itemsize: int) -> 
     return architecture(device).splits(phase, weight.shape[0], weight.shape[1], itemsize)
 
 
+def linear_options(tiles: Tiles, K: int, P: int, itemsize: int, *, ahead: bool) -> dict[str, Any]:
+    """Constants that both kernels are launched with, but for the shape and the dtypes."""
+    return {
+        "K": K, "part": part(K, P, itemsize), "b_m": tiles.b_m, "b_n": tiles.b_n, "b_k": tiles.k_bytes // itemsize,
+        "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
+    } | launch_options(ahead)  # fmt: skip
+
+
 def linear(x: Tensor, weight: Tensor, scales: Tensor | None, phase: Phase, out: Tensor) -> Tensor:
     """The product of x [M, K] and weight [N, K], in the tiles of `phase`, into `out` [P, M, N], which is returned.
 
     Raises ValueError, naming what does not fit.
     """
-    (M, K), N = x.shape, len(weight)
+    (M, K), N, P = x.shape, len(weight), len(out)
+    _check(x, weight, scales, out, (N, K), (P, M, N))
+    if M:
+        tiles, options = _plan(x, weight, scales, phase, P)
+        _linear[(triton.cdiv(M, tiles.b_m), triton.cdiv(N, tiles.b_n), P)](
+            x, weight, x if scales is None else scales, out, M, N=N, **options
+        )
+    return out
+
+
+def gated_linear(x: Tensor, weight: Tensor, scales: Tensor | None, phase: Phase, out: Tensor) -> Tensor:
+    """``silu(gate) up`` of x [M, K] and weight [2 n, K], the gate first, into `out` [M, n], which is returned.
+
+    Raises ValueError, naming what does not fit.
+    """
+    (M, K), n = x.shape, len(weight) // 2
+    _check(x, weight, scales, out, (2 * n, K), (M, n))
+    if M:
+        tiles, options = _plan(x, weight, scales, phase, 1)
+        _gated_linear[(triton.cdiv(M, tiles.b_m), triton.cdiv(n, tiles.b_n))](
+            x, weight, x if scales is None else scales, out, M, n=n, **options
+        )
+    return out
+
+
+def _plan(x: Tensor, weight: Tensor, scales: Tensor | None, phase: Phase, P: int) -> tuple[Tiles, dict[str, Any]]:
+    tiles = architecture(x.device).tiles(phase, len(x))
+    # Triton's interpreter takes the bits of a bfloat16 for an integer when it multiplies.
+    kind = tl.float32 if x.device.type == "cpu" or x.dtype == torch.float32 else tl.bfloat16
+    options = linear_options(tiles, x.shape[1], P, x.element_size(), ahead=phase == "decode" and overlaps(x.device))
+    return tiles, options | {"scaled": scales is not None, "kind": kind}
+
+
+def _check(
+    x: Tensor, weight: Tensor, scales: Tensor | None, out: Tensor, of_weight: tuple[int, int], of_out: tuple[int, ...]
+) -> None:
     if x.dtype not in (torch.float32, torch.bfloat16) or out.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"x and out must be float32 or bfloat16, not {x.dtype} and {out.dtype}")
     if weight.dtype != (x.dtype if scales is None else torch.int8):
         raise ValueError(f"weight is {weight.dtype}: give x's dtype, {x.dtype}, or int8 with its scales")
-    shapes = {"weight": (weight, (N, K)), "out": (out, (out.shape[0], M, N)), "x": (x, (M, K))}
+    shapes: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "weight": (weight, of_weight), "out": (out, of_out), "x": (x, tuple(x.shape))
+    }  # fmt: skip
     if scales is not None:
-        shapes["scales"] = (scales, (N,))
+        shapes["scales"] = (scales, of_weight[:1])
     for name, (tensor, shape) in shapes.items():
         if tensor.shape != shape or not tensor.is_contiguous() or tensor.device != x.device:
             raise ValueError(f"{name} must be contiguous {[*shape]} on {x.device}, not {[*tensor.shape]}")
-    if M:
-        tiles = architecture(x.device).tiles(phase)
-        b_k = tiles.k_bytes // x.element_size()
-        P = len(out)
-        # Triton's interpreter takes the bits of a bfloat16 for an integer when it multiplies.
-        kind = tl.float32 if x.device.type == "cpu" or x.dtype == torch.float32 else tl.bfloat16
-        _linear[(triton.cdiv(M, tiles.b_m), triton.cdiv(N, tiles.b_n), P)](
-            x, weight, x if scales is None else scales, out, M,
-            N=N, K=K, steps=triton.cdiv(triton.cdiv(K, b_k), P), scaled=scales is not None, kind=kind,
-            b_m=tiles.b_m, b_n=tiles.b_n, b_k=b_k, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        )  # fmt: skip
-    return out

@@ -6,7 +6,7 @@ h = v - A k, w = A^T h and y; it is written at a chunk's last token only.
 
     z [N, in_width], out [N, out_width]    float32 or bfloat16, columns as `MixerShape` has them
     pool [rows, row_size]                  float32 or bfloat16, as `StateLayout` has it
-    rows, positions [N]                    int64 on the device; a row of -1 is none: nothing is read or written for it
+    rows, positions [N]                    int64 on the device; a row of -1 is none: its output is zeros
 
 Sums are float32. What bounds it is memory: a token and head moves the numbers that `traffic` counts and computes
 about 6 m d + 8 (C - 1) (m + d) / 2 FLOPs, 1.5 for each byte of a float32 anchor. Splitting a head over programs would
@@ -16,10 +16,13 @@ the time of one program, which is latency.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lattice_serve.kernels.launch import launch_options, overlaps, prefetch, wait
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.shape import MixerWeights
 from lattice_serve.kernels.mixer.triton_parts import (
@@ -29,12 +32,9 @@ from lattice_serve.kernels.mixer.triton_parts import (
     forget_gate,
     geometry,
     load,
-    load_anchor,
-    shift_tail,
     silu,
     step_size,
     unit_length,
-    unit_rows,
 )
 
 
@@ -43,11 +43,31 @@ def _convolve(
     p_z: tl.tensor, p_tail: tl.tensor, p_conv: tl.tensor, o_n: tl.tensor, mask: tl.tensor,
     line: tl.constexpr, taps: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """SiLU of the convolution of channels o_n."""
-    x = load(p_z + o_n, mask) * load(p_conv + o_n * taps + taps - 1, mask)
+    """SiLU of the convolution of channels o_n, of any shape; the inputs, but for the first, become the tail."""
+    x = load(p_z + o_n, mask)
+    y = x * load(p_conv + o_n * taps + taps - 1, mask)
     for i_tap in tl.static_range(taps - 1):
-        x += load(p_tail + i_tap * line + o_n, mask) * load(p_conv + o_n * taps + i_tap, mask)
-    return silu(x)
+        y += load(p_tail + i_tap * line + o_n, mask) * load(p_conv + o_n * taps + i_tap, mask)
+    if taps > 2:
+        o_tap = tl.arange(0, triton.next_power_of_2(taps - 2))
+        for _ in tl.static_range(len(o_n.shape)):
+            o_tap = tl.expand_dims(o_tap, -1)
+        p_kept = p_tail + o_tap * line + tl.expand_dims(o_n, 0)
+        in_kept = (o_tap < taps - 2) & tl.expand_dims(mask, 0)
+        kept = load(p_kept + line, in_kept)
+    # Every warp may hold a copy of a line: all have read it before one writes.
+    tl.debug_barrier()
+    if taps > 2:
+        tl.store(p_kept, kept, mask=in_kept)
+    if taps > 1:
+        tl.store(p_tail + (taps - 2) * line + o_n, x, mask=mask)
+    return silu(y)
+
+
+@triton.jit
+def _over_d(x: tl.tensor) -> tl.tensor:
+    """Sums over d of a tile [d / 16, n, 16]: first those within a thread."""
+    return tl.sum(tl.sum(x, axis=0), axis=1)
 
 
 @triton.jit
@@ -59,22 +79,47 @@ def _mix_token(
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, taps: tl.constexpr,
     line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
     objective: tl.constexpr, use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_s: tl.constexpr,
+    ahead: tl.constexpr,
 ) -> None:  # fmt: skip
     i_token, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_row = tl.load(p_rows + i_token)
+    # A vector of values is [d / 16, 16], a tile of them [d / 16, n, 16]: so a thread has a patch of the tile, few slots
+    # and few values, and vectors of either kind take few registers.
+    b_lo: tl.constexpr = min(b_d, 16)
+    o_d = tl.arange(0, b_d // b_lo)[:, None] * b_lo + tl.arange(0, b_lo)[None, :]
+    in_d = o_d < d
+    p_y = p_out + i_token * out_stride + i_head * d + o_d
     if i_row < 0:
+        tl.store(p_y, tl.zeros_like(o_d).to(tl.float32), mask=in_d)
         return
     slot = (tl.load(p_positions + i_token) % C).to(tl.int32)
     p_state = p_pool + i_row * row_size + o_layer + i_head * head_size
     p_now = p_z + i_token * z_stride
-    o_d, o_m, o_s = tl.arange(0, b_d), tl.arange(0, b_m), tl.arange(0, b_s)
-    in_d, in_m = o_d < d, o_m < m
-    o_A, in_A = o_m[:, None] * line_d + o_d[None, :], in_m[:, None] & in_d[None, :]
-    A = load_anchor(p_state + o_A, in_A)
+    o_m, o_s = tl.arange(0, b_m), tl.arange(0, b_s)
+    in_m = o_m < m
+    o_A, in_A = o_m[None, :, None] * line_d + o_d[:, None, :], in_m[None, :, None] & in_d[:, None, :]
+    A = load(p_state + o_A, in_A)
+    if p_pool.dtype.element_ty == tl.bfloat16:
+        # Rounded, a column has not quite norm 1, which the recurrence builds on.
+        A = _unit(A)
 
     line: tl.constexpr = 2 * line_m + line_d
     p_tail = p_state + places[6]
     o_q, o_k, o_v = i_head * m, (H + i_head) * m, 2 * H * m + i_head * d
+    p_h, p_c = p_state + places[1], p_state + places[2]
+    p_b, p_e, p_a = p_state + places[3], p_state + places[4], p_state + places[5]
+    if C > 1:
+        pending = slot > 0
+        in_h, in_c = (o_s < slot)[None, :, None] & in_d[:, None, :], (o_s < slot)[:, None] & in_m[None, :]
+        h_old = load(p_h + o_s[None, :, None] * line_d + o_d[:, None, :], in_h)
+        c_old = load(p_c + o_s[:, None] * line_m + o_m[None, :], in_c)
+        a_old = tl.load(p_a, mask=pending, other=1.0).to(tl.float32)
+        b_old, e_old = load(p_b + o_m, in_m & pending), load(p_e + o_m, in_m & pending)
+    if ahead:
+        # The state is nobody else's: what of it is needed is on its way before z is there.
+        if taps > 1:
+            prefetch(p_tail, 0, 0, taps - 1, line, triton.next_power_of_2(taps - 1), line)
+        wait()
     q = unit_length(_convolve(p_now + o_q, p_tail, p_conv + o_q * taps, o_m, in_m, line, taps), 0)
     k = unit_length(_convolve(p_now + o_k, p_tail + line_m, p_conv + o_k * taps, o_m, in_m, line, taps), 0)
     h = _convolve(p_now + o_v, p_tail + 2 * line_m, p_conv + o_v * taps, o_d, in_d, line, taps)
@@ -85,45 +130,39 @@ def _mix_token(
         mu = forget_gate(p_gates + H, p_bias + H + i_head, True, floor)
 
     if objective == DECODING:
-        h -= tl.sum(A * k[:, None], axis=0)
-    w = tl.sum(A * h[None, :], axis=1)
+        h -= tl.sum(A * k[None, :, None], axis=1)
+    w = _over_d(A * h[:, None, :])
     c = gamma * (k - w) if objective == ENCODING else gamma * k
     a = mu
     b = tl.zeros_like(c)
     e = tl.zeros_like(c)
     sums = tl.zeros_like(c)
     if C > 1:
-        p_h, p_c = p_state + places[1], p_state + places[2]
-        p_b, p_e, p_a = p_state + places[3], p_state + places[4], p_state + places[5]
-        pending = slot > 0
-        in_h, in_c = (o_s < slot)[:, None] & in_d[None, :], (o_s < slot)[:, None] & in_m[None, :]
-        h_old = load(p_h + o_s[:, None] * line_d + o_d[None, :], in_h)
-        c_old = mu * load(p_c + o_s[:, None] * line_m + o_m[None, :], in_c)
-        a *= tl.load(p_a, mask=pending, other=1.0).to(tl.float32)
-        b += mu * load(p_b + o_m, in_m & pending)
-        e += mu * mu * load(p_e + o_m, in_m & pending)
-        sums += tl.sum(c_old * tl.sum(h_old * h[None, :], axis=1)[:, None], axis=0)
-    e += 2 * c * (sums - w * b) + c * c * (tl.sum(h * h, axis=0) - w * w)
+        c_old *= mu
+        a *= a_old
+        b += mu * b_old
+        e += mu * mu * e_old
+        sums += tl.sum(c_old * _over_d(h_old * h[:, None, :])[:, None], axis=0)
+    e += 2 * c * (sums - w * b) + c * c * (tl.sum(h * h) - w * w)
     e = tl.maximum(e, 0.0)
     b += c * w
     qn = q * tl.rsqrt(a * a + e)
-    y = tl.sum(A * (qn * (a - b))[:, None], axis=0) + tl.sum(c * qn, axis=0) * h
+    y = tl.sum(A * (qn * (a - b))[None, :, None], axis=1) + tl.sum(c * qn, axis=0) * h
     if C > 1:
-        y += tl.sum(h_old * tl.sum(c_old * qn[None, :], axis=1)[:, None], axis=0)
+        y += tl.sum(h_old * tl.sum(c_old * qn[None, :], axis=1)[None, :, None], axis=1)
 
-    y *= tl.rsqrt(tl.sum(y * y, axis=0) / d + eps) * load(p_norm + o_d, in_d)
+    y *= tl.rsqrt(tl.sum(y * y) / d + eps) * load(p_norm + o_d, in_d)
     y *= silu(load(p_now + H * (2 * m + d) + i_head * d + o_d, in_d))
-    tl.store(p_out + i_token * out_stride + i_head * d + o_d, y, mask=in_d)
+    tl.store(p_y, y, mask=in_d)
 
-    shift_tail(p_z, z_stride, i_head, i_token, i_token + 1, p_tail, o_d, o_m, H, d, m, line_d, line_m, taps)
     if C == 1:
-        tl.store(p_state + o_A, unit_rows(A * (a - b)[:, None] + c[:, None] * h[None, :]), mask=in_A)
+        tl.store(p_state + o_A, _unit(A * (a - b)[None, :, None] + c[None, :, None] * h[:, None, :]), mask=in_A)
     elif slot == C - 1:
-        R = A * (a - b)[:, None] + c[:, None] * h[None, :]
-        for i_s in range(slot):
+        R = A * (a - b)[None, :, None] + c[None, :, None] * h[:, None, :]
+        for i_s in tl.range(0, C - 1, loop_unroll_factor=3):
             c_s, h_s = load(p_c + i_s * line_m + o_m, in_m), load(p_h + i_s * line_d + o_d, in_d)
-            R += (mu * c_s)[:, None] * h_s[None, :]
-        tl.store(p_state + o_A, unit_rows(R), mask=in_A)
+            R += (mu * c_s)[None, :, None] * h_s[:, None, :]
+        tl.store(p_state + o_A, _unit(R), mask=in_A)
     else:
         tl.store(p_h + slot * line_d + o_d, h, mask=in_d)
         # without a forget gate the old rows stay as they are
@@ -133,6 +172,21 @@ def _mix_token(
         tl.store(p_b + o_m, b, mask=in_m)
         tl.store(p_e + o_m, e, mask=in_m)
         tl.store(p_a, a)
+
+
+@triton.jit
+def _unit(R: tl.tensor) -> tl.tensor:
+    """Columns of R [d / 16, m, 16] to norm 1; one of zeros, which only fills a tile, stays one."""
+    square = _over_d(R * R)
+    return R * tl.rsqrt(tl.where(square > 0, square, 1.0))[None, :, None]
+
+
+def decode_options(layout: StateLayout, *, ahead: bool) -> dict[str, Any]:
+    """Constants that `_mix_token` is launched with."""
+    s = layout.shape
+    # As few as have the registers for it: sums over warps are what takes time.
+    num_warps = 1 if s.d * s.m <= 64 * 64 else 4
+    return geometry(layout) | {"b_s": triton.next_power_of_2(s.C), "num_warps": num_warps} | launch_options(ahead)
 
 
 def mix_decode(
@@ -148,7 +202,7 @@ def mix_decode(
     """Run token i, z [N, in_width] row i, through layer `layer` at state row rows[i] of `pool`, which is updated.
 
     positions [N]: tokens that each sequence has seen before, which are left as they are. No two rows may be equal, but
-    those of -1, whose rows of `out` [N, out_width] stay as they are. H, in the layout, may be a share of the model's.
+    those of -1, whose rows of `out` [N, out_width] become zeros. H, in the layout, may be a share of the model's.
     Every tensor stays where it is, so a CUDA graph may hold the launch. Raises ValueError, naming what does not fit.
     """
     check_arguments(z, pool, layer, weights, layout, out, rows=rows, positions=positions)
@@ -160,6 +214,6 @@ def mix_decode(
         _mix_token[(N, s.H)](
             z, pool, rows, positions, weights.conv, weights.gate_bias, weights.norm, out,
             z.stride(0), out.stride(0), layout.row_size, layer * layout.layer_size, s.mu_floor, s.norm_eps,
-            **geometry(layout), b_s=triton.next_power_of_2(s.C), num_warps=4 if s.d * s.m <= 64 * 64 else 8,
+            **decode_options(layout, ahead=overlaps(z.device)),
         )  # fmt: skip
     return out

@@ -25,6 +25,7 @@ across them in every chunk.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -88,147 +89,133 @@ def _segment_of(i_tile: tl.tensor, p_starts: tl.tensor, n: tl.tensor, tile: tl.c
 @triton.jit(do_not_specialize=["n"])
 def _prepare(
     p_z: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor, p_starts: tl.tensor,
-    p_conv: tl.tensor, p_bias: tl.tensor, p_u: tl.tensor, p_gates: tl.tensor,
+    p_conv: tl.tensor, p_bias: tl.tensor, p_tiles: tl.tensor,
     z_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, floor: tl.tensor, n: tl.tensor,
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, taps: tl.constexpr,
     line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
-    use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr, tile: tl.constexpr,
+    use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr,
+    tile_places: tl.constexpr, tile_size: tl.constexpr, rows: tl.constexpr,
 ) -> None:  # fmt: skip
-    """q | k | v of a tile's tokens of one head into p_u [T, H (2 m + d)], as the recurrence takes them; for C > 1 also
-    gamma and the log of a, from the chunk's start on, of its rows into p_gates [tiles, H, 2, b_t]; all float32."""
+    """What a tile of one head is before any memory is known, as `tile_places` has it."""
     i_tile, i_head = tl.program_id(0), tl.program_id(1)
-    i_segment = _segment_of(i_tile, p_starts, n, tile)
+    i_segment = _segment_of(i_tile, p_starts, n, rows)
     start, end = tl.load(p_starts + i_segment), tl.load(p_starts + i_segment + 1)
-    pending = tl.load(p_positions + i_segment) % C
-    i_chunk = i_tile - (start // tile + 2 * i_segment)
-    if i_chunk * tile >= pending + end - start:
+    pending = (tl.load(p_positions + i_segment) % C).to(tl.int32)
+    i_chunk = i_tile - (start // rows + 2 * i_segment)
+    if i_chunk * rows >= pending + end - start:
         return
     o_d, o_m, o_t = tl.arange(0, b_d), tl.arange(0, b_m), tl.arange(0, b_t)
     in_d, in_m = o_d < d, o_m < m
-    i_t = start - pending + i_chunk * tile + o_t.to(tl.int64)
-    now = (o_t < tile) & (i_t >= start) & (i_t < end)
+    i_t = start - pending + i_chunk * rows + o_t.to(tl.int64)
+    now = (o_t < rows) & (i_t >= start) & (i_t < end)
+    old = (o_t < pending) & (i_chunk == 0)
     p_state = p_pool + tl.load(p_rows + i_segment) * row_size + o_layer + i_head * head_size
-    p_tail = p_state + places[6]
+    p_tile = p_tiles + (i_tile * H + i_head).to(tl.int64) * tile_size
+    o_tm, o_td = o_t[:, None] * b_m + o_m[None, :], o_t[:, None] + o_d[None, :] * b_t
     o_q, o_k, o_v = i_head * m, (H + i_head) * m, 2 * H * m + i_head * d
+    width: tl.constexpr = H * (2 * m + d)
+    p_gates = p_z + i_t * z_stride + width + H * d + i_head
+    gamma = tl.where(now, step_size(p_gates, p_bias + i_head, now), 0.0)
+    log_mu = tl.zeros((b_t,), tl.float32)
+    if use_forget_gate:
+        log_mu = tl.where(now, tl.log(forget_gate(p_gates + H, p_bias + H + i_head, now, floor)), 0.0)
+    log_a = tl.cumsum(log_mu, 0)
+    log_end = tl.sum(log_mu, axis=0)
+    log_old = tl.log(tl.load(p_state + places[5], mask=(pending > 0) & (i_chunk == 0), other=1.0).to(tl.float32))
+    p_now = p_tile + tile_places[5] + o_t
+    tl.store(p_now, log_a + log_old)
+    tl.store(p_now + b_t, gamma)
+    tl.store(p_now + 2 * b_t, tl.exp(log_end - log_a))
+
     line: tl.constexpr = 2 * line_m + line_d
+    p_tail = p_state + places[6]
     q = _convolve(p_z + o_q, z_stride, i_t, now, start, p_tail, p_conv + o_q * taps, o_m, in_m, line, taps)
+    tl.store(p_tile + tile_places[0] + o_tm, unit_length(q, 1))
     p_tail += line_m
     k = _convolve(p_z + o_k, z_stride, i_t, now, start, p_tail, p_conv + o_k * taps, o_m, in_m, line, taps)
+    k = unit_length(k, 1)
+    tl.store(p_tile + tile_places[1] + o_tm, k)
+    c = gamma[:, None] * k
+    c += load(p_state + places[2] + o_t[:, None] * line_m + o_m[None, :], old[:, None] & in_m[None, :])
+    tl.store(p_tile + tile_places[2] + o_tm, c)
+    tl.store(p_tile + tile_places[3] + o_t[:, None] + o_m[None, :] * b_t, c * tl.exp(log_end - log_a)[:, None])
     p_tail += line_m
     v = _convolve(p_z + o_v, z_stride, i_t, now, start, p_tail, p_conv + o_v * taps, o_d, in_d, line, taps)
-    width: tl.constexpr = H * (2 * m + d)
-    p_u += i_t[:, None] * width
-    tl.store(p_u + o_q + o_m[None, :], unit_length(q, 1), mask=now[:, None] & in_m[None, :])
-    tl.store(p_u + o_k + o_m[None, :], unit_length(k, 1), mask=now[:, None] & in_m[None, :])
-    tl.store(p_u + o_v + o_d[None, :], v, mask=now[:, None] & in_d[None, :])
-    if C > 1:
-        p_z += i_t * z_stride + width + H * d + i_head
-        gamma = tl.where(now, step_size(p_z, p_bias + i_head, now), 0.0)
-        log_mu = tl.zeros((b_t,), tl.float32)
-        if use_forget_gate:
-            log_mu = tl.where(now, tl.log(forget_gate(p_z + H, p_bias + H + i_head, now, floor)), 0.0)
-        old = (pending > 0) & (i_chunk == 0)
-        log_a = tl.cumsum(log_mu, 0) + tl.log(tl.load(p_state + places[5], mask=old, other=1.0).to(tl.float32))
-        p_gates += (i_tile * H + i_head) * 2 * b_t + o_t
-        tl.store(p_gates, gamma)
-        tl.store(p_gates + b_t, log_a)
-
-
-@triton.jit
-def _load_chunk(
-    p_u: tl.tensor, p_gates: tl.tensor, i_t: tl.tensor, start: tl.tensor, end: tl.tensor,
-    o_k: tl.tensor, o_v: tl.tensor, o_d: tl.tensor, o_m: tl.tensor,
-    d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, b_t: tl.constexpr, width: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    """k [b_t, m], v^T [d, b_t], gamma and log a [b_t] of the chunk whose first row is token i_t; zeros past the end."""
-    o_t = tl.arange(0, b_t)
-    now = (o_t < C) & (i_t + o_t >= start) & (i_t + o_t < end)
-    p_token = p_u + (i_t + o_t.to(tl.int64)) * width
-    k = load(p_token[:, None] + o_k + o_m[None, :], now[:, None] & (o_m < m)[None, :])
-    v = load(p_token[None, :] + o_v + o_d[:, None], now[None, :] & (o_d < d)[:, None])
-    there = (i_t < end) & (o_t < b_t)
-    return k, v, load(p_gates + o_t, there), load(p_gates + b_t + o_t, there)
+    v += load(p_state + places[1] + o_t[:, None] * line_d + o_d[None, :], old[:, None] & in_d[None, :])
+    tl.store(p_tile + tile_places[4] + o_td, v)
 
 
 @triton.jit
 def _advance(
-    p_z: tl.tensor, p_u: tl.tensor, p_gates: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor,
-    p_starts: tl.tensor, p_memory: tl.tensor, p_hs: tl.tensor, p_cs: tl.tensor,
-    z_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor,
+    p_z: tl.tensor, p_tiles: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor,
+    p_starts: tl.tensor, z_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor,
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, taps: tl.constexpr,
     line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
-    objective: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr, precision: tl.constexpr,
+    objective: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr,
+    tile_places: tl.constexpr, tile_size: tl.constexpr, precision: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The state after one segment of one head; what each of its chunks began with, and its factors, for `_read`: memory
-    [tiles, H, d, m], h^T [tiles, H, d, b_t] and c [tiles, H, b_t, m], float32."""
+    """The state after one segment of one head; into its tiles, for `_read`: the memory each began with, h and c."""
     i_segment, i_head = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(p_starts + i_segment), tl.load(p_starts + i_segment + 1)
-    pending = (tl.load(p_positions + i_segment) % C).to(tl.int32)
+    base = start - tl.load(p_positions + i_segment) % C
     p_state = p_pool + tl.load(p_rows + i_segment) * row_size + o_layer + i_head * head_size
     o_d, o_m, o_t = tl.arange(0, b_d), tl.arange(0, b_m), tl.arange(0, b_t)
     in_d, in_m = o_d < d, o_m < m
     o_A, in_A = o_m[:, None] * line_d + o_d[None, :], in_m[:, None] & in_d[None, :]
-    p_h = p_state + places[1] + o_t[None, :] * line_d + o_d[:, None]
-    p_c = p_state + places[2] + o_t[:, None] * line_m + o_m[None, :]
-    A = tl.trans(load_anchor(p_state + o_A, in_A))
-    c_old = load(p_c, (o_t < pending)[:, None] & in_m[None, :])
-    h_old = load(p_h, (o_t < pending)[None, :] & in_d[:, None])
+    p_tile = p_tiles + ((start // C + 2 * i_segment) * H + i_head) * tile_size
+    p_k = p_tile + tile_places[1] + o_t[:, None] * b_m + o_m[None, :]
+    p_c = p_tile + tile_places[3] + o_m[:, None] * b_t + o_t[None, :]
+    p_h = p_tile + tile_places[4] + o_d[:, None] * b_t + o_t[None, :]
+    p_A = p_tile + tile_places[6] + o_m[:, None] * b_d + o_d[None, :]
+    p_a = p_tile + tile_places[5] + C - 1
+    A = load_anchor(p_state + o_A, in_A)
     # Every warp may hold a copy of what another is going to write.
     tl.debug_barrier()
-    width: tl.constexpr = H * (2 * m + d)
-    o_k, o_v = (H + i_head) * m, 2 * H * m + i_head * d
-    base = start - pending
-    i_tile = (start // C + 2 * i_segment) * H + i_head
-    p_gates += i_tile * 2 * b_t
-    p_memory += i_tile * d * m + o_d[:, None] * m + o_m[None, :]
-    p_hs += i_tile * d * b_t + o_d[:, None] * b_t + o_t[None, :]
-    p_cs += i_tile * b_t * m + o_t[:, None] * m + o_m[None, :]
-    k, v, gamma, log_a = _load_chunk(p_u, p_gates, base, start, end, o_k, o_v, o_d, o_m, d, m, C, b_t, width)
-    v += h_old
+    k, c, h, log_a = tl.load(p_k), tl.load(p_c), tl.load(p_h), tl.load(p_a)
     for i_t in range(base, end, C):
-        # Loads of the next chunk are on their way while this one is worked on.
-        p_gates += H * 2 * b_t
-        following = _load_chunk(p_u, p_gates, i_t + C, start, end, o_k, o_v, o_d, o_m, d, m, C, b_t, width)
-        tl.store(p_memory, A, mask=in_d[:, None] & in_m[None, :])
-        h = v
+        # Loads of the next chunk are on their way while this one is worked on; behind the last tile there is room.
+        o_next = H * tile_size
+        following = tl.load(p_k + o_next), tl.load(p_c + o_next), tl.load(p_h + o_next), tl.load(p_a + o_next)
+        tl.store(p_A, A)
         if objective == DECODING:
-            h -= tl.dot(A, tl.trans(k), input_precision=precision)
+            h -= tl.dot(tl.trans(A), tl.trans(k), input_precision=precision)
+            tl.store(p_h, h)
         if objective == ENCODING:
-            k -= tl.dot(tl.trans(h), A, input_precision=precision)
-        c = gamma[:, None] * k + c_old
-        c_old = tl.zeros_like(c_old)
-        tl.store(p_hs, h, mask=in_d[:, None] & (o_t < C)[None, :])
-        tl.store(p_cs, c, mask=(o_t < C)[:, None] & in_m[None, :])
-        log_end = tl.sum(tl.where(o_t == b_t - 1, log_a, 0.0), axis=0)
-        c *= tl.exp(log_end - log_a)[:, None]
-        N = tl.dot(h, c, input_precision=precision)
-        a_end, b_end = tl.exp(log_end), tl.sum(A * N, axis=0)
+            p_gates = p_tile + tile_places[5] + b_t + o_t
+            p_whole = p_tile + tile_places[2] + o_m[:, None] + o_t[None, :] * b_m
+            W = tl.load(p_gates)[None, :] * tl.dot(A, h, input_precision=precision)
+            tl.store(p_whole, tl.load(p_whole) - W)
+            c -= tl.load(p_gates + b_t)[None, :] * W
+        N = tl.dot(c, tl.trans(h), input_precision=precision)
+        a_end, b_end = tl.exp(log_a), tl.sum(A * N, axis=1)
         used = (end - i_t).to(tl.int32)
         if used < C:
-            tl.store(p_h, h, mask=(o_t < used)[None, :] & in_d[:, None])
-            tl.store(p_c, c, mask=(o_t < used)[:, None] & in_m[None, :])
+            in_use = (o_t < used)[None, :]
+            tl.store(p_state + places[1] + o_t[None, :] * line_d + o_d[:, None], h, mask=in_use & in_d[:, None])
+            tl.store(p_state + places[2] + o_t[None, :] * line_m + o_m[:, None], c, mask=in_use & in_m[:, None])
             tl.store(p_state + places[3] + o_m, b_end, mask=in_m)
             tl.store(p_state + places[5], a_end)
-        R = A * (a_end - b_end)[None, :] + N
-        square = tl.sum(R * R, axis=0)
-        # Columns of zeros only fill the tile.
-        A = tl.where(used < C, A, R * tl.rsqrt(tl.where(square > 0, square, 1.0))[None, :])
-        p_memory += H * d * m
-        p_hs += H * d * b_t
-        p_cs += H * b_t * m
-        k, v, gamma, log_a = following
+        A = tl.where(used < C, A, unit_rows(A * (a_end - b_end)[:, None] + N))
+        k, c, h, log_a = following
+        p_tile += o_next
+        p_k += o_next
+        p_c += o_next
+        p_h += o_next
+        p_A += o_next
+        p_a += o_next
     if end - base >= C:
-        tl.store(p_state + o_A, tl.trans(A), mask=in_A)
+        tl.store(p_state + o_A, A, mask=in_A)
     shift_tail(p_z, z_stride, i_head, start, end, p_state + places[6], o_d, o_m, H, d, m, line_d, line_m, taps)
 
 
 @triton.jit(do_not_specialize=["n"])
 def _read(
-    p_z: tl.tensor, p_u: tl.tensor, p_gates: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor,
-    p_starts: tl.tensor, p_memory: tl.tensor, p_hs: tl.tensor, p_cs: tl.tensor, p_norm: tl.tensor, p_out: tl.tensor,
+    p_z: tl.tensor, p_tiles: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor,
+    p_starts: tl.tensor, p_norm: tl.tensor, p_out: tl.tensor,
     z_stride: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, eps: tl.tensor, n: tl.tensor,
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
-    b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr, precision: tl.constexpr,
+    b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr, tile_places: tl.constexpr, tile_size: tl.constexpr,
+    precision: tl.constexpr,
 ) -> None:  # fmt: skip
     """Outputs of one chunk of one head; also e of the state, where the chunk is not finished."""
     i_tile, i_head = tl.program_id(0), tl.program_id(1)
@@ -239,24 +226,23 @@ def _read(
     if i_chunk * C >= pending + end - start:
         return
     o_d, o_m, o_t = tl.arange(0, b_d), tl.arange(0, b_m), tl.arange(0, b_t)
-    in_d, in_m, in_t = o_d < d, o_m < m, o_t < C
+    in_d, in_m = o_d < d, o_m < m
     first = start - pending + i_chunk * C
     i_t = first + o_t.to(tl.int64)
-    now = in_t & (i_t >= start) & (i_t < end)
-    now_m, now_d = now[:, None] & in_m[None, :], now[:, None] & in_d[None, :]
-    o_tile = (i_tile * H + i_head).to(tl.int64)
-    A = load(p_memory + o_tile * d * m + o_d[:, None] * m + o_m[None, :], in_d[:, None] & in_m[None, :])
-    h = tl.trans(load(p_hs + o_tile * d * b_t + o_d[:, None] * b_t + o_t[None, :], in_d[:, None] & in_t[None, :]))
-    c = load(p_cs + o_tile * b_t * m + o_t[:, None] * m + o_m[None, :], in_t[:, None] & in_m[None, :])
-    log_a = tl.load(p_gates + (o_tile * 2 + 1) * b_t + o_t)
-    width: tl.constexpr = H * (2 * m + d)
-    q = load(p_u + i_t[:, None] * width + i_head * m + o_m[None, :], now_m)
+    now = (o_t < C) & (i_t >= start) & (i_t < end)
+    now_d = now[:, None] & in_d[None, :]
+    p_tile = p_tiles + (i_tile * H + i_head).to(tl.int64) * tile_size
+    o_tm = o_t[:, None] * b_m + o_m[None, :]
+    q, c = tl.load(p_tile + tile_places[0] + o_tm), tl.load(p_tile + tile_places[2] + o_tm)
+    h = tl.trans(tl.load(p_tile + tile_places[4] + o_d[:, None] * b_t + o_t[None, :]))
+    A = tl.load(p_tile + tile_places[6] + o_m[:, None] * b_d + o_d[None, :])
+    log_a = tl.load(p_tile + tile_places[5] + o_t)
 
     # The diagonals of M, 1, are left out of the products and added as they are.
     below = o_t[:, None] > o_t[None, :]
     L = tl.where(below, tl.exp(log_a[:, None] - log_a[None, :]), 0.0)
     a = tl.exp(log_a)[:, None]
-    W = tl.dot(h, A, input_precision=precision)
+    W = tl.dot(h, tl.trans(A), input_precision=precision)
     cW = c * W
     b_below = tl.dot(L, cW, input_precision=precision)
     b = b_below + cW
@@ -265,13 +251,14 @@ def _read(
     u = c * (2 * cross + c * (tl.sum(h * h, axis=1)[:, None] - W * W))
     e = tl.maximum(tl.dot(L * L, u, input_precision=precision) + u, 0.0)
     qn = q * tl.rsqrt(a * a + e)
-    y = tl.dot(qn * (a - b), tl.trans(A), input_precision=precision)
+    y = tl.dot(qn * (a - b), A, input_precision=precision)
     weights = tl.where(below, L, (o_t[:, None] == o_t[None, :]).to(tl.float32))
     weights *= tl.dot(qn, tl.trans(c), input_precision=precision)
     y = tl.dot(weights, h, y, input_precision=precision)
 
     y *= tl.rsqrt(tl.sum(y * y, axis=1) / d + eps)[:, None] * load(p_norm + o_d, in_d)[None, :]
-    y *= silu(load(p_z + i_t[:, None] * z_stride + width + i_head * d + o_d[None, :], now_d))
+    p_gate = p_z + i_t[:, None] * z_stride + H * (2 * m + d)
+    y *= silu(load(p_gate + i_head * d + o_d[None, :], now_d))
     tl.store(p_out + i_t[:, None] * out_stride + i_head * d + o_d[None, :], y, mask=now_d)
     if end - first < C:
         p_e = p_pool + tl.load(p_rows + i_segment) * row_size + o_layer + i_head * head_size + places[4]
@@ -280,13 +267,14 @@ def _read(
 
 @triton.jit
 def _mix_tokens(
-    p_z: tl.tensor, p_u: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_starts: tl.tensor, p_bias: tl.tensor,
+    p_z: tl.tensor, p_tiles: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_starts: tl.tensor, p_bias: tl.tensor,
     p_norm: tl.tensor, p_out: tl.tensor,
     z_stride: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, floor: tl.tensor,
     eps: tl.tensor,
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, taps: tl.constexpr,
     line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
-    objective: tl.constexpr, use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr,
+    objective: tl.constexpr, use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr,
+    tile_places: tl.constexpr, tile_size: tl.constexpr, rows: tl.constexpr,
 ) -> None:  # fmt: skip
     """One segment of one head, C = 1: R_t = A (mu - c w) + c h, and y = A' q with A' the columns of R made unit."""
     i_segment, i_head = tl.program_id(0), tl.program_id(1)
@@ -299,9 +287,11 @@ def _mix_tokens(
     norm = load(p_norm + o_d, in_d)
     A = load_anchor(p_state + o_A, in_A)
     for i_t in range(start, end):
-        p_token = p_u + i_t * width
-        q, k = load(p_token + i_head * m + o_m, in_m), load(p_token + (H + i_head) * m + o_m, in_m)
-        h = load(p_token + 2 * H * m + i_head * d + o_d, in_d)
+        i_tile, i_line = start // rows + 2 * i_segment + (i_t - start) // rows, (i_t - start) % rows
+        p_tile = p_tiles + (i_tile * H + i_head) * tile_size
+        q = tl.load(p_tile + tile_places[0] + i_line * b_m + o_m)
+        k = tl.load(p_tile + tile_places[1] + i_line * b_m + o_m)
+        h = tl.load(p_tile + tile_places[4] + i_line + o_d * b_t)
         p_gates = p_z + i_t * z_stride + width + H * d + i_head
         gamma = step_size(p_gates, p_bias + i_head, True)
         mu = 1.0
@@ -323,43 +313,61 @@ def _mix_tokens(
     shift_tail(p_z, z_stride, i_head, start, end, p_state + places[6], o_d, o_m, H, d, m, line_d, line_m, taps)
 
 
+def tile_tokens(C: int) -> int:
+    """Tokens of a tile: a chunk, but where that is one token, several."""
+    return C if C > 1 else _TOKENS
+
+
 def tile_rows(C: int) -> int:
     """Rows b_t of a tile: a tensor core has no smaller product than one of 16."""
     return max(_TOKENS, triton.next_power_of_2(C))
 
 
+def tile_lines(layout: StateLayout) -> tuple[tuple[int, ...], int]:
+    """Where a tile of one head has its parts, in floats, and its size:
+
+    q | k | c [b_t, b_m] | (M[last] * c)^T [b_m, b_t] | v^T, then h^T [b_d, b_t]
+    log a, from the chunk's start on | gamma | M[last] [b_t] | A^T, the memory that the chunk begins with [b_m, b_d]
+    """
+    s = layout.shape
+    b_d, b_m, b_t = triton.next_power_of_2(s.d), triton.next_power_of_2(s.m), tile_rows(s.C)
+    sizes = (b_t * b_m, b_t * b_m, b_t * b_m, b_t * b_m, b_t * b_d, 4 * b_t, b_m * b_d)
+    *places, size = itertools.accumulate(sizes, initial=0)
+    return tuple(places), size
+
+
 def _options(layout: StateLayout, names: str, **more: Any) -> dict[str, Any]:
     constants = geometry(layout)
-    return {name: constants[name] for name in names.split()} | more
+    places, size = tile_lines(layout)
+    tile = {"b_t": tile_rows(layout.shape.C), "tile_places": places, "tile_size": size}
+    return {name: constants[name] for name in names.split()} | tile | more
 
 
 def prepare_options(layout: StateLayout) -> dict[str, Any]:
     """Constants that `_prepare` is launched with."""
-    C = layout.shape.C
     names = "H d m C taps line_d line_m places head_size use_forget_gate b_d b_m"
-    return _options(layout, names, b_t=tile_rows(C), tile=C if C > 1 else _TOKENS, num_warps=4)
+    return _options(layout, names, rows=tile_tokens(layout.shape.C), num_warps=4)
 
 
 def advance_options(layout: StateLayout, precision: str) -> dict[str, Any]:
     """Constants that `_advance` is launched with."""
     s = layout.shape
     names = "H d m C taps line_d line_m places head_size objective b_d b_m"
-    # A warp has 16 lines of d: what products hand on to each other stays in its registers.
-    return _options(layout, names, b_t=tile_rows(s.C), precision=precision, num_warps=4 if s.d <= 64 else 8)
+    return _options(layout, names, precision=precision, num_warps=4 if s.d * s.m <= 64 * 64 else 8)
 
 
 def read_options(layout: StateLayout, precision: str) -> dict[str, Any]:
     """Constants that `_read` is launched with."""
     s = layout.shape
     names = "H d m C places head_size b_d b_m"
-    return _options(layout, names, b_t=tile_rows(s.C), precision=precision, num_warps=4 if s.d * s.m <= 64 * 64 else 8)
+    return _options(layout, names, precision=precision, num_warps=2 if s.d * s.m <= 64 * 64 else 8)
 
 
 def token_options(layout: StateLayout) -> dict[str, Any]:
     """Constants that `_mix_tokens` is launched with."""
     s = layout.shape
     names = "H d m taps line_d line_m places head_size objective use_forget_gate b_d b_m"
-    return _options(layout, names, num_warps=4 if s.d * s.m <= 64 * 64 else 8)
+    return _options(layout, names, rows=tile_tokens(s.C), num_warps=4 if s.d * s.m <= 64 * 64 else 8)
 
 
 def mix_prefill(
@@ -376,11 +384,13 @@ def mix_prefill(
     """Run the tokens z [T, in_width] of `segments` through layer `layer`; their rows of `pool` are updated.
 
     H, in the layout, may be a share of the model's. `precision` is that of the products (C > 1): "tf32" rounds to 10
-    bits, "tf32x3" is close to float32 by three such products, "ieee" is float32, with tensor cores on AMD only. The
-    default is tf32x3 on NVIDIA, ieee on AMD. Returns `out` [T, out_width]. Raises ValueError, naming what does not fit;
-    what `segments` hold is on the device and is not looked at.
+    bits, "tf32x3" is close to float32 by three such products, "ieee" is float32, with tensor cores on AMD only. On
+    NVIDIA the default is tf32 for activations in bfloat16, whose own rounding is coarser, else tf32x3; on AMD ieee.
+    Returns `out` [T, out_width]. Raises ValueError, naming what does not fit; what `segments` hold is on the device and
+    is not looked at.
     """
-    precision = precision or ("ieee" if torch.version.hip else "tf32x3")
+    if precision is None:
+        precision = "ieee" if torch.version.hip else "tf32" if z.dtype == torch.bfloat16 else "tf32x3"
     rows, positions, starts = segments.rows, segments.positions, segments.starts
     check_arguments(z, pool, layer, weights, layout, out, rows=rows, positions=positions, starts=starts)
     if not len(rows) == len(positions) == len(starts) - 1:
@@ -391,32 +401,27 @@ def mix_prefill(
     if not n:
         return out
     o_layer = layer * layout.layer_size
-    tile = s.C if s.C > 1 else _TOKENS
-    tiles, b_t = T // tile + 2 * n, tile_rows(s.C)
-
-    def scratch(*size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.float32, device=z.device)
-
-    u, gates = scratch(T, s.conv_width), scratch(tiles, s.H, 2, b_t)
+    # One tile more than there can be, for `_advance` looks ahead.
+    tiles = T // tile_tokens(s.C) + 2 * n
+    scratch = torch.empty(((tiles + 1) * s.H, tile_lines(layout)[1]), dtype=torch.float32, device=z.device)
     _prepare[(tiles, s.H)](
-        z, pool, rows, positions, starts, weights.conv, weights.gate_bias, u, gates,
+        z, pool, rows, positions, starts, weights.conv, weights.gate_bias, scratch,
         z.stride(0), layout.row_size, o_layer, s.mu_floor, n,
         **prepare_options(layout),
     )  # fmt: skip
     if s.C == 1:
         _mix_tokens[(n, s.H)](
-            z, u, pool, rows, starts, weights.gate_bias, weights.norm, out,
+            z, scratch, pool, rows, starts, weights.gate_bias, weights.norm, out,
             z.stride(0), out.stride(0), layout.row_size, o_layer, s.mu_floor, s.norm_eps,
             **token_options(layout),
         )  # fmt: skip
         return out
-    memory, h, c = scratch(tiles, s.H, s.d, s.m), scratch(tiles, s.H, s.d, b_t), scratch(tiles, s.H, b_t, s.m)
     _advance[(n, s.H)](
-        z, u, gates, pool, rows, positions, starts, memory, h, c, z.stride(0), layout.row_size, o_layer,
+        z, scratch, pool, rows, positions, starts, z.stride(0), layout.row_size, o_layer,
         **advance_options(layout, precision),
     )  # fmt: skip
     _read[(tiles, s.H)](
-        z, u, gates, pool, rows, positions, starts, memory, h, c, weights.norm, out,
+        z, scratch, pool, rows, positions, starts, weights.norm, out,
         z.stride(0), out.stride(0), layout.row_size, o_layer, s.norm_eps, n,
         **read_options(layout, precision),
     )  # fmt: skip

@@ -177,7 +177,7 @@ def test_idle_rows_touch_nothing() -> None:
     poison = torch.full_like(z[0], float("nan"))
     out = case.decode([(-1, 0, poison), (2, 0, z[0]), (-1, 7, poison)])
     close(out[1:2], case.truth(z))
-    assert bool(out[[0, 2]].isnan().all()), "an idle row was written"
+    assert not bool(out[[0, 2]].any()), "an idle row's output is not zeros"
     case.assert_others_untouched({2})
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
 from lattice_serve.kernels.linear.quantize import quantize
-from lattice_serve.kernels.linear.tiles import ARCHITECTURES, Phase
+from lattice_serve.kernels.linear.tiles import ARCHITECTURES, Phase, part
 from tests.kernels.harness import same_bits
 from tests.kernels.naive import error, normal
 from tests.triton_device import DEVICE
 
 # isort: split
-from lattice_serve.kernels.linear.triton import linear, parts
+from lattice_serve.kernels.linear.triton import gated_linear, linear, parts
 from lattice_serve.kernels.norm.triton import add_rms_norm
-from lattice_serve.kernels.swiglu.triton import swiglu
 
 BF16 = 2**-8 if DEVICE == "cuda" else 2**-7
 """A bfloat16's rounding, as a share: to the nearest on a GPU, towards zero by Triton's interpreter."""
@@ -62,17 +59,6 @@ def test_add_rms_norm(M: int, n: int, P: int, out_dtype: torch.dtype, tolerance:
     assert_bands(stream_whole)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, BF16)])
-@pytest.mark.parametrize(("M", "n"), [(1, 1), (3, 37), (2, 1100)])
-def test_swiglu(M: int, n: int, dtype: torch.dtype, tolerance: float) -> None:
-    gate_up = 5 * floats(M, 2 * n, dtype=dtype)
-    gate, up = gate_up.double().chunk(2, dim=-1)
-    out, whole = guarded(M, n, dtype=dtype)
-    assert swiglu(gate_up, out) is out
-    assert error(out, gate * gate.sigmoid() * up) <= tolerance
-    assert_bands(whole)
-
-
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(("M", "N", "K", "P"), [(1, 1, 1, 1), (3, 37, 50, 1), (5, 20, 300, 3), (33, 300, 70, 2)])
@@ -93,6 +79,23 @@ def test_linear(phase: Phase, kind: str, M: int, N: int, K: int, P: int) -> None
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("M", "n", "K"), [(1, 1, 1), (3, 37, 50), (33, 150, 300)])
+def test_gated_linear(phase: Phase, kind: str, M: int, n: int, K: int) -> None:
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    x, weight = floats(M, K, dtype=dtype), floats(2 * n, K, seed=1, dtype=dtype)
+    scales, exact = None, weight.double()
+    if kind == "int8":
+        weight, scales = quantize(weight)
+        exact = weight.double() * scales.double()[:, None]
+    gate, up = (x.double() @ exact.mT).chunk(2, dim=1)
+    out, whole = guarded(M, n, dtype=torch.float32)
+    assert gated_linear(x, weight, scales, phase, out) is out
+    assert error(out, gate * gate.sigmoid() * up) <= 2e-6
+    assert_bands(whole)
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_a_row_has_its_bits_whatever_is_beside_it(phase: Phase, kind: str) -> None:
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
@@ -105,7 +108,7 @@ def test_a_row_has_its_bits_whatever_is_beside_it(phase: Phase, kind: str) -> No
         return linear(rows.contiguous(), weight, scales, phase, torch.empty(2, len(rows), 20, device=DEVICE))
 
     whole = product(x)
-    for row in (0, 17, 34):
+    for row in (0, 17, 34):  # in tiles of another shape than all together, too
         assert same_bits(product(x[row : row + 1])[:, 0], whole[:, row])
     assert same_bits(product(x.roll(5, dims=0)).roll(-5, dims=1), whole)
 
@@ -125,10 +128,10 @@ def test_quantised_values_are_the_nearest() -> None:
 def test_every_part_of_a_split_has_something_to_sum(name: str, itemsize: int, N: int, K: int) -> None:
     architecture = ARCHITECTURES[name]
     P = architecture.splits("decode", N, K, itemsize)
-    b_k = architecture.decode.k_bytes // itemsize
-    steps = math.ceil(math.ceil(K / b_k) / P)
-    assert (P - 1) * steps * b_k < K
-    assert P == 1 or -(-N // architecture.decode.b_n) * P // 2 < architecture.processors
+    assert 1 <= P <= 4
+    assert (P - 1) * part(K, P, itemsize) < K <= P * part(K, P, itemsize)
+    for phase, rows in (("decode", 1), ("decode", 17), ("decode", 500), ("prefill", 1)):
+        assert part(K, P, itemsize) % (architecture.tiles(phase, rows).k_bytes // itemsize) == 0
     assert architecture.splits("prefill", N, K, itemsize) == 1
 
 
@@ -140,12 +143,8 @@ def test_what_does_not_fit_is_named() -> None:
         add_rms_norm(x, floats(2, 3, 7), floats(8), 1e-6, floats(3, 8))
     with pytest.raises(ValueError, match=r"x must be torch\.float32"):
         add_rms_norm(x.bfloat16(), None, floats(8), 1e-6, floats(3, 8))
-    with pytest.raises(ValueError, match="gate_up must be"):
-        swiglu(floats(3, 9), floats(3, 4))
-    with pytest.raises(ValueError, match="out must be float32 or bfloat16"):
-        swiglu(floats(3, 8).double(), floats(3, 4).double())
-    with pytest.raises(ValueError, match="must be contiguous"):
-        swiglu(floats(8, 3).mT, floats(3, 4))
+    with pytest.raises(ValueError, match="weight must be"):
+        gated_linear(x, floats(6, 7), None, "decode", floats(3, 3))
     with pytest.raises(ValueError, match=r"weight is torch\.int8"):
         linear(x, weight.to(torch.int8), None, "decode", floats(1, 3, 5))
     with pytest.raises(ValueError, match="out must be"):
