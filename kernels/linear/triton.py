@@ -9,7 +9,6 @@
 
 Every sum goes through K in one order (`linear.tiles`), so a row's bits do not depend on the number of rows: what a
 library's product cannot promise. Decode is bound by reading the weight: N K bytes, half of bfloat16's where it is int8.
-There, a program asks for its share of the weight before it waits for the kernel that makes x.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lattice_serve.kernels.launch import launch_options, overlaps, prefetch, wait
 from lattice_serve.kernels.linear.tiles import Phase, Tiles, architecture, part
 
 
@@ -45,16 +43,13 @@ def _weight_sums(
 def _linear(
     p_x: tl.tensor, p_weight: tl.tensor, p_scales: tl.tensor, p_out: tl.tensor, M: tl.tensor,
     N: tl.constexpr, K: tl.constexpr, part: tl.constexpr, scaled: tl.constexpr, kind: tl.constexpr,
-    b_m: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr, ahead: tl.constexpr,
+    b_m: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr,
 ) -> None:  # fmt: skip
     i_part = tl.program_id(2)
     o_m = tl.program_id(0).to(tl.int64) * b_m + tl.arange(0, b_m)
     o_n = tl.program_id(1) * b_n + tl.arange(0, b_n)
     o_k = i_part * part + tl.arange(0, b_k)
     in_m, in_n = o_m < M, o_n < N
-    if ahead:
-        prefetch(p_weight, tl.program_id(1) * b_n, i_part * part, N, K, b_n, part)
-        wait()
     p_x += o_m[:, None] * K + o_k[None, :]
     sums = _weight_sums(p_x, p_weight, in_m, o_n, in_n, o_k, K, part // b_k, kind, b_m, b_n, b_k)
     if scaled:
@@ -67,16 +62,12 @@ def _linear(
 def _gated_linear(
     p_x: tl.tensor, p_weight: tl.tensor, p_scales: tl.tensor, p_out: tl.tensor, M: tl.tensor,
     n: tl.constexpr, K: tl.constexpr, part: tl.constexpr, scaled: tl.constexpr, kind: tl.constexpr,
-    b_m: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr, ahead: tl.constexpr,
+    b_m: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr,
 ) -> None:  # fmt: skip
     o_m = tl.program_id(0).to(tl.int64) * b_m + tl.arange(0, b_m)
     o_n = tl.program_id(1) * b_n + tl.arange(0, b_n)
     o_k = tl.arange(0, b_k)
     in_m, in_n = o_m < M, o_n < n
-    if ahead:
-        prefetch(p_weight, tl.program_id(1) * b_n, 0, n, K, b_n, part)
-        prefetch(p_weight, n + tl.program_id(1) * b_n, 0, 2 * n, K, b_n, part)
-        wait()
     p_x += o_m[:, None] * K + o_k[None, :]
     p_gate = p_weight + o_n.to(tl.int64)[None, :] * K + o_k[:, None]
     p_up = p_gate + n * K
@@ -99,12 +90,12 @@ def parts(device: torch.device, phase: Phase, weight: Tensor, itemsize: int) -> 
     return architecture(device).splits(phase, weight.shape[0], weight.shape[1], itemsize)
 
 
-def linear_options(tiles: Tiles, K: int, P: int, itemsize: int, *, ahead: bool) -> dict[str, Any]:
+def linear_options(tiles: Tiles, K: int, P: int, itemsize: int) -> dict[str, Any]:
     """Constants that both kernels are launched with, but for the shape and the dtypes."""
     return {
         "K": K, "part": part(K, P, itemsize), "b_m": tiles.b_m, "b_n": tiles.b_n, "b_k": tiles.k_bytes // itemsize,
         "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
-    } | launch_options(ahead)  # fmt: skip
+    }  # fmt: skip
 
 
 def linear(x: Tensor, weight: Tensor, scales: Tensor | None, phase: Phase, out: Tensor) -> Tensor:
@@ -141,7 +132,7 @@ def _plan(x: Tensor, weight: Tensor, scales: Tensor | None, phase: Phase, P: int
     tiles = architecture(x.device).tiles(phase, len(x))
     # Triton's interpreter takes the bits of a bfloat16 for an integer when it multiplies.
     kind = tl.float32 if x.device.type == "cpu" or x.dtype == torch.float32 else tl.bfloat16
-    options = linear_options(tiles, x.shape[1], P, x.element_size(), ahead=phase == "decode" and overlaps(x.device))
+    options = linear_options(tiles, x.shape[1], P, x.element_size())
     return tiles, options | {"scaled": scales is not None, "kind": kind}
 
 

@@ -2,7 +2,8 @@
 
 One program has one head of one row: convolution, SiLU, unit q and k, gates, recurrence in the pending-factor form of
 `mixer.cpu` (equations there), read-out, output norm and gate. The anchor is loaded once and stays in registers for
-h = v - A k, w = A^T h and y; it is written at a chunk's last token only.
+h = v - A k, w = A^T h and y; it is written at a chunk's last token only. The pending factors are read twice, the second
+time from the cache.
 
     z [N, in_width], out [N, out_width]    float32 or bfloat16, columns as `MixerShape` has them
     pool [rows, row_size]                  float32 or bfloat16, as `StateLayout` has it
@@ -22,7 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lattice_serve.kernels.launch import launch_options, overlaps, prefetch, wait
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.shape import MixerWeights
 from lattice_serve.kernels.mixer.triton_parts import (
@@ -32,9 +32,11 @@ from lattice_serve.kernels.mixer.triton_parts import (
     forget_gate,
     geometry,
     load,
+    load_anchor,
     silu,
     step_size,
     unit_length,
+    unit_rows,
 )
 
 
@@ -65,9 +67,9 @@ def _convolve(
 
 
 @triton.jit
-def _over_d(x: tl.tensor) -> tl.tensor:
-    """Sums over d of a tile [d / 16, n, 16]: first those within a thread."""
-    return tl.sum(tl.sum(x, axis=0), axis=1)
+def _again(pointers: tl.tensor, mask: tl.tensor, cache: tl.constexpr) -> tl.tensor:
+    """What `load` gives, from the cache: registers are dearer. `cache` tells one time from another to the compiler."""
+    return tl.load(pointers, mask=mask, other=0.0, cache_modifier=cache).to(tl.float32)
 
 
 @triton.jit
@@ -79,47 +81,24 @@ def _mix_token(
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, taps: tl.constexpr,
     line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
     objective: tl.constexpr, use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_s: tl.constexpr,
-    ahead: tl.constexpr,
 ) -> None:  # fmt: skip
     i_token, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_row = tl.load(p_rows + i_token)
-    # A vector of values is [d / 16, 16], a tile of them [d / 16, n, 16]: so a thread has a patch of the tile, few slots
-    # and few values, and vectors of either kind take few registers.
-    b_lo: tl.constexpr = min(b_d, 16)
-    o_d = tl.arange(0, b_d // b_lo)[:, None] * b_lo + tl.arange(0, b_lo)[None, :]
-    in_d = o_d < d
+    o_d, o_m, o_s = tl.arange(0, b_d), tl.arange(0, b_m), tl.arange(0, b_s)
+    in_d, in_m = o_d < d, o_m < m
     p_y = p_out + i_token * out_stride + i_head * d + o_d
     if i_row < 0:
-        tl.store(p_y, tl.zeros_like(o_d).to(tl.float32), mask=in_d)
+        tl.store(p_y, tl.zeros((b_d,), tl.float32), mask=in_d)
         return
     slot = (tl.load(p_positions + i_token) % C).to(tl.int32)
     p_state = p_pool + i_row * row_size + o_layer + i_head * head_size
     p_now = p_z + i_token * z_stride
-    o_m, o_s = tl.arange(0, b_m), tl.arange(0, b_s)
-    in_m = o_m < m
-    o_A, in_A = o_m[None, :, None] * line_d + o_d[:, None, :], in_m[None, :, None] & in_d[:, None, :]
-    A = load(p_state + o_A, in_A)
-    if p_pool.dtype.element_ty == tl.bfloat16:
-        # Rounded, a column has not quite norm 1, which the recurrence builds on.
-        A = _unit(A)
+    o_A, in_A = o_m[:, None] * line_d + o_d[None, :], in_m[:, None] & in_d[None, :]
+    A = load_anchor(p_state + o_A, in_A)
 
     line: tl.constexpr = 2 * line_m + line_d
     p_tail = p_state + places[6]
     o_q, o_k, o_v = i_head * m, (H + i_head) * m, 2 * H * m + i_head * d
-    p_h, p_c = p_state + places[1], p_state + places[2]
-    p_b, p_e, p_a = p_state + places[3], p_state + places[4], p_state + places[5]
-    if C > 1:
-        pending = slot > 0
-        in_h, in_c = (o_s < slot)[None, :, None] & in_d[:, None, :], (o_s < slot)[:, None] & in_m[None, :]
-        h_old = load(p_h + o_s[None, :, None] * line_d + o_d[:, None, :], in_h)
-        c_old = load(p_c + o_s[:, None] * line_m + o_m[None, :], in_c)
-        a_old = tl.load(p_a, mask=pending, other=1.0).to(tl.float32)
-        b_old, e_old = load(p_b + o_m, in_m & pending), load(p_e + o_m, in_m & pending)
-    if ahead:
-        # The state is nobody else's: what of it is needed is on its way before z is there.
-        if taps > 1:
-            prefetch(p_tail, 0, 0, taps - 1, line, triton.next_power_of_2(taps - 1), line)
-        wait()
     q = unit_length(_convolve(p_now + o_q, p_tail, p_conv + o_q * taps, o_m, in_m, line, taps), 0)
     k = unit_length(_convolve(p_now + o_k, p_tail + line_m, p_conv + o_k * taps, o_m, in_m, line, taps), 0)
     h = _convolve(p_now + o_v, p_tail + 2 * line_m, p_conv + o_v * taps, o_d, in_d, line, taps)
@@ -130,43 +109,51 @@ def _mix_token(
         mu = forget_gate(p_gates + H, p_bias + H + i_head, True, floor)
 
     if objective == DECODING:
-        h -= tl.sum(A * k[None, :, None], axis=1)
-    w = _over_d(A * h[:, None, :])
+        h -= tl.sum(A * k[:, None], axis=0)
+    w = tl.sum(A * h[None, :], axis=1)
     c = gamma * (k - w) if objective == ENCODING else gamma * k
     a = mu
     b = tl.zeros_like(c)
     e = tl.zeros_like(c)
     sums = tl.zeros_like(c)
     if C > 1:
-        c_old *= mu
-        a *= a_old
-        b += mu * b_old
-        e += mu * mu * e_old
-        sums += tl.sum(c_old * _over_d(h_old * h[:, None, :])[:, None], axis=0)
-    e += 2 * c * (sums - w * b) + c * c * (tl.sum(h * h) - w * w)
+        p_h, p_c = p_state + places[1], p_state + places[2]
+        p_b, p_e, p_a = p_state + places[3], p_state + places[4], p_state + places[5]
+        pending = slot > 0
+        in_h, in_c = (o_s < slot)[:, None] & in_d[None, :], (o_s < slot)[:, None] & in_m[None, :]
+        h_old = load(p_h + o_s[:, None] * line_d + o_d[None, :], in_h)
+        c_old = mu * load(p_c + o_s[:, None] * line_m + o_m[None, :], in_c)
+        a *= tl.load(p_a, mask=pending, other=1.0).to(tl.float32)
+        b += mu * load(p_b + o_m, in_m & pending)
+        e += mu * mu * load(p_e + o_m, in_m & pending)
+        sums += tl.sum(c_old * tl.sum(h_old * h[None, :], axis=1)[:, None], axis=0)
+    e += 2 * c * (sums - w * b) + c * c * (tl.sum(h * h, axis=0) - w * w)
     e = tl.maximum(e, 0.0)
     b += c * w
     qn = q * tl.rsqrt(a * a + e)
-    y = tl.sum(A * (qn * (a - b))[None, :, None], axis=1) + tl.sum(c * qn, axis=0) * h
+    y = tl.sum(A * (qn * (a - b))[:, None], axis=0) + tl.sum(c * qn, axis=0) * h
     if C > 1:
-        y += tl.sum(h_old * tl.sum(c_old * qn[None, :], axis=1)[None, :, None], axis=1)
+        h_old = _again(p_h + o_s[:, None] * line_d + o_d[None, :], in_h, ".ca")
+        c_old = mu * _again(p_c + o_s[:, None] * line_m + o_m[None, :], in_c, ".ca")
+        y += tl.sum(h_old * tl.sum(c_old * qn[None, :], axis=1)[:, None], axis=0)
 
-    y *= tl.rsqrt(tl.sum(y * y) / d + eps) * load(p_norm + o_d, in_d)
+    y *= tl.rsqrt(tl.sum(y * y, axis=0) / d + eps) * load(p_norm + o_d, in_d)
     y *= silu(load(p_now + H * (2 * m + d) + i_head * d + o_d, in_d))
     tl.store(p_y, y, mask=in_d)
 
     if C == 1:
-        tl.store(p_state + o_A, _unit(A * (a - b)[None, :, None] + c[None, :, None] * h[:, None, :]), mask=in_A)
+        tl.store(p_state + o_A, unit_rows(A * (a - b)[:, None] + c[:, None] * h[None, :]), mask=in_A)
     elif slot == C - 1:
-        R = A * (a - b)[None, :, None] + c[None, :, None] * h[:, None, :]
-        for i_s in tl.range(0, C - 1, loop_unroll_factor=3):
+        R = A * (a - b)[:, None] + c[:, None] * h[None, :]
+        for i_s in range(slot):
             c_s, h_s = load(p_c + i_s * line_m + o_m, in_m), load(p_h + i_s * line_d + o_d, in_d)
-            R += (mu * c_s)[None, :, None] * h_s[:, None, :]
-        tl.store(p_state + o_A, _unit(R), mask=in_A)
+            R += (mu * c_s)[:, None] * h_s[None, :]
+        tl.store(p_state + o_A, unit_rows(R), mask=in_A)
     else:
         tl.store(p_h + slot * line_d + o_d, h, mask=in_d)
         # without a forget gate the old rows stay as they are
         written = (o_s == slot) | ((o_s < slot) & use_forget_gate)
+        c_old = mu * _again(p_c + o_s[:, None] * line_m + o_m[None, :], in_c, ".cg")
         c_rows = tl.where((o_s == slot)[:, None], c[None, :], c_old)
         tl.store(p_c + o_s[:, None] * line_m + o_m[None, :], c_rows, mask=written[:, None] & in_m[None, :])
         tl.store(p_b + o_m, b, mask=in_m)
@@ -174,19 +161,12 @@ def _mix_token(
         tl.store(p_a, a)
 
 
-@triton.jit
-def _unit(R: tl.tensor) -> tl.tensor:
-    """Columns of R [d / 16, m, 16] to norm 1; one of zeros, which only fills a tile, stays one."""
-    square = _over_d(R * R)
-    return R * tl.rsqrt(tl.where(square > 0, square, 1.0))[None, :, None]
-
-
-def decode_options(layout: StateLayout, *, ahead: bool) -> dict[str, Any]:
+def decode_options(layout: StateLayout) -> dict[str, Any]:
     """Constants that `_mix_token` is launched with."""
     s = layout.shape
-    # As few as have the registers for it: sums over warps are what takes time.
+    # As few warps as have the registers for it: what takes time is sums across them.
     num_warps = 1 if s.d * s.m <= 64 * 64 else 4
-    return geometry(layout) | {"b_s": triton.next_power_of_2(s.C), "num_warps": num_warps} | launch_options(ahead)
+    return geometry(layout) | {"b_s": triton.next_power_of_2(s.C), "num_warps": num_warps}
 
 
 def mix_decode(
@@ -214,6 +194,6 @@ def mix_decode(
         _mix_token[(N, s.H)](
             z, pool, rows, positions, weights.conv, weights.gate_bias, weights.norm, out,
             z.stride(0), out.stride(0), layout.row_size, layer * layout.layer_size, s.mu_floor, s.norm_eps,
-            **decode_options(layout, ahead=overlaps(z.device)),
+            **decode_options(layout),
         )  # fmt: skip
     return out
