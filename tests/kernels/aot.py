@@ -65,7 +65,6 @@ class Model:
     forgets: bool = True
     dtype: torch.dtype = torch.bfloat16
     quantization: Literal["int8"] | None = None
-    pool: torch.dtype = torch.float32
     shares: int = 1
 
 
@@ -75,7 +74,6 @@ MODELS = (
     Model(d=32),
     Model(C=1),
     Model(forgets=False),
-    Model(pool=torch.bfloat16),
     Model(dtype=torch.float32),
     Model(quantization="int8"),
     Model(shares=2),
@@ -180,7 +178,7 @@ def _run(model: Model) -> None:
             if name in ("weight", "embedding"):
                 setattr(module, name, torch.nn.Parameter(parameter.to(model.dtype), requires_grad=False))
     layout = StateLayout(lm.shape, 2)
-    pool = torch.empty(64, layout.row_size, dtype=model.pool)
+    pool = torch.empty(64, layout.row_size)
 
     def gather(part: Tensor) -> Tensor:
         return part.expand(model.shares, -1, -1).contiguous()
