@@ -6,8 +6,9 @@ sequence is a row of the state pool, updated in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import torch
@@ -48,10 +49,18 @@ class TorchBackend:
 
     name = "torch reference"
 
-    def __init__(self, model: LatticeForCausalLM, layout: StateLayout, pool: Tensor, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: LatticeForCausalLM,
+        layout: StateLayout,
+        pool: Tensor,
+        max_tokens: int,
+        gather: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """gather: as `make_backend`."""
         weights = [parameter for parameter in model.parameters() if parameter.ndim == 2]
         self.linear = RowInvariantLinear(weights, max_tokens)
-        self._model, self._layout, self._pool = model, layout, pool
+        self._model, self._layout, self._pool, self._gather = model, layout, pool, gather
         self.multiple = layout.shape.C
 
     def __call__(
@@ -62,6 +71,11 @@ class TorchBackend:
         return self.linear(final[list(wanted)], self._model.head_weight), final[list(hidden)].float()
 
     # What `LatticeForCausalLM.hidden` asks for.
+
+    def add(self, x: Tensor, product: Tensor) -> Tensor:
+        for part in [product] if self._gather is None else self._gather(product[None]):
+            x = x + part
+        return x
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return kernels.rms_norm(x, weight, eps)
@@ -74,8 +88,11 @@ class TorchBackend:
         out = z.new_empty(len(z), self._layout.shape.out_width)
         for row, position, start, end in self._segments:
             state = self._layout.load(self._pool[row], layer, position)
-            y, state = mix(z[None, start:end], weights, self._layout.shape, state)
-            out[start:end] = y[0]
+            # A chunk at a time: how torch rounds an element depends on how near the end of its tensor it lies.
+            first = min(end, start + self.multiple - position % self.multiple)
+            for begin, stop in pairwise((start, *range(first, end, self.multiple), end)):
+                y, state = mix(z[None, begin:stop], weights, self._layout.shape, state)
+                out[begin:stop] = y[0]
             self._layout.store(self._pool[row], layer, state)
         return out
 
@@ -89,14 +106,17 @@ def make_backend(
     threads: int,
     beside: bool,
     quantization: Literal["int8"] | None = None,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> Backend:
     """The fastest there is for the device of `pool` [rows, row_size], for steps of up to `max_tokens` tokens.
 
-    beside: whether other work wants the processors too. The matrices of `model` may be the backend's alone afterwards:
-    only its small tensors are there for others. Raises `ConfigError` for a quantization that the device does not have.
+    beside: whether other work wants the processors too. gather: for a model that is one share of several: a tensor
+    [1, ...] of this share -> [shares, ...], always in one order. The matrices of `model` may be the backend's alone
+    afterwards: only its small tensors are there for others. Raises `ConfigError` for a quantization that the device
+    does not have.
     """
     backend: Backend
-    if pool.device.type == "cpu":
+    if pool.device.type == "cpu" and gather is None:  # it is one compiled step, which has no place to meet others in
         backend = CpuDecoder(
             decoder_weights(model),
             layout,
@@ -109,11 +129,13 @@ def make_backend(
     elif pool.device.type == "cuda" and find_spec("triton"):  # AMD's devices are called cuda too
         from lattice_serve.kernels.decoder.triton import TritonDecoder
 
-        backend = TritonDecoder(decoder_weights(model), layout, pool, max_tokens=max_tokens, quantization=quantization)
+        backend = TritonDecoder(
+            decoder_weights(model), layout, pool, max_tokens=max_tokens, quantization=quantization, gather=gather
+        )
     else:
         if quantization is not None:
-            raise ConfigError(f"no quantization on {pool.device} without triton: leave it out", param="quantization")
-        return TorchBackend(model, layout, pool, max_tokens)
+            raise ConfigError(f"no quantization by torch on {pool.device}: leave it out", param="quantization")
+        return TorchBackend(model, layout, pool, max_tokens, gather)
     for layer in model.layers:  # packed now, and not to be kept twice
         for linear in (layer.mixer.in_proj, layer.mixer.out_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
             linear.weight = torch.nn.Parameter(linear.weight.new_empty(0), requires_grad=False)

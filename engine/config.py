@@ -67,6 +67,8 @@ class EngineConfig(BaseModel):
     """Of the weights; "auto": as they are stored. Sums are float32 either way."""
     quantization: Literal["int8"] | None = None
     """Of the matrices, at load, one scale an output: half the bytes of bfloat16."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Processes that share the model, each with as many heads and columns: a GPU each, from that of `device` on."""
     max_rows: int | None = Field(default=None, ge=1)
     """State rows. None: as many as `state_memory` holds, at most 256."""
     state_memory: int = Field(default=1 << 30, ge=1)
@@ -88,4 +90,6 @@ class EngineConfig(BaseModel):
     def _check(self) -> EngineConfig:
         if self.max_rows is not None and self.max_step_tokens < self.max_rows:
             raise ValueError(f"max_step_tokens ({self.max_step_tokens}) must be at least max_rows ({self.max_rows})")
+        if self.tensor_parallel_size > 1 and self.speculative_tokens:
+            raise ValueError("speculative_tokens do not go with tensor_parallel_size: leave one of them out")
         return self

@@ -6,16 +6,16 @@ import os
 import random
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from lattice_serve.engine.backend import Backend, make_backend
+from lattice_serve.engine.bits import check_bits
 from lattice_serve.engine.config import EngineConfig, ModelConfig
 from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.drafter import Drafter
-from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError, NumericalError
+from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError
 from lattice_serve.engine.grammar import Compiled, Grammars
 from lattice_serve.engine.memory import Memory
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit, TokenOutput
@@ -29,9 +29,14 @@ from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.scheduler import Scheduler
 from lattice_serve.engine.sequence import Sequence, Status
 from lattice_serve.engine.state_pool import StatePool
+from lattice_serve.engine.tensor_parallel.commands import Reserve
+from lattice_serve.engine.tensor_parallel.group import devices
+from lattice_serve.engine.tensor_parallel.sharded import ShardedBackend, ShardedPool
+from lattice_serve.engine.tensor_parallel.share import Share
+from lattice_serve.engine.tensor_parallel.workers import Workers
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.engine.weights import load_model, pick_dtype
-from lattice_serve.kernels.mixer import Segments, StateLayout
+from lattice_serve.kernels.mixer import StateLayout
 
 MAX_ROWS = 256
 """State rows when only their memory is bounded."""
@@ -53,20 +58,15 @@ class Engine:
         model_config = ModelConfig.load(config.model)
         self.tokenizer = Tokenizer.load(config.model, model_config.vocab_size)
         dtype = pick_dtype(config.dtype, model_config)
-        self.model = load_model(config.model, device=config.device, dtype=dtype, progress=progress)
-        layout = StateLayout(self.model.shape, len(self.model.layers))
-        self.pool = StatePool.of(self.model, self._rows(layout.row_bytes), config.device)
-        backend = make_backend(
-            self.model,
-            layout,
-            self.pool.memory,
-            max_tokens=config.max_step_tokens,
-            threads=threads,
-            beside=beside,
-            quantization=config.quantization,
-        )
-        self._check_fit(backend)
-        self._check_bits(backend)
+        self.workers: Workers | None = None
+        """The processes that have the other shares of the model, if it is shared out."""
+        try:
+            backend = self._open(model_config, dtype, threads, progress=progress, beside=beside)
+            self._check_fit(backend)
+            check_bits(backend, self.pool, model_config.vocab_size, config.max_step_tokens)
+        except BaseException:
+            self.close()
+            raise
         self.runner = Runner(backend, self.pool.memory.device)
         self.scheduler = Scheduler(
             rows=self.pool.rows,
@@ -88,12 +88,17 @@ class Engine:
             model_name=Path(config.model).resolve().name,
             pid=os.getpid(),
             rows=self.pool.rows,
-            bytes_per_row=layout.row_bytes,
+            bytes_per_row=self.pool.layout.row_bytes * config.tensor_parallel_size,
             vocab_size=self.model.config.vocab_size,
             device=f"{config.device} ({backend.name})",
             dtype=config.quantization or str(dtype).removeprefix("torch."),
             load_seconds=time.monotonic() - began,
         )
+
+    def close(self) -> None:
+        """End its other processes; it cannot be used after that."""
+        if self.workers is not None:
+            self.workers.close()
 
     def check(self, request: Submit) -> None:
         """Raises `InvalidParameter` for a request that could never be served."""
@@ -212,6 +217,40 @@ class Engine:
             cache_outcomes=dict(self.cache.outcomes),
         )
 
+    def _open(
+        self, model_config: ModelConfig, dtype: torch.dtype, threads: int, *, progress: bool, beside: bool
+    ) -> Backend:
+        """Load the model, or this process's share of it, and make its state rows and what runs it."""
+        config, share = self.config, Share(0, self.config.tensor_parallel_size)
+        share.config(model_config)  # whether it can be shared out, before others are started
+        device = devices(config.device, share.size)[0]
+        if share.size > 1:
+            self.workers = Workers(config)
+        self.model = load_model(config.model, device=device, dtype=dtype, progress=progress, share=share)
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)  # kernels and graphs run on the current one, wherever their tensors are
+        layout = StateLayout(self.model.shape, len(self.model.layers))
+        rows = self._rows(layout.row_bytes * share.size)
+        gather = None
+        if self.workers is None:
+            self.pool = StatePool.of(self.model, rows, device)
+        else:
+            group = self.workers.meet(device)
+            self.workers.send(Reserve(rows))
+            self.pool = ShardedPool.of(self.model, rows, device, self.workers, group)
+            gather = group.gather
+        backend = make_backend(
+            self.model,
+            layout,
+            self.pool.memory,
+            max_tokens=config.max_step_tokens,
+            threads=threads,
+            beside=beside,
+            quantization=config.quantization,
+            gather=gather,
+        )
+        return backend if self.workers is None else ShardedBackend(backend, self.workers, share.size)
+
     def _check_fit(self, backend: Backend) -> None:
         """Raises `ConfigError` where a prompt could not move on beside all the other rows, or for drafts where only one
         token at a time is decoded."""
@@ -223,34 +262,6 @@ class Engine:
                 f"max_step_tokens is {self.config.max_step_tokens}: give {need} or more, for {self.pool.rows} rows and "
                 f"chunks of {backend.multiple} tokens, or lower max_rows",
                 param="max_step_tokens",
-            )
-
-    def _check_bits(self, backend: Backend) -> None:
-        """That a sequence has the same logits alone and cut up beside another, on these weights and this processor.
-
-        Also compiles what compiles at its first call. Raises `NumericalError`: promises would not be kept.
-        """
-        k = backend.multiple
-        n = max(2 * k, min(12, self.config.max_step_tokens) // k * k)  # tokens of a prompt; three of an answer follow
-        if self.pool.rows < 2 or self.config.max_step_tokens < max(n, k + 1):
-            return
-        ids = [token % self.model.config.vocab_size for token in range(1, n + 4)]
-        with torch.inference_mode():
-            row, other = self.pool.allocate(), self.pool.allocate()
-            for start, end in pairwise((0, n, n + 1, n + 2, n + 3)):
-                segments = Segments.of([(row, start, end - start)], int(start >= n))
-                whole = backend(ids[start:end], segments, [end - start - 1])[0].clone()
-            self.pool.free(row)
-            row = self.pool.allocate()
-            for start, end in pairwise((*range(0, n, k), n, n + 1, n + 2, n + 3)):
-                beside = Segments.of([(other, start, 1), (row, start, end - start)], 1 + int(start >= n))
-                alone, _ = backend([ids[0], *ids[start:end]], beside, [end - start])
-            self.pool.free(row)
-            self.pool.free(other)
-        if not torch.equal(whole, alone):
-            raise NumericalError(
-                f"{backend.name}: this processor gives a request other bits in a batch than alone: "
-                "please report it with its name, and serve with another device until it is mended"
             )
 
     def _warm_up(self) -> None:
@@ -265,8 +276,8 @@ class Engine:
     def _rows(self, row_bytes: int) -> int:
         if self.config.max_rows is not None:
             return self.config.max_rows
-        # Off the CPU prompts are cut at chunks: beside all rows but one, a step has room for a chunk.
-        chunk = 1 if self.config.device == "cpu" else self.model.shape.C
+        # Off the CPU's own kernels prompts are cut at chunks: beside all rows but one, a step has room for a chunk.
+        chunk = 1 if self.config.device == "cpu" and self.workers is None else self.model.shape.C
         rows = min(self.config.state_memory // row_bytes, MAX_ROWS, max(1, self.config.max_step_tokens + 1 - chunk))
         if rows == 0:
             raise ConfigError(

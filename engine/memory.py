@@ -48,7 +48,7 @@ class Memory:
 
     def hold(self, pieces: AbstractSequence[Piece]) -> None:
         """Before a step: remember the states that its drafts may spoil."""
-        self._held = {piece: self._row(piece.sequence).clone() for piece in pieces if piece.draft}
+        self._held = {piece: self._pool.read(_row(piece.sequence)).clone() for piece in pieces if piece.draft}
 
     def settle(self, piece: Piece, accepted: int) -> None:
         """After it: where a draft was wrong, back to the state before it; what was right is run again, with the next
@@ -59,7 +59,7 @@ class Memory:
         if accepted == len(piece.draft):
             sequence.computed = piece.end + accepted
         else:
-            self._row(sequence).copy_(self._held[piece])
+            self._pool.write(_row(sequence), self._held[piece])
             sequence.computed = piece.start
         if sequence.drafter is not None:
             sequence.drafter.learn(len(piece.draft), accepted)
@@ -92,11 +92,8 @@ class Memory:
         self._cache.check()
 
     def _keep(self, sequence: Sequence, ids: AbstractSequence[int], logits: Tensor | None) -> None:
-        self._cache.put(sequence.cache_salt, ids, self._row(sequence), logits)
-
-    def _row(self, sequence: Sequence) -> Tensor:
-        assert sequence.row is not None, "a sequence has run without a state row"
-        return self._pool.memory[sequence.row]
+        if self._cache.enabled:
+            self._cache.put(sequence.cache_salt, ids, self._pool.read(_row(sequence)), logits)
 
     def _begin(self, sequence: Sequence, running: AbstractSequence[Sequence]) -> None:
         """Give a sequence that has run nothing the state of as much of its prompt as is known, or let it wait for one
@@ -113,7 +110,7 @@ class Memory:
         chooses = sequence.params.max_tokens > 0
         snapshot, shared = self._cache.find(sequence.cache_salt, sequence.prompt_ids, chooses=chooses)
         if snapshot is not None:
-            self._row(sequence).copy_(snapshot.row)
+            self._pool.write(_row(sequence), snapshot.row)
             sequence.computed = sequence.cached_tokens = snapshot.length
             if sequence.decoding:
                 sequence.recalled = snapshot
@@ -122,6 +119,11 @@ class Memory:
         if self._multiple > 1 and len(sequence.prompt_ids) > FIRST_INTERVAL:
             # What goes on after this prompt can begin where it could be cut last.
             self.mark(sequence, [len(sequence.prompt_ids)])
+
+
+def _row(sequence: Sequence) -> int:
+    assert sequence.row is not None, "a sequence has run without a state row"
+    return sequence.row
 
 
 def _leads(other: Sequence, sequence: Sequence) -> bool:

@@ -98,7 +98,7 @@ def _end_with_parent() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0 when the server has gone, 1 when the engine could not start."""
+    """Returns the exit status: 0 when the server has gone, 1 when the engine could not start or go on."""
     parser = argparse.ArgumentParser(prog="python -m lattice_serve.engine.process", description=__doc__)
     parser.add_argument("--socket", type=Path, required=True, help="path of the Unix socket to bind")
     parser.add_argument("--config", required=True, help="EngineConfig as JSON")
@@ -111,12 +111,15 @@ def main(arguments: list[str] | None = None) -> int:
         listener.listen(1)
         try:
             engine = Engine(EngineConfig.model_validate_json(options.config), progress=True, beside=True)
+            if engine.workers is not None:
+                engine.workers.watch(lambda: os._exit(1))  # whatever it is at: what it waits for may never come
+            link, _ = listener.accept()
+            with link:
+                serve(engine, Connection(link))
         except LatticeError as error:
             print(f"error: {error.message}", file=sys.stderr)
             return 1
-        link, _ = listener.accept()
-        with link:
-            serve(engine, Connection(link))
+        engine.close()
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from lattice_serve.engine.errors import ConfigError
 from lattice_serve.engine.models.lattice import LatticeForCausalLM
 from lattice_serve.kernels.mixer import MixerState, StateLayout
+
+P = TypeVar("P", bound="StatePool")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +55,14 @@ class StatePool:
         """Rows freed since the last check."""
 
     @classmethod
-    def of(cls, model: LatticeForCausalLM, rows: int, device: str) -> StatePool:
-        """A pool for `model`, rows initialised to its learned memory."""
+    def of(cls: type[P], model: LatticeForCausalLM, rows: int, device: str, *others: Any) -> P:
+        """A pool for `model`, rows initialised to its learned memory; `others` are what a subclass asks for."""
         layout = StateLayout(model.shape, len(model.layers))
         initial = torch.zeros(layout.row_size)
         for i, layer in enumerate(model.layers):
             state = MixerState.initial(model.shape, layer.mixer.weights(), 1)
             layout.store(initial, i, state.to("cpu"))
-        return cls(layout, initial, rows, device)
+        return cls(layout, initial, rows, device, *others)
 
     @property
     def used(self) -> int:
@@ -72,26 +75,43 @@ class StatePool:
     def allocate(self) -> int:
         """A row that holds the initial state. The scheduler hands out no more than there are."""
         row = heapq.heappop(self._free)
-        self.memory[row].copy_(self._initial)
+        self.initialise(row)
         return row
 
     def free(self, row: int) -> None:
         """Scrub a row and take it back."""
-        self.memory[row].zero_()
+        self.scrub(row)
         self._unchecked.add(row)
         heapq.heappush(self._free, row)
 
     def park(self, row: int) -> ParkedState:
         """Copy a row to host memory, then free it."""
-        parked = ParkedState(self.memory[row].to("cpu", copy=True))
+        parked = ParkedState(self.read(row).to("cpu", copy=True))
         self.free(row)
         return parked
 
     def restore(self, parked: ParkedState) -> int:
         """A row with a parked state in it."""
         row = heapq.heappop(self._free)
-        self.memory[row].copy_(parked.row)
+        self.write(row, parked.row)
         return row
+
+    def initialise(self, row: int) -> None:
+        self.memory[row].copy_(self._initial)
+
+    def scrub(self, row: int) -> None:
+        self.memory[row].zero_()
+
+    def read(self, row: int) -> Tensor:
+        """The state in a row that is held, good until it changes."""
+        return self.memory[row]
+
+    def write(self, row: int, state: Tensor) -> None:
+        """Put a state that was read, from any device, into a row that is held."""
+        self.memory[row].copy_(state)
+
+    def check_scrubbed(self, rows: Collection[int]) -> None:
+        assert not any(bool(self.memory[row].any()) for row in rows), "a free state row is not scrubbed"
 
     def check_integrity(self, held: Collection[int]) -> None:
         """Assert that the rows not in `held` are exactly the free ones, and that those freed lately hold nothing."""
@@ -99,7 +119,5 @@ class StatePool:
         assert len(free) == len(self._free), "a state row is free twice"
         assert free.isdisjoint(held), "a state row is free and held"
         assert len(free) + len(held) == self.rows, "a state row is neither free nor held"
-        assert not any(bool(self.memory[row].any()) for row in free & self._unchecked), (
-            "a free state row is not scrubbed"
-        )
+        self.check_scrubbed(free & self._unchecked)
         self._unchecked.clear()

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from lattice_serve.engine.config import DType, ModelConfig
 from lattice_serve.engine.errors import CheckpointError, ConfigError
 from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.engine.tensor_parallel.share import WHOLE, Share
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -38,8 +39,10 @@ _LISTED = 8
 _BUNDLED = Path(__file__).parent / "bundled"
 
 
-def load_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype, progress: bool = False) -> LatticeForCausalLM:
-    """The model of `folder` on `device`, in eval mode, its parameters without gradients.
+def load_model(
+    folder: Path, *, device: str = "cpu", dtype: torch.dtype, progress: bool = False, share: Share = WHOLE
+) -> LatticeForCausalLM:
+    """The model of `folder`, or a share of it, on `device`, in eval mode, its parameters without gradients.
 
     The projections, the embedding and the head are `dtype` (float32 or bfloat16). The small tensors (norms,
     convolution, gate biases, initial memory) are float32 always: they cost little, and the recurrence runs in float32.
@@ -53,6 +56,7 @@ def load_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype, progres
     _check_dtype(dtype)
     place = _device(device)
     config = ModelConfig.load(folder)
+    own = share.config(config)
     with ExitStack() as stack:
         stored = _open(folder, stack)
         if config.num_hidden_layers > len(stored):  # said before as many layers are built
@@ -67,7 +71,7 @@ def load_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype, progres
         with tqdm(desc="load", total=size, unit="B", unit_scale=True, disable=None if progress else True) as bar:
             for name, file in stored.items():
                 try:
-                    tensor = file.get_tensor(name).to(place, _dtype(name, dtype))
+                    tensor = share.take(name, file.get_tensor(name), config).to(place, _dtype(name, dtype))
                 except (SafetensorError, OSError) as error:
                     raise CheckpointError(f"{folder}: {name}: {error}: get the weights again") from error
                 tensors[name] = tensor
@@ -75,6 +79,8 @@ def load_model(folder: Path, *, device: str = "cpu", dtype: torch.dtype, progres
                     bad.append(name)
                 bar.update(tensor.nbytes)
     _fail(folder, {"with values that are not finite": bad}, "get the weights again")
+    if own != config:
+        model = _skeleton(own)
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False).eval()
 

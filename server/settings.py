@@ -49,7 +49,7 @@ class Settings(EngineConfig, BaseSettings):
     """Origins, such as `https://chat.example`, whose pages may send requests; `*`: any. In the environment with commas
     between them."""
     replicas: int = Field(default=1, ge=1)
-    """Engine processes, each with all that the engine's fields say: one a GPU, or several that share the processors."""
+    """Engines, each with all that the engine's fields say: with GPUs of their own, or sharing the processors."""
     step_seconds: float | None = Field(default=0.05, gt=0, allow_inf_nan=False)
     """As the engine's, but limited: a server's clients wait for their next tokens."""
     grace_period: float = Field(default=30.0, ge=0, allow_inf_nan=False)
@@ -74,12 +74,6 @@ class Settings(EngineConfig, BaseSettings):
             raise ConfigError(text, param=faults[0][0] or None) from error
 
     @model_validator(mode="after")
-    def _check_replicas(self) -> Settings:
-        if self.replicas > 1 and ":" in self.device:
-            raise ConfigError(f"device is {self.device!r}, one for all replicas: give {self.device.split(':')[0]!r}")
-        return self
-
-    @model_validator(mode="after")
     def _check_exposure(self) -> Settings:
         # Always asked for: a file of keys that cannot be read must not wait for the first request.
         keys = self.api_keys
@@ -95,8 +89,7 @@ class Settings(EngineConfig, BaseSettings):
     def _check_device(self) -> Settings:
         if self.replicas > 1 and ":" in self.device:
             raise ConfigError(
-                f"device is {self.device!r}, one alone, and replicas is {self.replicas}: "
-                f"give device {self.device.split(':')[0]!r}",
+                f"device is {self.device!r}, one for all replicas: give {self.device.split(':')[0]!r}",
                 param="device",
             )
         return self
@@ -124,14 +117,16 @@ class Settings(EngineConfig, BaseSettings):
         return tuple(key.encode() for key in keys)
 
     def engine_configs(self) -> list[EngineConfig]:
-        """One a replica: a GPU each, or an even share of the processors unless `threads` says how many."""
+        """One a replica: each with `tensor_parallel_size` GPUs of its own, from its device on, or with an even share of
+        the processors unless `threads` says how many."""
         fields = {name: getattr(self, name) for name in EngineConfig.model_fields}
         if self.device == "cpu":
             threads = self.threads or max(1, available_cpus() // self.replicas)
             return [EngineConfig(**fields | {"threads": threads})] * self.replicas
         if ":" in self.device:
             return [EngineConfig(**fields)]
-        return [EngineConfig(**fields | {"device": f"{self.device}:{i}"}) for i in range(self.replicas)]
+        first = range(0, self.replicas * self.tensor_parallel_size, self.tensor_parallel_size)
+        return [EngineConfig(**fields | {"device": f"{self.device}:{i}"}) for i in first]
 
 
 def _is_loopback(host: str) -> bool:

@@ -47,7 +47,10 @@ def serve(
     device: Annotated[str | None, typer.Option(help="Where the model runs.", show_default="cpu")] = None,
     threads: ThreadsOption = None,
     replicas: Annotated[
-        int | None, typer.Option(help="Engine processes: one a GPU, or sharing the processors.", show_default="1")
+        int | None, typer.Option(help="Engines: with GPUs of their own, or sharing the processors.", show_default="1")
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(help="GPUs an engine, each with a share of the model.", show_default="1")
     ] = None,
     max_rows: Annotated[
         int | None, typer.Option(help="Requests that run at once.", show_default="as many as --state-memory holds")
@@ -101,6 +104,7 @@ def serve(
             device=device,
             threads=threads,
             replicas=replicas,
+            tensor_parallel_size=tensor_parallel_size,
             max_rows=max_rows,
             state_memory=None if state_memory is None else parse_size(state_memory),
             speculative_tokens=speculative_tokens,

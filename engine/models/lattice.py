@@ -25,6 +25,10 @@ class Ops(Protocol):
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor: ...
 
+    def add(self, x: Tensor, product: Tensor) -> Tensor:
+        """The residual stream x with what a projection adds to it."""
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
     def swiglu(self, gate_up: Tensor) -> Tensor: ...
@@ -66,6 +70,9 @@ class DenseOps:
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
+
+    def add(self, x: Tensor, product: Tensor) -> Tensor:
+        return x + product
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return kernels.rms_norm(x, weight, eps)
@@ -112,9 +119,9 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, ops: Ops) -> Tensor:
         z = ops.linear(ops.rms_norm(x, self.mixer_norm, self.eps), self.mixer.in_proj.weight)
-        x = x + ops.linear(ops.mix(self.index, z), self.mixer.out_proj.weight)
+        x = ops.add(x, ops.linear(ops.mix(self.index, z), self.mixer.out_proj.weight))
         gate_up = ops.linear(ops.rms_norm(x, self.mlp_norm, self.eps), self.mlp.gate_up_proj.weight)
-        return x + ops.linear(ops.swiglu(gate_up), self.mlp.down_proj.weight)
+        return ops.add(x, ops.linear(ops.swiglu(gate_up), self.mlp.down_proj.weight))
 
 
 class LatticeForCausalLM(nn.Module):

@@ -23,6 +23,10 @@ def load(name: str) -> Any:
     return yaml.safe_load((DEPLOY / name).read_text(encoding="utf-8"))
 
 
+def secrets(service: dict[str, Any]) -> set[str]:
+    return {secret["source"] for secret in service.get("secrets", ())}
+
+
 def panels() -> list[dict[str, Any]]:
     made = json.loads((DEPLOY / "grafana" / "lattice.json").read_text(encoding="utf-8"))["panels"]
     return [panel for each in made for panel in (each, *each.get("panels", []))]
@@ -45,14 +49,14 @@ def test_prometheus_asks_the_server_with_its_key() -> None:
     secret = job["authorization"]["credentials_file"]
     services = load("compose.yaml")["services"]
     assert secret == services["server"]["environment"]["LATTICE_API_KEY_FILE"]
-    assert secret.rpartition("/")[2] in services["prometheus"]["secrets"]
+    assert secret.rpartition("/")[2] in secrets(services["prometheus"])
 
 
-def test_settings_in_the_compose_file_are_the_servers() -> None:
+def test_settings_in_the_compose_files_are_the_servers() -> None:
     compose = load("compose.yaml")
     environment = compose["services"]["server"]["environment"]
-    names = {name.removeprefix("LATTICE_").lower() for name in environment}
-    assert names <= Settings.model_fields.keys()
+    both = environment | load("compose.gpu.yaml")["services"]["server"]["environment"]
+    assert {name.removeprefix("LATTICE_").lower() for name in both} <= Settings.model_fields.keys()
     grace = int(compose["services"]["server"]["stop_grace_period"].removesuffix("s"))
     assert grace > environment["LATTICE_GRACE_PERIOD"]
 
@@ -64,7 +68,8 @@ def test_what_is_mounted_and_named_is_there() -> None:
             source = volume.partition(":")[0]
             if source.startswith("./"):
                 assert (DEPLOY / source).exists(), volume
-        assert set(service.get("secrets", ())) <= compose["secrets"].keys()
+        assert secrets(service) <= compose["secrets"].keys()
+        assert all(secret["mode"] == 0o444 for secret in service.get("secrets", ())), "its user is not root"
     assert (ROOT / compose["services"]["server"]["build"]["dockerfile"]).exists()
 
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -225,10 +226,10 @@ class TestServe:
 class EngineProcess:
     """`python -m lattice_serve.engine.process`, as `server.supervisor` starts it."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, folder: Path, model: Path, **settings: Any) -> None:
         self._socket = folder / "engine.sock"
         self.log = folder / "engine.log"
-        config = EngineConfig(model=model, max_rows=4, max_step_tokens=16)
+        config = EngineConfig(model=model, max_rows=4, max_step_tokens=16, **settings)
         command = [sys.executable, "-m", "lattice_serve.engine.process", "--socket", str(self._socket)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 
-from lattice_serve.engine import engine as engine_module
-from lattice_serve.engine.backend import Backend, TorchBackend, decoder_weights
-from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.errors import ConfigError
 from lattice_serve.engine.llm import Completion
-from tests.engine.harness import Visit, complete, drive, make_engine, submit
+from tests.engine.backends import engine_of, torch_backend, triton_backend
+from tests.engine.harness import Visit, complete, drive, submit
 from tests.tiny import init_tiny_model
-from tests.triton_device import DEVICE
-
-# isort: split
-from lattice_serve.kernels.decoder.triton import TritonDecoder
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return init_tiny_model(tmp_path_factory.mktemp("model") / "tiny", num_hidden_layers=1)
-
-
-def triton_backend(model: Any, layout: Any, pool: Any, *, max_tokens: int, quantization: Any, **_: Any) -> Backend:
-    return TritonDecoder(decoder_weights(model), layout, pool, max_tokens=max_tokens, quantization=quantization)
-
-
-def torch_backend(model: Any, layout: Any, pool: Any, *, max_tokens: int, **_: Any) -> Backend:
-    return TorchBackend(model, layout, pool, max_tokens)
-
-
-def engine_of(model: Path, backend: Any, **settings: Any) -> Engine:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "make_backend", backend)
-        return make_engine(model, dtype="float32", device=DEVICE, **settings)
 
 
 REQUESTS = [

@@ -40,6 +40,7 @@ def test_replicas_share_processors_and_take_a_gpu_each() -> None:
     assert configs(replicas=available_cpus()) == [("cpu", 1)] * available_cpus()
     assert configs(replicas=2, device="cuda") == [("cuda:0", None), ("cuda:1", None)]
     assert configs(device="cuda:3", threads=1) == [("cuda:3", 1)]
+    assert configs(replicas=2, device="cuda", tensor_parallel_size=2) == [("cuda:0", None), ("cuda:2", None)]
     with pytest.raises(ConfigError, match="one for all replicas: give 'cuda'"):
         Settings.load(replicas=2, device="cuda:1")
 

@@ -1,0 +1,34 @@
+"""Backends that the device alone would not choose, for engines of tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lattice_serve.engine import engine as engine_module
+from lattice_serve.engine.backend import Backend, TorchBackend, decoder_weights
+from lattice_serve.engine.engine import Engine
+from tests.engine.harness import make_engine
+from tests.triton_device import DEVICE
+
+# isort: split
+from lattice_serve.kernels.decoder.triton import TritonDecoder
+
+
+def triton_backend(
+    model: Any, layout: Any, pool: Any, *, max_tokens: int, quantization: Any, gather: Any, **_: Any
+) -> Backend:
+    weights = decoder_weights(model)
+    return TritonDecoder(weights, layout, pool, max_tokens=max_tokens, quantization=quantization, gather=gather)
+
+
+def torch_backend(model: Any, layout: Any, pool: Any, *, max_tokens: int, gather: Any, **_: Any) -> Backend:
+    return TorchBackend(model, layout, pool, max_tokens, gather)
+
+
+def engine_of(model: Path, backend: Any, **settings: Any) -> Engine:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "make_backend", backend)
+        return make_engine(model, dtype="float32", device=DEVICE, **settings)
