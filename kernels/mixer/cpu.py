@@ -25,6 +25,7 @@ from lattice_serve.kernels.cpu.math import sigmoid, silu
 from lattice_serve.kernels.cpu.vector import eight_dots, fma, load, maximum, splat, sqrt, store, tile, total
 from lattice_serve.kernels.lanes import LANES
 from lattice_serve.kernels.lattice.state import OBJECTIVES
+from lattice_serve.kernels.linear.activations import put
 from lattice_serve.kernels.mixer.block import MixerBlock
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.segments import Segments
@@ -162,12 +163,12 @@ def _normalize(x: Any, o_x: int, n: int) -> None:
 @njit(cache=True)
 def mix_head(
     S: Any, o: int, places: Any, dims: Any, position: int, first: int, last: int, z: Any, z_row: int, head: int,
-    weights: Any, o_weights: int, out: Any, out_row: int, x: Any, o_x: int,
+    weights: Any, o_weights: int, out: Any, x: Any, o_x: int,
 ) -> None:  # fmt: skip
     """Tokens `first` to `last` of one sequence, from its `position` on, through one head.
 
-    S: state rows, the head's block at o; z, out: all tokens; weights: what `MixerBlock` lays out, at o_weights;
-    x: `scratch_size` floats at o_x. Arrays are float32 [..].
+    S: state rows, the head's block at o; z: all tokens; weights: what `MixerBlock` lays out, at o_weights; out:
+    activations of all tokens; x: `scratch_size` floats at o_x. Arrays other than out are float32 [..].
     """
     H, d, m, n_d, C, taps, objective, gated = dims[0], dims[1], dims[2], dims[3], dims[4], dims[5], dims[6], dims[7]
     n = 2 * m + d
@@ -203,10 +204,9 @@ def mix_head(
         _recur(S, o, places, d, m, slot, C, objective, gamma, mu, x, o_q, o_k, o_v, o_y, o_y + d)
         slot = slot + 1 if slot + 1 < C else 0
         scale = splat(np.float32(1) / np.sqrt(_dot(x, o_y, x, o_y, d) / np.float32(n_d) + eps))
-        o_out = t * out_row + head * d
         for i in range(0, d, LANES):
             y = load(x, o_y + i) * scale * load(weights, o_norm + i)
-            store(out, o_out + i, y * silu(load(z, o_z + n + i)))
+            put(out, t, H * d, head * d + i, y * silu(load(z, o_z + n + i)))
 
 
 @njit(cache=True)
@@ -248,10 +248,7 @@ def _mix(
     S: Any, row_size: int, first: int, head_size: int, places: Any, dims: Any, rows: Any, positions: Any, starts: Any,
     z: Any, z_row: int, weights: Any, out: Any, x: Any,
 ) -> None:  # fmt: skip
-    H, d = dims[0], dims[1]
-    for head in range(H):
+    for head in range(dims[0]):
         for i in range(len(rows)):
             o = rows[i] * row_size + first + head * head_size
-            mix_head(
-                S, o, places, dims, positions[i], starts[i], starts[i + 1], z, z_row, head, weights, 0, out, H * d, x, 0
-            )
+            mix_head(S, o, places, dims, positions[i], starts[i], starts[i + 1], z, z_row, head, weights, 0, out, x, 0)

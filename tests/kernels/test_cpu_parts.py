@@ -46,9 +46,8 @@ def test_rms_norm(n: int, scale: float) -> None:
     x[4] = 0
     with bands(filled(x), filled(weight), poison(9, padded(n))) as (lines, weights, out):
         for i in range(9):
-            o = i * padded(n)
             flat = [array.numpy().reshape(-1) for array in (lines, weights, out)]
-            rms_norm(flat[0], o, n, flat[1], 0, np.float32(1e-6), flat[2], o)
+            rms_norm(flat[0], i * padded(n), n, flat[1], 0, np.float32(1e-6), flat[2], i)
     assert error(out[:, :n], reference_norm(x.double(), weight.double(), 1e-6)) <= 1e-6
     assert not out[:, n:].any()
     assert not out[4].any()
@@ -61,7 +60,7 @@ def test_swiglu(n: int) -> None:
         flat = [array.numpy().reshape(-1) for array in (gates, ups, out)]
         for i in range(9):
             o = i * padded(n)
-            swiglu(flat[0], o, flat[1], o, n, flat[2], o)
+            swiglu(flat[0], o, flat[1], o, 0, n, n, flat[2], i)
     assert error(out[:, :n], reference_swiglu(torch.cat((gate, up), dim=1).double())) <= 1e-6
     assert not out[:, n:].any()
 
