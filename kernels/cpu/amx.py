@@ -69,13 +69,15 @@ def release(typingctx: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def block(
-    typingctx: Any, rows: Any, strips: Any, whole: Any, x: Any, x_next: Any, w: Any, w_next: Any, steps: Any, out: Any
-) -> Any:
+    typingctx: Any, rows: Any, strips: Any, whole: Any, x: Any, x_next: Any, w: Any, w_next: Any, steps: Any, add: Any,
+    out: Any, out_next: Any,
+) -> Any:  # fmt: skip
     """Sums of `rows` tiles of activations (1, or 2 where all have 16 lines) with `strips` strips of weights.
 
     rows and strips, at most four in product, are literals. x, w and out are addresses, multiples of 64. Tile after tile
     of activations, each of 32 k, begins at x, those of the second 16 rows x_next bytes on; pairs of k of 16 outputs
-    begin at w, those of the next 16 w_next bytes on. Tile (r, s) of float32 sums goes to out, r strips + s tiles on.
+    begin at w, those of the next 16 w_next bytes on. The float32 sums of a row of activations go to out, side by side,
+    those of the next out_next bytes on; if add is true they begin with what is there.
     Where `whole`, a literal, is 1, the weights are int8, k by k, and become tiles of bfloat16 on the way.
     """
     literals = (rows, strips, whole)
@@ -84,20 +86,21 @@ def block(
     R, S, int8 = (number.literal_value for number in literals)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        x, x_next, w, w_next, steps, out = values[3:]
+        x, x_next, w, w_next, steps, add, out, out_next = values[3:]
         cells = [(r, s) for r in range(R) for s in range(S)]
         sums = {cell: _BYTE(i) for i, cell in enumerate(cells)}
         activations = [_BYTE(_FIRST + r) for r in range(R)]
         free = [_BYTE(register) for register in range(_FIRST + R, _LAST + 1)]
-        line = _LONG(64)
+        line = _LONG(4 * LANES)
+        wide = cgutils.alloca_once(builder, _BYTE, size=_LONG(len(free) * TILE_BYTES))
+        wide.align = 4 * LANES
 
         def memory(address: Any, *more: Any) -> Any:
             for offset in more:
                 address = builder.add(address, offset)
             return builder.inttoptr(address, _MEMORY)
 
-        wide = cgutils.alloca_once(builder, _BYTE, size=_LONG(len(free) * TILE_BYTES))
-        wide.align = TILE_BYTES // TILE
+        places = {(r, s): memory(out, builder.mul(out_next, _LONG(r * TILE)), _LONG(s * 4 * LANES)) for r, s in cells}
 
         def weight_tile(s: int, step: Any) -> Any:
             strip = builder.add(w, builder.mul(w_next, _LONG(s)))
@@ -105,15 +108,20 @@ def block(
                 return memory(strip, builder.mul(step, _LONG(TILE_BYTES)))
             tile = builder.gep(wide, [_LONG(s % len(free) * TILE_BYTES)])
             strip = memory(strip, builder.mul(step, _LONG(TILE_BYTES // 2)))
-            for line_ in range(TILE):
-                k = [builder.gep(strip, [_LONG((2 * line_ + half) * LANES)]) for half in range(2)]
+            for pair in range(TILE):
+                k = [builder.gep(strip, [_LONG((2 * pair + half) * LANES)]) for half in range(2)]
                 bits = build_pairs(builder, *(build_widened(builder, place) for place in k))
-                to = builder.gep(tile, [_LONG(line_ * 4 * LANES)])
-                builder.store(bits, builder.bitcast(to, bits.type.as_pointer()), align=64)
+                to = builder.gep(tile, [_LONG(pair * 4 * LANES)])
+                builder.store(bits, builder.bitcast(to, bits.type.as_pointer()), align=4 * LANES)
             return tile
 
-        for cell in cells:
-            _call(builder, "tilezero", sums[cell])
+        with builder.if_else(add) as (then, otherwise):
+            with then:
+                for cell in cells:
+                    _call(builder, "tileloadd64", sums[cell], places[cell], out_next)
+            with otherwise:
+                for cell in cells:
+                    _call(builder, "tilezero", sums[cell])
         with cgutils.for_range(builder, steps, intp=_LONG) as loop:
             at = builder.mul(loop.index, _LONG(TILE_BYTES))
             for r in range(R):
@@ -123,9 +131,9 @@ def block(
                 _call(builder, "tileloadd64", weights, weight_tile(s, loop.index), line)
                 for r in range(R):
                     _call(builder, "tdpbf16ps", sums[r, s], activations[r], weights)
-        for i, cell in enumerate(cells):
-            _call(builder, "tilestored64", sums[cell], memory(out, _LONG(i * TILE_BYTES)), line)
+        for cell in cells:
+            _call(builder, "tilestored64", sums[cell], places[cell], out_next)
         return context.get_dummy_value()
 
     i = types.intp
-    return types.void(*literals, i, i, i, i, i, i), codegen
+    return types.void(*literals, i, i, i, i, i, types.boolean, i, i), codegen

@@ -161,7 +161,12 @@ def _by_vectors(
 
 @njit(cache=True)
 def _by_tiles(w: int, size: int, whole: bool, strips: int, steps: int, x: int, M: int, sums: Any, to: Any) -> None:
-    """A panel of strips that are `size` bytes apart, of int8 if whole; x and w are addresses."""
+    """A panel of strips that are `size` bytes apart, of int8 if whole; x and w are addresses.
+
+    Sums that are not scaled are worked out where they go to.
+    """
+    scales, o_s, out, o_out, out_row, add = to
+    scaled = len(scales) > 0
     i = 0
     while i < M:
         rows, height = min(M - i, TILE), 1
@@ -172,22 +177,25 @@ def _by_tiles(w: int, size: int, whole: bool, strips: int, steps: int, x: int, M
             configure(min(rows, TILE))
         at, x_next = x + i // TILE * steps * TILE_BYTES, steps * TILE_BYTES
         for s in range(0, strips, width):
+            place, next_row = out.ctypes.data + 4 * (o_out + i * out_row + s * LANES), 4 * out_row
+            if scaled:
+                place, next_row = sums.ctypes.data, 4 * width * LANES
+            begins, o_w = add and not scaled, w + s * size
             if whole and height == 2:
-                block(2, 2, 1, at, x_next, w + s * size, size, steps, sums.ctypes.data)
+                block(2, 2, 1, at, x_next, o_w, size, steps, begins, place, next_row)
             elif whole and width == _STRIPS:
-                block(1, 4, 1, at, x_next, w + s * size, size, steps, sums.ctypes.data)
+                block(1, 4, 1, at, x_next, o_w, size, steps, begins, place, next_row)
             elif whole:
-                block(1, 1, 1, at, x_next, w + s * size, size, steps, sums.ctypes.data)
+                block(1, 1, 1, at, x_next, o_w, size, steps, begins, place, next_row)
             elif height == 2:
-                block(2, 2, 0, at, x_next, w + s * size, size, steps, sums.ctypes.data)
+                block(2, 2, 0, at, x_next, o_w, size, steps, begins, place, next_row)
             elif width == _STRIPS:
-                block(1, 4, 0, at, x_next, w + s * size, size, steps, sums.ctypes.data)
+                block(1, 4, 0, at, x_next, o_w, size, steps, begins, place, next_row)
             else:
-                block(1, 1, 0, at, x_next, w + s * size, size, steps, sums.ctypes.data)
-            for r in range(rows):
-                for j in range(width):
-                    o_sums = ((r // TILE * width + j) * TILE + r % TILE) * LANES
-                    _emit(sums, o_sums, i + r, (s + j) * LANES, LANES, to)
+                block(1, 1, 0, at, x_next, o_w, size, steps, begins, place, next_row)
+            if scaled:
+                for r in range(rows):
+                    _emit(sums, r * width * LANES, i + r, s * LANES, width * LANES, to)
         i += rows
     release()
 
