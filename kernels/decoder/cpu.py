@@ -24,7 +24,7 @@ from lattice_serve.kernels.cpu_features import Products, available_products, vec
 from lattice_serve.kernels.decoder.weights import DecoderWeights, Packer
 from lattice_serve.kernels.lanes import LANES, aligned, padded
 from lattice_serve.kernels.linear.activations import activations
-from lattice_serve.kernels.linear.cpu import linear, panel_count, scratch_size
+from lattice_serve.kernels.linear.cpu import PANEL, linear, panel_count, scratch_size
 from lattice_serve.kernels.mixer.block import MixerBlock
 from lattice_serve.kernels.mixer.cpu import mix_head
 from lattice_serve.kernels.mixer.layout import StateLayout
@@ -34,8 +34,6 @@ from lattice_serve.kernels.swiglu.cpu import swiglu
 
 _ROWS = 8
 """Rows of an item that works row by row."""
-_COLUMNS = 512
-"""Columns of a unit of SwiGLU."""
 _NAMES: dict[Products, str] = {"amx": "bfloat16 by AMX, ", "avx512_bf16": "bfloat16 by VDPBF16PS, ", "float32": ""}
 
 
@@ -67,11 +65,12 @@ class CpuDecoder:
         for layer in weights.layers:
             gate, up = layer.gate_up_proj.chunk(2)
             missing = padded(intermediate) - intermediate
-            gate_up = torch.cat([torch.cat((part, part.new_zeros(missing, hidden))) for part in (gate, up)])
+            # Vectors of outputs in turn, so that a panel has what belongs together.
+            gate_up = torch.stack([F.pad(part, (0, 0, 0, missing)).view(-1, LANES, hidden) for part in (gate, up)], 1)
             matrices = (
                 block.inputs(layer.in_proj),
                 block.outputs(layer.out_proj.mT).mT,
-                gate_up,
+                gate_up.flatten(0, 2),
                 layer.down_proj,
             )
             lines = (layer.mixer_norm.float().numpy(), block.small(layer.mixer), layer.mlp_norm.float().numpy())
@@ -95,12 +94,13 @@ class CpuDecoder:
         self._pool, self._row_size = pool, layout.row_size
         self._vocab_size = V
         # Pages that are never written cost nothing, so the buffers may have room for the largest step.
-        x, z, gate_up, final, logits = (aligned(max_tokens * padded(width), np.float32) for width in (
-            hidden, block.in_width, 2 * padded(intermediate), hidden, V))  # fmt: skip
+        x, z, final, logits = (aligned(max_tokens * padded(width), np.float32) for width in (
+            hidden, block.in_width, hidden, V))  # fmt: skip
         normed, mixed, act, wanted = (activations(products, max_tokens, width) for width in (
             hidden, block.out_width, intermediate, hidden))  # fmt: skip
         self._logits, self._final = logits.reshape(max_tokens, -1), final.reshape(max_tokens, -1)
         self._hidden_size = hidden
+        gate_up = aligned(threads * max_tokens * PANEL, np.float32).reshape(threads, -1)
         need = padded(max(block.scratch_size, *map(scratch_size, (hidden, block.out_width, intermediate))))
         self.nbytes = sum(array.nbytes for array in (strips, scales, small))
         self._products = sum(matrix.numel() for layer in weights.layers for matrix in (
@@ -109,8 +109,8 @@ class CpuDecoder:
             self._step, self._ids, self._segments, self._wanted, pool.numpy().reshape(-1),
             np.array((layout.row_size, layout.layer_size, layout.head_size), dtype=np.int64), block.places, block.dims,
             np.array(widths, dtype=np.int64), np.float32(weights.norm_eps), np.array(table, dtype=np.int64),
-            np.array(ends, dtype=np.int64), embedding, strips, scales, small, x, normed, z, mixed, gate_up, act, wanted,
-            final, logits, aligned(threads * need, np.float32).reshape(threads, need),
+            np.array(ends, dtype=np.int64), embedding, strips, scales, small, x, normed, z, mixed, act, wanted, final,
+            logits, gate_up, aligned(threads * need, np.float32).reshape(threads, need),
         ))  # fmt: skip
 
     def __call__(
@@ -162,7 +162,8 @@ def _linear_phase(
     while ticket < base + count:
         wait_for(sync, base)
         first = (ticket - base) * share
-        linear(w, o_w, scales, o_s, N, K, x, M, out, out_row, add, first, min(first + share, panels), scratch)
+        last = min(first + share, panels)
+        linear(w, o_w, scales, o_s, N, K, x, M, out, first * PANEL, out_row, add, first, last, scratch)
         ticket = finish(sync)
     return ticket, base + count
 
@@ -171,16 +172,15 @@ def _linear_phase(
 def _work(
     thread: int, sync: Any, step: Any, ids: Any, segments: Any, wanted: Any, S: Any, sizes: Any, places: Any, dims: Any,
     widths: Any, eps: float, table: Any, ends: Any, embedding: Any, w: Any, scales: Any, small: Any, x: Any,
-    normed: Any, z: Any, mixed: Any, gate_up: Any, act: Any, chosen: Any, final: Any, logits: Any, scratches: Any,
+    normed: Any, z: Any, mixed: Any, act: Any, chosen: Any, final: Any, logits: Any, gates_ups: Any, scratches: Any,
 ) -> None:  # fmt: skip
     M, n, R, threads, E = step[0], step[1], step[2], step[3], step[4]
     width, z_width, y_width, inner, V = widths[0], widths[1], widths[2], widths[3], widths[4]
     row, z_row, inner_row = padded(width), padded(z_width), padded(inner)
     row_size, layer_size, head_size = sizes[0], sizes[1], sizes[2]
     H = dims[0]
-    scratch = scratches[thread]
+    scratch, gate_up = scratches[thread], gates_ups[thread]
     by_rows = _items(M, _ROWS)
-    chunks = -(-inner // _COLUMNS)
     base = 0
     ticket = take(sync)
     for layer in range(len(table)):
@@ -224,20 +224,20 @@ def _work(
                 rms_norm(x, t * row, width, small, at[10], eps, normed, t)
             ticket = finish(sync)
         base += by_rows
-        ticket, base = _linear_phase(
-            sync, ticket, base, threads, w, at[4], scales, at[5], 2 * inner_row, width, normed, M, gate_up,
-            2 * inner_row, False, scratch,
-        )  # fmt: skip
-        units = M * chunks
-        share = _share(units, threads)
-        count = _items(units, share)
+        panels = panel_count(2 * inner_row)
+        share = _share(panels, threads)
+        count = _items(panels, share)
         while ticket < base + count:
             wait_for(sync, base)
             first = (ticket - base) * share
-            for unit in range(first, min(first + share, units)):
-                t, begin = unit // chunks, unit % chunks * _COLUMNS
-                o = t * 2 * inner_row
-                swiglu(gate_up, o, gate_up, o + inner_row, begin, min(begin + _COLUMNS, inner), inner, act, t)
+            for panel in range(first, min(first + share, panels)):
+                linear(
+                    w, at[4], scales, at[5], 2 * inner_row, width, normed, M, gate_up, 0, PANEL, False, panel,
+                    panel + 1, scratch,
+                )  # fmt: skip
+                k = panel * PANEL // 2
+                for t in range(M):
+                    swiglu(gate_up, t * PANEL, min(PANEL // 2, inner - k), act, t, inner, k)
             ticket = finish(sync)
         base += count
         ticket, base = _linear_phase(

@@ -82,7 +82,7 @@ class PackedWeight:
         fill(rows.reshape(-1), M, self.K, given)
         scratch = aligned(scratch_size(self.K), np.float32)
         linear(
-            self.strips, 0, self.scales, 0, self.N, self.K, given, M, out, N, False, 0, panel_count(self.N), scratch
+            self.strips, 0, self.scales, 0, self.N, self.K, given, M, out, 0, N, False, 0, panel_count(self.N), scratch
         )  # fmt: skip
         return torch.from_numpy(out.reshape(M, N)[:, : self.N])
 
@@ -165,7 +165,7 @@ def _by_tiles(w: int, size: int, whole: bool, strips: int, steps: int, x: int, M
 
     Sums that are not scaled are worked out where they go to.
     """
-    scales, o_s, out, o_out, out_row, add = to
+    scales, _, out, o_out, out_row, add = to
     scaled = len(scales) > 0
     i = 0
     while i < M:
@@ -291,17 +291,18 @@ def _widen_of(w: Any, o_w: Any, strips: Any, K: Any, out: Any, o_out: Any) -> An
 
 @njit(cache=True)
 def linear(
-    w: Any, o_w: int, scales: Any, o_s: int, N: int, K: int, x: Any, M: int, out: Any, out_row: int, add: bool,
-    first: int, last: int, scratch: Any,
+    w: Any, o_w: int, scales: Any, o_s: int, N: int, K: int, x: Any, M: int, out: Any, o_out: int, out_row: int,
+    add: bool, first: int, last: int, scratch: Any,
 ) -> None:  # fmt: skip
-    """Panels `first` to `last` of a packed weight: out [M, out_row] = x weight^T, or that added to out.
+    """Panels `first` to `last` of a packed weight: those outputs of x [M, K] weight^T to out, or added to it.
 
-    The strips begin at o_w of w, the scales at o_s of scales; x: `activations` of M rows of K; scratch: `scratch_size`
-    floats on a cache line. All arrays are [..]. Outputs beyond N up to `padded(N)` become 0.
+    The strips begin at o_w of w, the scales at o_s of scales; x: `activations` of M rows of K; row after row of the
+    outputs begins at o_out of out, out_row on; scratch: `scratch_size` floats on a cache line. All arrays are [..].
+    Outputs beyond N up to `padded(N)` become 0.
     """
     size = _strip_size(K, w)
     for panel in range(first, last):
         begin = panel * PANEL
         strips = min(PANEL, padded(N) - begin) // LANES
-        to = (scales, o_s + begin, out, begin, out_row, add)
+        to = (scales, o_s + begin, out, o_out + begin - first * PANEL, out_row, add)
         _panel(w, o_w + begin // LANES * size, strips, K, x, M, scratch, to)

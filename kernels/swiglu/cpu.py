@@ -13,10 +13,10 @@ from lattice_serve.kernels.linear.activations import put
 
 
 @njit(cache=True)
-def swiglu(gate: Any, o_gate: int, up: Any, o_up: int, first: int, last: int, K: int, out: Any, row: int) -> None:
-    """`kernels.swiglu.swiglu` of elements first to last of lines at o_gate and o_up, up to the end of the last vector.
+def swiglu(x: Any, o_x: int, n: int, out: Any, row: int, K: int, k: int) -> None:
+    """`kernels.swiglu.swiglu` of n elements, to k and on of a row of activations of K, up to the end of the last vector.
 
-    first is a multiple of 16. They go to a row of activations of K; the lines are float32 [..].
+    From o_x of x, float32 [..], on there is a vector of gates, one of ups, and so on in turn.
     """
-    for i in range(first, last, LANES):
-        put(out, row, K, i, silu(load(gate, o_gate + i)) * load(up, o_up + i))
+    for i in range(0, n, LANES):
+        put(out, row, K, k + i, silu(load(x, o_x + 2 * i)) * load(x, o_x + 2 * i + LANES))

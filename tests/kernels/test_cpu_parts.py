@@ -56,11 +56,11 @@ def test_rms_norm(n: int, scale: float) -> None:
 @widths
 def test_swiglu(n: int) -> None:
     gate, up = (5 * normal(2, 9, n)).float()
-    with bands(filled(gate), filled(up), poison(9, padded(n))) as (gates, ups, out):
-        flat = [array.numpy().reshape(-1) for array in (gates, ups, out)]
+    in_turn = torch.stack([filled(part).unflatten(1, (-1, LANES)) for part in (gate, up)], dim=2).flatten(1)
+    with bands(in_turn, poison(9, padded(n))) as (lines, out):
+        flat = [array.numpy().reshape(-1) for array in (lines, out)]
         for i in range(9):
-            o = i * padded(n)
-            swiglu(flat[0], o, flat[1], o, 0, n, n, flat[2], i)
+            swiglu(flat[0], i * in_turn.shape[1], n, flat[1], i, n, 0)
     assert error(out[:, :n], reference_swiglu(torch.cat((gate, up), dim=1).double())) <= 1e-6
     assert not out[:, n:].any()
 
