@@ -48,6 +48,8 @@ def offline(
 
     `lattice bench offline --batch 1 --batch 64`
     """
+    import torch
+
     from lattice_serve.clients import plot as plots
     from lattice_serve.clients.bench_offline import GATE_PROMPTS, OfflineBench
     from lattice_serve.clients.ceilings import BITS, Ceilings, Work
@@ -55,7 +57,8 @@ def offline(
     from lattice_serve.engine.config import ModelConfig
     from lattice_serve.engine.llm import LLM
     from lattice_serve.engine.processors import available_cpus
-    from lattice_serve.engine.weights import resolve_model
+    from lattice_serve.engine.weights import pick_dtype, resolve_model
+    from lattice_serve.kernels.cpu_features import available_products
 
     if plot is not None:
         plots.check()
@@ -65,8 +68,11 @@ def offline(
         task = progress.add_task("load", total=len(batches) + 4 + (position is not None))
         llm = LLM(model, max_rows=max(*batches, GATE_PROMPTS), prefix_cache_memory=0, **settings)
         progress.update(task, advance=1, description="the machine's limits")
-        ceilings = Ceilings.measure(threads or available_cpus())
-        work = Work.of(ModelConfig.load(resolve_model(model)), BITS[llm.info.dtype])
+        config = ModelConfig.load(resolve_model(model))
+        stored = pick_dtype(dtype or "auto", config)
+        products = available_products()[0] if stored == torch.bfloat16 else "float32"
+        ceilings = Ceilings.measure(threads or available_cpus(), products)
+        work = Work.of(config, BITS[llm.info.dtype])
         runner = OfflineBench(llm, repeats=repeats, work=work, ceilings=ceilings)
         progress.update(task, advance=1, description="check")
         runner.check()
@@ -86,7 +92,8 @@ def offline(
         share = "" if run.share is None else f"{run.share:.0%}"
         table.add_row(run.phase, str(run.batch), str(run.tokens), *(f"{rate:,.0f}" for rate in rates), share)
     table.caption = (
-        f"limit: {ceilings.bytes_per_second / 1e9:.1f} GB/s, {ceilings.flops_per_second / 1e9:.0f} GFLOP/s; "
+        f"limit: {ceilings.bytes_per_second / 1e9:.1f} GB/s, {ceilings.flops_per_second / 1e9:.0f} GFLOP/s "
+        f"in products and {ceilings.float32_flops_per_second / 1e9:.0f} in float32; "
         f"a step reads {work.weight_bytes / 1e6:.1f} MB of weights, a token {work.state_bytes / 1e6:.2f} MB of state"
     )
     if far is not None:

@@ -14,7 +14,7 @@ from lattice_serve.kernels.linear.activations import put
 
 @njit(cache=True)
 def swiglu(x: Any, o_x: int, n: int, out: Any, row: int, K: int, k: int) -> None:
-    """`kernels.swiglu.swiglu` of n elements, to k and on of a row of activations of K, up to the end of the last vector.
+    """`kernels.swiglu.swiglu` of n elements, to k and on of a row of activations of K, to the end of the last vector.
 
     From o_x of x, float32 [..], on there is a vector of gates, one of ups, and so on in turn.
     """
