@@ -78,7 +78,7 @@ def _read(buffer: Any, first: int, count: int, out: Any) -> None:
 @njit(nogil=True, cache=True)
 def _tiles(x: Any, w: Any, K: int, out: Any) -> None:
     for _ in range(_TILES):
-        tile(6, 1, 0, x, 0, K, 1, w, 0, LANES, 0, K, out, 0, LANES)
+        tile(6, 1, x, 0, K, w, 0, LANES, 0, K, out, 0, LANES)
 
 
 @njit(nogil=True, cache=True)

@@ -189,6 +189,16 @@ def total(typingctx: Any, v: Any) -> Any:
 
 
 @intrinsic
+def first(typingctx: Any, v: Any) -> Any:
+    """The first lane."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.extract_element(values[0], ir.Constant(_I32, 0))
+
+    return types.float32(_vector), codegen
+
+
+@intrinsic
 def eight_dots(typingctx: Any, x: Any, o_x: Any, w: Any, o_w: Any, w_row: Any, n: Any, out: Any, o_out: Any) -> Any:
     """out[o_out + r] = sum_i x[o_x + i] w[o_w + r w_row + i] for r < 8 and i < n, a multiple of 16.
 
@@ -219,31 +229,77 @@ def eight_dots(typingctx: Any, x: Any, o_x: Any, w: Any, o_w: Any, w_row: Any, n
 
 
 @intrinsic(prefer_literal=True)
-def tile(
-    typingctx: Any, rows: Any, vectors: Any, add: Any, x: Any, o_x: Any, x_row: Any, x_step: Any, w: Any, o_w: Any,
-    w_step: Any, w_vector: Any, K: Any, out: Any, o_out: Any, out_row: Any,
+def combine(
+    typingctx: Any, vectors: Any, x: Any, o_x: Any, x_step: Any, w: Any, o_w: Any, w_step: Any, K: Any, out: Any,
+    o_out: Any,
 ) -> Any:  # fmt: skip
-    """out[o_out + r out_row + j] (+)= sum_k x[o_x + r x_row + k x_step] w_k[j], k = 0, 1, 2, ...
+    """out[o_out + j] += sum_k x[o_x + k x_step] w[o_w + k w_step + j] for j < 16 vectors, a literal.
 
-    For r < rows and j < 16 vectors, literals both, as is add: 1 if the sum begins with what is in out. One accumulator
-    an output, and fused multiply-adds in the order of k: how many rows and vectors a tile has changes no bit.
+    Even and odd k are added up apart, so that twice as many sums are under way. Arrays are float32 [..].
+    """
+    if not isinstance(vectors, types.IntegerLiteral):
+        raise TypeError("vectors of a combination must be a literal")
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        x, o_x, x_step, w, o_w, w_step, K, out, o_out = values[1:]
+        index = K.type
+        x_data = _pointer(context, builder, signature.args[1], x, o_x)
+        w_data = _pointer(context, builder, signature.args[4], w, o_w)
+        out_data = _pointer(context, builder, signature.args[8], out, o_out)
+        lanes = [index(v * LANES) for v in range(vectors.literal_value)]
+        places = [builder.gep(out_data, [lane]) for lane in lanes]
+        evens, odds = ([cgutils.alloca_once(builder, _VECTOR) for _ in lanes] for _ in range(2))
+        for place, even, odd in zip(places, evens, odds, strict=True):
+            builder.store(_read(builder, place), even)
+            builder.store(_ZERO, odd)
+
+        def step(k: Any, sums: list[Any]) -> None:
+            factor = _splat(builder, builder.load(builder.gep(x_data, [builder.mul(k, x_step)])))
+            row = builder.gep(w_data, [builder.mul(k, w_step)])
+            for lane, place in zip(lanes, sums, strict=True):
+                weight = _read(builder, builder.gep(row, [lane]))
+                builder.store(_fmuladd(builder, factor, weight, builder.load(place)), place)
+
+        whole = builder.and_(K, index(-2))
+        with cgutils.for_range_slice(builder, index(0), whole, index(2), index) as (k, _):
+            step(k, evens)
+            step(builder.add(k, index(1)), odds)
+        with builder.if_then(builder.icmp_signed("<", whole, K)):
+            step(whole, evens)
+        for place, even, odd in zip(places, evens, odds, strict=True):
+            _write(builder, builder.fadd(builder.load(even), builder.load(odd)), place)
+        return context.get_dummy_value()
+
+    i = types.intp
+    return types.void(vectors, _checked(x), i, i, _checked(w), i, i, i, _checked(out), i), codegen
+
+
+@intrinsic(prefer_literal=True)
+def tile(
+    typingctx: Any, rows: Any, vectors: Any, x: Any, o_x: Any, x_row: Any, w: Any, o_w: Any, w_step: Any, w_vector: Any,
+    K: Any, out: Any, o_out: Any, out_row: Any,
+) -> Any:  # fmt: skip
+    """out[o_out + r out_row + j] = sum_k x[o_x + r x_row + k] w_k[j], k = 0, 1, 2, ...
+
+    For r < rows and j < 16 vectors, literals both. One accumulator an output, and fused multiply-adds in the order of
+    k: how many rows and vectors a tile has changes no bit.
     x and out are float32 [..]. Vector v of w_k begins at o_w + v w_vector + k w_step where w is float32 or int8 [..];
     where it is uint32, it is half of what begins at o_w + v w_vector + (k // 2) w_step: the bits of two bfloat16, for
     even k in the lower half. So two steps of k lie in one element, and it takes one operation to widen either.
     Where x is uint32, too, k counts pairs, and VDPBF16PS multiplies and adds up both of one at once.
     """
-    literals = (rows, vectors, add)
+    literals = (rows, vectors)
     if not all(isinstance(number, types.IntegerLiteral) for number in literals):
-        raise TypeError("rows, vectors and add of a tile must be literals")
-    R, V, begins = (number.literal_value for number in literals)
+        raise TypeError("rows and vectors of a tile must be literals")
+    R, V = (number.literal_value for number in literals)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        x, o_x, x_row, x_step, w, o_w, w_step, w_vector, K, out, o_out, out_row = values[3:]
+        x, o_x, x_row, w, o_w, w_step, w_vector, K, out, o_out, out_row = values[2:]
         index = K.type
-        x_data = _pointer(context, builder, signature.args[3], x, o_x)
-        w_data = _pointer(context, builder, signature.args[7], w, o_w)
-        paired = signature.args[3].dtype == types.uint32
-        out_data = _pointer(context, builder, signature.args[12], out, o_out)
+        x_data = _pointer(context, builder, signature.args[2], x, o_x)
+        w_data = _pointer(context, builder, signature.args[5], w, o_w)
+        paired = signature.args[2].dtype == types.uint32
+        out_data = _pointer(context, builder, signature.args[10], out, o_out)
         x_rows = [builder.gep(x_data, [builder.mul(x_row, index(r))]) for r in range(R)]
         w_vectors = [builder.gep(w_data, [builder.mul(w_vector, index(v))]) for v in range(V)]
         cells = [(r, v) for r in range(R) for v in range(V)]
@@ -256,8 +312,7 @@ def tile(
         multiply = _dot_pairs if paired else _fmuladd
 
         def step(k: Any, weights: list[Any]) -> None:
-            at = builder.mul(k, x_step)
-            factors = [_splat(builder, builder.load(builder.gep(x_row, [at]))) for x_row in x_rows]
+            factors = [_splat(builder, builder.load(builder.gep(x_row, [k]))) for x_row in x_rows]
             for v in range(V):
                 for r in range(R):
                     place = sums[r, v]
@@ -268,8 +323,8 @@ def tile(
             return [_read(builder, builder.gep(vector, [at]), _WHOLE) for vector in w_vectors]
 
         for cell in cells:
-            builder.store(_read(builder, places[cell]) if begins else _ZERO, sums[cell])
-        if signature.args[7].dtype == types.uint32 and not paired:
+            builder.store(_ZERO, sums[cell])
+        if signature.args[5].dtype == types.uint32 and not paired:
             even = builder.and_(K, index(-2))
             with cgutils.for_range_slice(builder, index(0), even, index(2), index) as (k, _):
                 both = both_of(k)
@@ -287,8 +342,8 @@ def tile(
         return context.get_dummy_value()
 
     i = types.intp
-    of_pairs = x.dtype == types.uint32
-    return types.void(*literals, x if of_pairs else _checked(x), i, i, i, w, i, i, i, i, _checked(out), i, i), codegen
+    activations = x if x.dtype == types.uint32 else _checked(x)
+    return types.void(*literals, activations, i, i, w, i, i, i, i, _checked(out), i, i), codegen
 
 
 @intrinsic

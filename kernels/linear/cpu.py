@@ -126,17 +126,17 @@ def _emit(sums: Any, o_sums: int, row: int, column: int, n: int, to: Any) -> Non
 def _rows(rows: int, x: Any, o_x: int, x_row: int, w: Any, o_w: int, K: int, sums: Any) -> None:
     """A tile of up to `_ROWS` rows and one strip."""
     if rows == 6:
-        tile(6, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, 0, LANES)
+        tile(6, 1, x, o_x, x_row, w, o_w, LANES, 0, K, sums, 0, LANES)
     elif rows == 5:
-        tile(5, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, 0, LANES)
+        tile(5, 1, x, o_x, x_row, w, o_w, LANES, 0, K, sums, 0, LANES)
     elif rows == 4:
-        tile(4, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, 0, LANES)
+        tile(4, 1, x, o_x, x_row, w, o_w, LANES, 0, K, sums, 0, LANES)
     elif rows == 3:
-        tile(3, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, 0, LANES)
+        tile(3, 1, x, o_x, x_row, w, o_w, LANES, 0, K, sums, 0, LANES)
     elif rows == 2:
-        tile(2, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, 0, LANES)
+        tile(2, 1, x, o_x, x_row, w, o_w, LANES, 0, K, sums, 0, LANES)
     else:
-        tile(1, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, 0, LANES)
+        tile(1, 1, x, o_x, x_row, w, o_w, LANES, 0, K, sums, 0, LANES)
 
 
 @njit(cache=True)
@@ -145,7 +145,7 @@ def _by_vectors(
 ) -> None:
     """A panel of strips that are `size` apart, in so many steps along x_row."""
     if M == 1 and strips == _STRIPS:
-        tile(1, 4, 0, x, 0, 0, 1, w, o_w, LANES, size, steps, sums, 0, 0)
+        tile(1, 4, x, 0, 0, w, o_w, LANES, size, steps, sums, 0, 0)
         _emit(sums, 0, 0, 0, PANEL, to)
         return
     for s in range(strips):
