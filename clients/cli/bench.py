@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lattice_serve.clients.cli.options import DtypeOption, ModelArgument, QuantizationOption, ThreadsOption
+from lattice_serve.clients.cli.options import Dtype, DtypeOption, ModelArgument, QuantizationOption, ThreadsOption
 
 if TYPE_CHECKING:
     from lattice_serve.clients.bench_http import Goal, Load, LoadReport
@@ -48,8 +48,6 @@ def offline(
 
     `lattice bench offline --batch 1 --batch 64`
     """
-    import torch
-
     from lattice_serve.clients import plot as plots
     from lattice_serve.clients.bench_offline import GATE_PROMPTS, OfflineBench
     from lattice_serve.clients.ceilings import BITS, Ceilings, Work
@@ -57,7 +55,7 @@ def offline(
     from lattice_serve.engine.config import ModelConfig
     from lattice_serve.engine.llm import LLM
     from lattice_serve.engine.processors import available_cpus
-    from lattice_serve.engine.weights import pick_dtype, resolve_model
+    from lattice_serve.engine.weights import resolve_model
     from lattice_serve.kernels.cpu_features import available_products
 
     if plot is not None:
@@ -69,8 +67,8 @@ def offline(
         llm = LLM(model, max_rows=max(*batches, GATE_PROMPTS), prefix_cache_memory=0, **settings)
         progress.update(task, advance=1, description="the machine's limits")
         config = ModelConfig.load(resolve_model(model))
-        stored = pick_dtype(dtype or "auto", config)
-        products = available_products()[0] if stored == torch.bfloat16 else "float32"
+        stored = config.torch_dtype if dtype is None or dtype is Dtype.auto else dtype.value
+        products = available_products()[0] if stored == "bfloat16" else "float32"
         ceilings = Ceilings.measure(threads or available_cpus(), products)
         work = Work.of(config, BITS[llm.info.dtype])
         runner = OfflineBench(llm, repeats=repeats, work=work, ceilings=ceilings)

@@ -50,8 +50,9 @@ class CpuDecoder:
         """pool: [rows, row_size] float32, the state rows; they are read and written in place, always.
 
         products: what multiplies with matrices of bfloat16, the fastest there is unless given; those of float32 are
-        multiplied in float32. Steps of fewer multiply-adds than `parallel_from` (a fifth of a millisecond) are one
-        thread's: they are not worth the meeting of several.
+        multiplied in float32. Raises ValueError for what this processor does not have.
+        Steps of fewer multiply-adds than `parallel_from` (a fifth of a millisecond) are one thread's: they are not
+        worth the meeting of several.
         """
         block = MixerBlock(layout)
         V, hidden = weights.head.shape

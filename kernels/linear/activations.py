@@ -19,14 +19,16 @@ from numba.extending import overload
 
 from lattice_serve.kernels.cpu.amx import TILE, TILE_K
 from lattice_serve.kernels.cpu.vector import load, store, store_bf16
-from lattice_serve.kernels.cpu_features import Products
+from lattice_serve.kernels.cpu_features import Products, available_products
 from lattice_serve.kernels.lanes import LANES, aligned, padded
 
 _TYPES = {"float32": (np.float32, 1), "avx512_bf16": (np.uint32, 2), "amx": (np.uint16, 1)}
 
 
 def activations(products: Products, rows: int, K: int) -> Any:
-    """Room for so many rows of K, flat, zeros."""
+    """Room for so many rows of K, flat, zeros. Raises ValueError for what this processor does not have."""
+    if products not in available_products():
+        raise ValueError(f"products: this processor has {', '.join(available_products())}, not {products}")
     dtype, halves = _TYPES[products]
     if products == "amx":
         return aligned(-(-rows // TILE) * TILE * -(-K // TILE_K) * TILE_K, dtype)
