@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+import time
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -65,31 +66,29 @@ class EventStream(Response):
         self._keep_alive_seconds = keep_alive_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await until_disconnect(receive, self._send(send))
+        await until_disconnect(receive, self._send(_Body(send, self._keep_alive_seconds)))
 
-    async def _send(self, send: Send) -> None:
-        async with aclosing(self._events) as events:
-            started = False
-            try:
-                async with aclosing(_paced(events, self._keep_alive_seconds)) as paced:
-                    async for event in paced:
-                        if not started:
-                            started = True
-                            await send({"type": "http.response.start", "status": self.status_code, "headers": _HEADERS})
-                        await (
-                            _send_part(send, _KEEP_ALIVE) if event is None else _send_event(send, event, self._prefix)
-                        )
-                await _send_part(send, self._done)
-            except LatticeError as error:
-                if not started:
-                    raise
-                await _send_event(send, error_json(error.message, error.status, error.param))
-            except Exception:
-                if not started:
-                    raise
-                log.exception("stream failed")
-                await _send_event(send, error_json("internal error: see the server's log", 500))
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+    async def _send(self, body: _Body) -> None:
+        comments = asyncio.create_task(body.keep_alive())
+        try:
+            async with aclosing(self._events) as events:
+                try:
+                    async for event in events:
+                        await body.send(self._prefix + event + b"\n\n")
+                    await body.send(self._done)
+                except LatticeError as error:
+                    if not body.started:
+                        raise
+                    await body.send(b"data: " + error_json(error.message, error.status, error.param) + b"\n\n")
+                except Exception:
+                    if not body.started:
+                        raise
+                    log.exception("stream failed")
+                    await body.send(b"data: " + error_json("internal error: see the server's log", 500) + b"\n\n")
+                await body.end()
+        finally:
+            comments.cancel()
+            await asyncio.gather(comments, return_exceptions=True)
 
 
 class NamedEventStream(EventStream):
@@ -99,26 +98,37 @@ class NamedEventStream(EventStream):
     _done = b""
 
 
-async def _send_event(send: Send, data: bytes, prefix: bytes = b"data: ") -> None:
-    await _send_part(send, prefix + data + b"\n\n")
+class _Body:
+    """What is sent of a stream. Two tasks write to it: one the events, one the comments between them."""
 
+    def __init__(self, send: Send, keep_alive_seconds: float) -> None:
+        self.started = False
+        self._send = send
+        self._seconds = keep_alive_seconds
+        self._last = time.monotonic()
+        # Without it a comment could overtake the status, or follow the end, while that waits for a slow client.
+        self._lock = asyncio.Lock()
 
-async def _send_part(send: Send, data: bytes) -> None:
-    await send({"type": "http.response.body", "body": data, "more_body": True})
+    async def send(self, data: bytes) -> None:
+        async with self._lock:
+            await self._write(data)
 
+    async def keep_alive(self) -> None:
+        """A comment after each stretch of silence, until it is cancelled."""
+        # One timer for many events: to wait for each with a timeout of its own took a fifth of the server's time.
+        while True:
+            await asyncio.sleep(self._last + self._seconds - time.monotonic())
+            async with self._lock:
+                if time.monotonic() - self._last >= self._seconds:
+                    await self._write(_KEEP_ALIVE)
 
-async def _paced(events: AsyncIterator[bytes], seconds: float) -> AsyncGenerator[bytes | None, None]:
-    """`events`, and a None for each stretch of `seconds` without one."""
-    while True:
-        # A task, for a timeout must not cancel the generator it waits for.
-        pending = asyncio.ensure_future(anext(events, None))
-        try:
-            while not (await asyncio.wait({pending}, timeout=seconds))[0]:
-                yield None
-        finally:
-            pending.cancel()
-            await asyncio.wait({pending})
-        event = pending.result()
-        if event is None:
-            return
-        yield event
+    async def end(self) -> None:
+        async with self._lock:
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _write(self, data: bytes) -> None:
+        self._last = time.monotonic()
+        if not self.started:
+            self.started = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 
 import httpx
 import pytest
+from starlette.types import Message
 
+from lattice_serve.server.stream import EventStream
 from tests.server.harness import ServerProcess, events, wait_for
 
 
@@ -137,3 +140,28 @@ def wait_until_idle(server: ServerProcess) -> None:
         return metrics["num_requests_running"] == metrics["num_requests_waiting"] == 0
 
     wait_for(idle, seconds=1)
+
+
+async def test_comments_keep_their_place_beside_a_slow_client() -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        await asyncio.sleep(0.03)
+        sent.append(message)
+
+    async def receive() -> Message:
+        await asyncio.sleep(60)
+        raise AssertionError("nobody goes away")
+
+    async def produce() -> AsyncGenerator[bytes, None]:
+        for event in (b"1", b"2"):
+            yield event
+            await asyncio.sleep(0.1)
+
+    await EventStream(produce(), keep_alive_seconds=0.01)({}, receive, send)
+    kinds = [message.get("body", b"start") for message in sent]
+    assert kinds[:2] == [b"start", b"data: 1\n\n"]
+    assert kinds[-2:] == [b"data: [DONE]\n\n", b""]
+    assert 1 <= kinds.count(b": keep-alive\n\n") == len(kinds) - 5
+    assert [message.get("more_body", True) for message in sent] == [True] * (len(sent) - 1) + [False]
+    assert len(asyncio.all_tasks()) == 1, "nothing is left of it"
