@@ -72,20 +72,20 @@ class EventStream(Response):
         comments = asyncio.create_task(body.keep_alive())
         try:
             async with aclosing(self._events) as events:
+                last = self._done
                 try:
                     async for event in events:
                         await body.send(self._prefix + event + b"\n\n")
-                    await body.send(self._done)
                 except LatticeError as error:
                     if not body.started:
                         raise
-                    await body.send(b"data: " + error_json(error.message, error.status, error.param) + b"\n\n")
+                    last = _failed(error.message, error.status, error.param)
                 except Exception:
                     if not body.started:
                         raise
                     log.exception("stream failed")
-                    await body.send(b"data: " + error_json("internal error: see the server's log", 500) + b"\n\n")
-                await body.end()
+                    last = _failed("internal error: see the server's log", 500)
+                await body.end(last)
         finally:
             comments.cancel()
             await asyncio.gather(comments, return_exceptions=True)
@@ -98,11 +98,15 @@ class NamedEventStream(EventStream):
     _done = b""
 
 
+def _failed(message: str, status: int, param: str | None = None) -> bytes:
+    return b"data: " + error_json(message, status, param) + b"\n\n"
+
+
 class _Body:
     """What is sent of a stream. Two tasks write to it: one the events, one the comments between them."""
 
     def __init__(self, send: Send, keep_alive_seconds: float) -> None:
-        self.started = False
+        self.started = self._ended = False
         self._send = send
         self._seconds = keep_alive_seconds
         self._last = time.monotonic()
@@ -115,15 +119,17 @@ class _Body:
 
     async def keep_alive(self) -> None:
         """A comment after each stretch of silence, until it is cancelled."""
-        # One timer for many events: to wait for each with a timeout of its own took a fifth of the server's time.
+        # One timer for many events: a timeout for each took a third of this process's time.
         while True:
             await asyncio.sleep(self._last + self._seconds - time.monotonic())
             async with self._lock:
-                if time.monotonic() - self._last >= self._seconds:
+                if not self._ended and time.monotonic() - self._last >= self._seconds:
                     await self._write(_KEEP_ALIVE)
 
-    async def end(self) -> None:
+    async def end(self, data: bytes) -> None:
         async with self._lock:
+            self._ended = True
+            await self._write(data)
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _write(self, data: bytes) -> None:
