@@ -61,8 +61,21 @@ InputItem: TypeAlias = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[FunctionCall, Tag("function_call")]
     | Annotated[FunctionCallOutput, Tag("function_call_output")],
-    Discriminator(_kind),
+    Discriminator(
+        _kind,
+        custom_error_type="item",
+        custom_error_message="this type of item is not served: give message, function_call or function_call_output",
+    ),
 ]
+
+
+def _items(given: object) -> object:
+    """Text is short for a message with it."""
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    if not isinstance(given, list):
+        raise ValueError("give a text, or a list of items")
+    return given
 
 
 class PlainFormat(RequestModel):
@@ -114,7 +127,11 @@ class ResponseRequest(RequestModel):
     )
 
     model: str | None = None
-    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    input: Annotated[
+        list[InputItem],
+        Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
+        BeforeValidator(_items, json_schema_input_type=str | list[InputItem]),
+    ]
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
@@ -158,8 +175,6 @@ class ResponseRequest(RequestModel):
     @property
     def messages(self) -> list[dict[str, Any]]:
         """The input as messages of a chat."""
-        if isinstance(self.input, str):
-            return [{"role": "user", "content": self.input}]
         messages: list[dict[str, Any]] = []
         for item in self.input:
             if isinstance(item, InputMessage):

@@ -215,6 +215,24 @@ def test_what_is_refused_is_named(server: ServerProcess, body: dict[str, Any], s
     assert response.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (5, "input: give a text, or a list of items"),
+        ([{"type": "item_reference", "id": "a"}], "input[0]: this type of item is not served: give message, "),
+        (
+            [{"role": "user", "content": [{"type": "input_image"}]}],
+            "part 0 is not served: give parts of type input_text",
+        ),
+        ([{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}], "input[1].message.role: "),
+    ],
+)
+def test_an_item_at_fault_is_told(server: ServerProcess, given: Any, message: str) -> None:
+    error = server.post("/v1/responses", input=given).json()["error"]
+    assert error["param"] == "input"
+    assert message in error["message"]
+
+
 def test_failures_before_and_in_the_stream(client: Any) -> None:
     with pytest.raises(openai.InternalServerError):
         client.responses.create(model="lattice", input="!fail NumericalError")
