@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from lattice_serve.server.errors import HeaderTooLarge, TimedOut, error_json
 
@@ -111,16 +111,22 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _on_timer(self) -> None:
         self._timer = None
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._answer is not None:
             self._start_timer()  # The next head waits behind an answer, with which nothing is wrong.
         elif self._pending:
             self._refuse(TimedOut.status, f"path and headers did not come within {self.head_seconds:g} s")
         else:
             self.transport.close()
 
+    @property
+    def _answer(self) -> RequestResponseCycle | None:
+        """That under way."""
+        cycle: Any = self.cycle  # None at first, which uvicorn's annotation leaves out
+        return None if cycle is None or cycle.response_complete else cycle
+
     def _refuse(self, status: int, message: str) -> None:
         # In the middle of an answer it would be taken for a part of it.
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        if self._answer is None or not self._answer.response_started:
             body = error_json(message, status)
             head = f"connection: close\r\ncontent-length: {len(body)}\r\ncontent-type: application/json\r\n\r\n"
             self.transport.write(_STATUS_LINES[status] + head.encode() + body)

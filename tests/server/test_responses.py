@@ -222,7 +222,7 @@ def test_what_is_refused_is_named(server: ServerProcess, body: dict[str, Any], s
         ([{"type": "item_reference", "id": "a"}], "input[0]: this type of item is not served: give message, "),
         (
             [{"role": "user", "content": [{"type": "input_image"}]}],
-            "part 0 is not served: give parts of type input_text",
+            "part 0 is not served: give parts of type",
         ),
         ([{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}], "input[1].message.role: "),
     ],
