@@ -176,6 +176,7 @@ def test_hints_are_ignored(client: Any) -> None:
     hints: dict[str, Any] = {
         "user": "me", "safety_identifier": "x", "prompt_cache_key": "x", "service_tier": "auto", "truncation": "auto",
         "background": False, "parallel_tool_calls": True, "tool_choice": "auto",
+        "include": ["reasoning.encrypted_content"], "reasoning": {"effort": "none", "summary": None},
     }  # fmt: skip
     assert client.responses.create(model="lattice", input="!say a", **hints).output_text == "a"
 
@@ -192,10 +193,12 @@ def test_hints_are_ignored(client: Any) -> None:
         ({"input": "a", "max_output_tokens": 0}, 400, "max_output_tokens"),
         ({"input": "a", "temperature": -1}, 400, "temperature"),
         ({"input": "a", "top_logprobs": 3}, 400, "top_logprobs"),
+        ({"input": "a", "top_logprobs": 3, "include": ["reasoning.encrypted_content"]}, 400, "top_logprobs"),
         ({"input": "a", "background": True}, 400, "background"),
         ({"input": "a", "conversation": "conv_1"}, 400, "conversation"),
         ({"input": "a", "prompt": {"id": "x"}}, 400, "prompt"),
         ({"input": "a", "reasoning": {"effort": "high"}}, 400, "reasoning"),
+        ({"input": "a", "text": {"verbosity": "low"}}, 400, "text"),
         ({"input": "a", "include": ["file_search_call.results"]}, 400, "include"),
         ({"input": "a", "tools": [{"type": "web_search"}]}, 400, "tools"),
         ({"input": "a", "tool_choice": "required"}, 400, "tool_choice"),
