@@ -31,17 +31,22 @@ _DONE = b"data: [DONE]\n\n"
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`. Raises `ClientDisconnect`, with `work` cancelled, when the client goes away first."""
+    return await _until(_disconnect(receive), work=work)
+
+
+async def _until(*ends: Coroutine[Any, Any, None], work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`. Raises `ClientDisconnect`, with `work` cancelled, when one of `ends` comes first."""
     task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnect(receive))
+    others = [asyncio.create_task(end) for end in ends]
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, *others}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnect
         return await task
     finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        for each in (task, *others):
+            each.cancel()
+        await asyncio.gather(task, *others, return_exceptions=True)
 
 
 async def _disconnect(receive: Receive) -> None:
@@ -59,36 +64,34 @@ class EventStream(Response):
     _prefix = b"data: "
     _done = _DONE
 
-    def __init__(self, events: AsyncGenerator[bytes, None], *, keep_alive_seconds: float) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], *, keep_alive_seconds: float, stall_seconds: float) -> None:
+        """stall_seconds: how long the client may take none of it; then it counts as gone."""
         self.status_code = 200
         self.background = None
         self._events = events
         self._keep_alive_seconds = keep_alive_seconds
+        self._stall_seconds = stall_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await until_disconnect(receive, self._send(_Body(send, self._keep_alive_seconds)))
+        body = _Body(send, self._keep_alive_seconds, self._stall_seconds)
+        await _until(_disconnect(receive), body.watch(), work=self._send(body))
 
     async def _send(self, body: _Body) -> None:
-        comments = asyncio.create_task(body.keep_alive())
-        try:
-            async with aclosing(self._events) as events:
-                last = self._done
-                try:
-                    async for event in events:
-                        await body.send(self._prefix + event + b"\n\n")
-                except LatticeError as error:
-                    if not body.started:
-                        raise
-                    last = _failed(error.message, error.status, error.param)
-                except Exception:
-                    if not body.started:
-                        raise
-                    log.exception("stream failed")
-                    last = _failed("internal error: see the server's log", 500)
-                await body.end(last)
-        finally:
-            comments.cancel()
-            await asyncio.gather(comments, return_exceptions=True)
+        async with aclosing(self._events) as events:
+            last = self._done
+            try:
+                async for event in events:
+                    await body.send(self._prefix + event + b"\n\n")
+            except LatticeError as error:
+                if not body.started:
+                    raise
+                last = _failed(error.message, error.status, error.param)
+            except Exception:
+                if not body.started:
+                    raise
+                log.exception("stream failed")
+                last = _failed("internal error: see the server's log", 500)
+            await body.end(last)
 
 
 class NamedEventStream(EventStream):
@@ -105,11 +108,13 @@ def _failed(message: str, status: int, param: str | None = None) -> bytes:
 class _Body:
     """What is sent of a stream. Two tasks write to it: one the events, one the comments between them."""
 
-    def __init__(self, send: Send, keep_alive_seconds: float) -> None:
+    def __init__(self, send: Send, keep_alive_seconds: float, stall_seconds: float) -> None:
         self.started = self._ended = False
         self._send = send
-        self._seconds = keep_alive_seconds
+        self._keep_alive_seconds = keep_alive_seconds
+        self._stall_seconds = stall_seconds
         self._last = time.monotonic()
+        """When the last write began."""
         # Without it a comment could overtake the status, or follow the end, while that waits for a slow client.
         self._lock = asyncio.Lock()
 
@@ -117,20 +122,37 @@ class _Body:
         async with self._lock:
             await self._write(data)
 
-    async def keep_alive(self) -> None:
-        """A comment after each stretch of silence, until it is cancelled."""
-        # One timer for many events: a timeout for each took a third of this process's time.
-        while True:
-            await asyncio.sleep(self._last + self._seconds - time.monotonic())
-            async with self._lock:
-                if not self._ended and time.monotonic() - self._last >= self._seconds:
-                    await self._write(_KEEP_ALIVE)
-
     async def end(self, data: bytes) -> None:
         async with self._lock:
             self._ended = True
             await self._write(data)
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def watch(self) -> None:
+        """Fill silence with comments. Returns when the client takes nothing: what waits for it would pile up."""
+        # A timer for many events, for one for each took a third of this process's time.
+        while True:
+            waits = self._lock.locked()
+            rest = self._last + (self._stall_seconds if waits else self._keep_alive_seconds) - time.monotonic()
+            if rest > 0:
+                await asyncio.sleep(min(rest, self._keep_alive_seconds))
+            elif waits or not await self._comment():
+                break
+        log.warning("a client does not take its stream", seconds=self._stall_seconds)
+
+    async def _comment(self) -> bool:
+        """Whether the client takes it in time."""
+        # Not `wait_for`, which may lose that it is cancelled.
+        writing = asyncio.create_task(self._write_comment())
+        try:
+            return bool((await asyncio.wait({writing}, timeout=self._stall_seconds))[0])
+        finally:
+            writing.cancel()
+
+    async def _write_comment(self) -> None:
+        async with self._lock:
+            if not self._ended and time.monotonic() - self._last >= self._keep_alive_seconds:
+                await self._write(_KEEP_ALIVE)
 
     async def _write(self, data: bytes) -> None:
         self._last = time.monotonic()
