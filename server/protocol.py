@@ -61,7 +61,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
-            return  # `_decline` comes next.
+            return  # `_decline` comes next
         self._stop_timer()
         self._in_body = True
         super().on_headers_complete()
@@ -78,20 +78,25 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def _feed(self, data: bytes) -> None:
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as offer:
-            self._decline(data[offer.args[0] :])
-        except httptools.HttpParserError as error:
-            self._refuse(_BAD_REQUEST, f"this is not HTTP/1.1: {error}")
+        while data:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                data = self._decline(data[offer.args[0] :])
+                continue
+            except httptools.HttpParserError as error:
+                self._refuse(_BAD_REQUEST, f"this is not HTTP/1.1: {error}")
+            return
 
-    def _decline(self, rest: bytes) -> None:
-        """Go on as if the client had not offered another protocol. Java's HTTP client offers HTTP/2 by itself, and the
-        parser would end at the head of its request."""
+    def _decline(self, rest: bytes) -> bytes:
+        """What to read instead of a head that offers another protocol and the `rest`: the same without the offer.
+
+        Java's HTTP client offers HTTP/2 by itself, and the parser ends at the head of such a request.
+        """
         method, version = self.parser.get_method(), self.parser.get_http_version()
         if method == b"CONNECT":
             self._refuse(_BAD_REQUEST, "this is no proxy: send the request to the server that it is for")
-            return
+            return b""
         head = [method, b" ", self.url, b" HTTP/", version.encode(), b"\r\n"]
         for name, value in self.headers:
             if name not in _OFFERS:
@@ -99,7 +104,7 @@ class BoundedProtocol(HttpToolsProtocol):
             elif name == b"connection" and b"close" in value.lower():
                 head.append(b"connection: close\r\n")
         self.parser = httptools.HttpRequestParser(self)
-        self._feed(b"".join(head) + b"\r\n" + rest)
+        return b"".join(head) + b"\r\n" + rest
 
     def _start_timer(self) -> None:
         self._timer = self.loop.call_later(self.head_seconds, self._on_timer)

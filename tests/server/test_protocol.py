@@ -81,6 +81,15 @@ def test_another_protocol_is_declined(server: ServerProcess, offer: bytes) -> No
         assert to_the_end(connection).startswith(b"HTTP/1.1 200 ")
 
 
+def test_many_offers_at_once_are_declined(server: ServerProcess) -> None:
+    count = 1200
+    with connect(server) as connection:
+        connection.sendall((b"GET /ping HTTP/1.1\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n") * count)
+        got = b""
+        while got.count(b"HTTP/1.1 200 ") < count:
+            got += connection.recv(1 << 20)
+
+
 def test_a_tunnel_is_refused(server: ServerProcess) -> None:
     with connect(server) as connection:
         connection.sendall(b"CONNECT example.com:443 HTTP/1.1\r\nhost: example.com\r\n\r\n")
