@@ -77,6 +77,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_body = False
         super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._timer is not None:  # The next head has begun. What it waited behind the answer does not count.
+            self._stop_timer()
+            self._start_timer()
+
     def _feed(self, data: bytes) -> None:
         while data:
             try:
@@ -117,7 +123,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _on_timer(self) -> None:
         self._timer = None
         if self._answer is not None:
-            self._start_timer()  # The next head waits behind an answer, with which nothing is wrong.
+            self._start_timer()
         elif self._pending:
             self._refuse(TimedOut.status, f"path and headers did not come within {self.head_seconds:g} s")
         else:
