@@ -18,17 +18,18 @@ from lattice_serve.engine.drafter import Drafter
 from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError
 from lattice_serve.engine.grammar import Compiled, Grammars
 from lattice_serve.engine.memory import Memory
-from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit, TokenOutput
+from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit
 from lattice_serve.engine.pace import Pace
 from lattice_serve.engine.pooled import Pooled
 from lattice_serve.engine.prefix_cache import PrefixCache
 from lattice_serve.engine.processors import available_cpus
-from lattice_serve.engine.runner import Runner
+from lattice_serve.engine.runner import Runner, Running
 from lattice_serve.engine.sampler import Sampled, SampleRow, TokenCounts, penalised
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.scheduler import Scheduler
 from lattice_serve.engine.sequence import Sequence, Status
 from lattice_serve.engine.state_pool import StatePool
+from lattice_serve.engine.taken import Taken
 from lattice_serve.engine.tensor_parallel.commands import Reserve
 from lattice_serve.engine.tensor_parallel.group import devices
 from lattice_serve.engine.tensor_parallel.sharded import ShardedBackend, ShardedPool
@@ -68,6 +69,7 @@ class Engine:
             self.close()
             raise
         self.runner = Runner(backend, self.pool.memory.device)
+        self._on_gpu = self.pool.memory.device.type == "cuda"
         self.scheduler = Scheduler(
             rows=self.pool.rows,
             max_step_tokens=config.max_step_tokens,
@@ -79,6 +81,11 @@ class Engine:
         self._pace = Pace(config.step_seconds, config.max_step_tokens)
         self.grammars = Grammars(config.model, self.tokenizer)
         self._sequences: dict[str, Sequence] = {}
+        self._running: Running | None = None
+        self._began = 0.0
+        self._taken: list[Taken] = []
+        self._failures: list[RequestFailed] = []
+        """Collected, and not emitted yet."""
         self._compiling: dict[str, Future[Compiled]] = {}
         """Of sequences that the scheduler does not know yet: they wait for their grammars."""
         self._seeds = random.Random(os.urandom(16))
@@ -151,29 +158,49 @@ class Engine:
         """End a request in any phase, without a word; an unknown one is none of our business."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
+            self._taken = [each for each in self._taken if each.sequence is not sequence]
             self._finish(sequence)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences)
+        return bool(self._sequences or self._taken)
 
     def step(self) -> StepOutputs:
-        """Schedule, run, sample, advance, emit. At most `max_step_tokens` tokens."""
-        outputs: list[TokenOutput] = []
-        failures = self._queue_compiled()
+        """Schedule, run, sample, advance, emit. At most `max_step_tokens` tokens.
+
+        Who sends the outputs on does better to call the three itself, `emit` in between: on a GPU, texts and messages
+        of one step are then made while the next one runs.
+        """
+        self.launch()
+        self.collect()
+        return self.emit()
+
+    def launch(self) -> None:
+        """Schedule and run a step. It is there when `collect` returns, and on the CPU when this does."""
+        self._failures += self._queue_compiled()
         self.memory.move(self.scheduler.assign(), self.scheduler.running)
         pieces = self.scheduler.schedule(self._pace.tokens(self.scheduler.decoding))
         self.memory.hold(pieces)
-        began = time.monotonic()
-        results = self.runner.run(pieces) if pieces else []
+        self._began = time.monotonic()
+        self._running = self.runner.launch(pieces) if pieces else None
         self._steps += 1
         self._step_tokens = sum(piece.tokens for piece in pieces)
-        self._pace.record(self._step_tokens, time.monotonic() - began)
+        if not self._on_gpu:
+            self.collect()
+
+    def collect(self) -> None:
+        """Wait for the step that was launched last, and take its tokens into their sequences."""
+        if self._running is None:
+            return
+        results, self._running = self._running.results(), None
+        self._pace.record(self._step_tokens, time.monotonic() - self._began)
         for result in results:
             sequence = result.piece.sequence
+            if sequence.status is Status.FINISHED:  # aborted meanwhile
+                continue
             self._prompt_tokens += max(0, min(result.piece.end, len(sequence.prompt_ids)) - result.piece.start)
             if result.error is not None:
-                failures.append(self._fail(sequence, result.error))
+                self._failures.append(self._fail(sequence, result.error))
                 continue
             accepted = max(0, len(result.sampled) - 1)
             self._drafted += len(result.piece.draft)
@@ -181,17 +208,22 @@ class Engine:
             self.memory.settle(result.piece, accepted)
             self.memory.keep_prompt(result.piece, result.logits)
             if not result.sampled and sequence.decoding and sequence.params.max_tokens == 0:
-                outputs.append(self._scored(sequence))
+                self._score(sequence)
             try:
                 for sampled in result.sampled:
-                    outputs.append(self._advance(sequence, sampled))
+                    self._advance(sequence, sampled)
                     if sequence.finish_reason is not None:
                         break
             except InvalidParameter as error:
                 assert sequence.params.grammar is not None
                 self.grammars.discard(sequence.params.grammar)
-                failures.append(self._fail(sequence, error))
-        return StepOutputs(outputs=outputs, failures=failures, stats=self.stats())
+                self._failures.append(self._fail(sequence, error))
+
+    def emit(self) -> StepOutputs:
+        """What has been collected and not been emitted yet."""
+        taken, self._taken = self._taken, []
+        failures, self._failures = self._failures, []
+        return StepOutputs(outputs=[each.output() for each in taken], failures=failures, stats=self.stats())
 
     def check_idle(self) -> None:
         """Assert that nothing is left of what has run. To be called when there is no work, and time for it."""
@@ -311,7 +343,7 @@ class Engine:
                 del self._compiling[request_id]
         return failures
 
-    def _advance(self, sequence: Sequence, sampled: Sampled) -> TokenOutput:
+    def _advance(self, sequence: Sequence, sampled: Sampled) -> None:
         """Take a sampled token into its sequence, and end that where it should.
 
         Raises `InvalidParameter` where its grammar is too complex to go on with.
@@ -322,57 +354,36 @@ class Engine:
         if sequence.sample_row.counts is not None:
             sequence.sample_row.counts.add(token_id)
         self._generated += 1
-        stop_reason: int | str | None = None
+        taken = Taken(sequence, sampled)
         # Below min_tokens the sampler has not let any of these be chosen.
         if token_id in params.stop_token_ids:
-            text, sequence.finish_reason, stop_reason = "", "stop", token_id
+            taken.text, sequence.finish_reason, taken.stop_reason = "", "stop", token_id
         elif token_id == self.model.config.eos_token_id and not params.ignore_eos:
-            text, sequence.finish_reason = "", "stop"
+            taken.text, sequence.finish_reason = "", "stop"
         else:
             matcher = sequence.sample_row.matcher
             if matcher is not None:
                 matcher.push(token_id)
-            text, stop_reason = sequence.detokenizer.push(token_id)
-            if stop_reason is not None or (matcher is not None and matcher.complete):
+            if params.stop:
+                taken.text, taken.stop_reason = sequence.detokenizer.push(token_id)
+            if taken.stop_reason is not None or (matcher is not None and matcher.complete):
                 sequence.finish_reason = "stop"
             elif len(sequence.output_ids) >= params.max_tokens:
                 sequence.finish_reason = "length"
-        if sequence.finish_reason is not None and not isinstance(stop_reason, str):
-            text += sequence.detokenizer.flush()
-        return self._output(sequence, token_id, text, stop_reason, sampled)
+        self._take(taken)
 
-    def _scored(self, sequence: Sequence) -> TokenOutput:
-        """The only output of a request for no tokens."""
+    def _score(self, sequence: Sequence) -> None:
+        """End a request for no tokens."""
         sequence.finish_reason = "length"
-        return self._output(sequence, None, "", None, None)
+        self._take(Taken(sequence, None, text=""))
 
-    def _output(
-        self,
-        sequence: Sequence,
-        token_id: int | None,
-        text: str,
-        stop_reason: int | str | None,
-        sampled: Sampled | None,
-    ) -> TokenOutput:
-        first = len(sequence.output_ids) <= 1
-        started = sequence.started or sequence.arrived
-        output = TokenOutput(
-            request_id=sequence.request_id,
-            token_id=token_id,
-            text=text,
-            finish_reason=sequence.finish_reason,
-            stop_reason=stop_reason,
-            logprob=None if sampled is None else sampled.logprob,
-            cached_tokens=sequence.cached_tokens if first else 0,
-            prompt_logprobs=sequence.prompt_logprobs if first else None,
-            embedding=sequence.pooled.result() if first and sequence.pooled is not None else None,
-            queue_seconds=started - sequence.arrived if first else None,
-            prefill_seconds=time.monotonic() - started if first else None,
-        )
+    def _take(self, taken: Taken) -> None:
+        sequence = taken.sequence
+        taken.finish_reason = sequence.finish_reason
+        self._taken.append(taken)
         if sequence.finish_reason is not None:
             self.memory.keep_answer(sequence)
             self._finish(sequence)
-        return output
 
     def _fail(self, sequence: Sequence, error: LatticeError) -> RequestFailed:
         self._finish(sequence)

@@ -171,7 +171,9 @@ class LLM:
                 if not places:
                     self._engine.check_idle()
                     return
-                step = self._engine.step()
+                self._engine.launch()
+                step = self._engine.emit()  # on a GPU, of the step before
+                self._engine.collect()
                 for failed in step.failures:
                     raise _error(failed)
                 for output in step.outputs:
@@ -182,6 +184,7 @@ class LLM:
         finally:
             for request_id in places:
                 self._engine.abort(request_id)
+            self._engine.emit()  # nobody waits for what others of them have got
 
 
 def _error(failed: RequestFailed) -> LatticeError:

@@ -82,8 +82,10 @@ def serve(engine: Engine, connection: Connection) -> None:
                 except LatticeError as error:
                     failures.append(failure(message.request_id, error))
             if engine.has_work:
-                step = engine.step()
+                engine.launch()
+                step = engine.emit()  # on a GPU, of the step before
                 connection.send(msgspec.structs.replace(step, failures=failures + step.failures))
+                engine.collect()
                 if not engine.has_work:
                     engine.check_idle()
             else:

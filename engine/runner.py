@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from lattice_serve.engine.backend import Backend
 from lattice_serve.engine.errors import NumericalError
-from lattice_serve.engine.sampler import Sampled, SampleRow, prompt_logprobs, sample
+from lattice_serve.engine.sampler import Sampled, SampleRow, prompt_logprobs, start
 from lattice_serve.engine.scheduler import Piece
 from lattice_serve.kernels.mixer import Segments
 
+_NOTHING = slice(0, 0)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True, eq=False)
 class StepResult:
     """What came out for one piece of a step."""
 
@@ -24,7 +26,7 @@ class StepResult:
     """The next token, where the piece ends in a choice, and those after it as far as the draft was right."""
     error: NumericalError | None = None
     logits: Tensor | None = None
-    """[V] that the next token was chosen from; good until the next step."""
+    """[V] that the first token of an answer was chosen from; good until the next step."""
 
 
 class Runner:
@@ -33,34 +35,51 @@ class Runner:
         self._backend, self._device = backend, device
 
     @torch.inference_mode()
-    def run(self, pieces: list[Piece]) -> list[StepResult]:
-        """One forward pass over `pieces`, whose sequences hold rows; advances what they have computed and scored."""
+    def launch(self, pieces: Sequence[Piece]) -> Running:
+        """Begin a forward pass over `pieces`, whose sequences hold rows. On a GPU it runs while this returns."""
         plan = _Plan()
         parts = [plan.add(piece) for piece in pieces]
         logits = hidden = torch.empty(0, device=self._device)
         if plan.ids:
             logits, hidden = self._backend(plan.ids, Segments.of(plan.segments, plan.decodes), plan.wanted, plan.pooled)
         chosen = plan.chosen(logits)
-        sampled = iter(sample(chosen, plan.rows))
+        return Running(parts, logits, hidden, chosen, start(chosen, plan.rows))
+
+
+class Running:
+    """A step that the device has been given."""
+
+    def __init__(
+        self, parts: list[_Part], logits: Tensor, hidden: Tensor, chosen: Tensor, sampled: Callable[[], list[Sampled]]
+    ) -> None:
+        self._parts, self._logits, self._hidden, self._chosen, self._sampled = parts, logits, hidden, chosen, sampled
+
+    @torch.inference_mode()
+    def results(self) -> list[StepResult]:
+        """Wait for it; advances what its sequences have computed and scored. To be called once, before the next."""
+        sampled = self._sampled()
         results = []
         first = 0
-        for part in parts:
-            choices = [next(sampled) for _ in range(part.choices)]
+        for part in self._parts:
+            piece = part.piece
+            choices = sampled[first : first + part.choices]
             error = None
             try:
-                part.take(logits, hidden)
+                if part.gives:
+                    part.take(self._logits, self._hidden)
                 if choices and not choices[0].finite:
                     raise NumericalError("the model's output for this request is not finite: its state was discarded")
             except NumericalError as failure:
                 error = failure
-            part.piece.sequence.computed = part.piece.end
-            row = chosen[first] if choices else None
+            piece.sequence.computed = piece.end
+            row = self._chosen[first] if choices and piece.ends_prompt else None
             first += part.choices
-            results.append(StepResult(part.piece, list(_right(choices, part.piece.draft)), error, row))
+            right = choices if error is None and not piece.draft else list(_right(choices, piece.draft))
+            results.append(StepResult(piece, right, error, row))
         return results
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Part:
     """Where in a step to find what one piece asks for."""
 
@@ -68,6 +87,12 @@ class _Part:
     choices: int
     scored: slice
     pooled: slice
+
+    @property
+    def gives(self) -> bool:
+        """Whether there is anything to `take`."""
+        sequence = self.piece.sequence
+        return sequence.prompt_logprobs is not None or sequence.pooled is not None
 
     def take(self, logits: Tensor, hidden: Tensor) -> None:
         """Give its sequence what was asked of the prompt. Raises `NumericalError` where that is not finite."""
@@ -100,6 +125,14 @@ class _Plan:
         sequence = piece.sequence
         assert sequence.row is not None, "a sequence runs without a state row"
         begin, scored, pooled = len(self.ids), len(self.wanted), len(self.pooled)
+        if piece.next_alone:
+            self.ids.append(sequence.output_ids[-1])
+            self.segments.append((sequence.row, piece.start, 1))
+            self.decodes += 1
+            self._chosen.append(scored)
+            self.wanted.append(begin)
+            self.rows.append(sequence.sample_row)
+            return _Part(piece, 1, _NOTHING, _NOTHING)
         if piece.tokens:
             self.ids += [*sequence.tokens(piece.start, piece.end), *piece.draft]
             self.segments.append((sequence.row, piece.start, piece.tokens))

@@ -88,14 +88,19 @@ def uniform(seed: int, index: int) -> float:
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
-    """Choose the next token of each row.
+    """Choose the next token of each row, and wait for it; see `start`."""
+    return start(logits, rows)()
+
+
+def start(logits: Tensor, rows: Sequence[SampleRow]) -> Callable[[], list[Sampled]]:
+    """Let the device choose the next token of each row; the call waits for them.
 
     logits: `[B, V]` float32, untouched; V at most `MAX_VOCAB_SIZE`; rows: B of them. Applied in this order:
     logit_bias, grammar, min_tokens, penalties, temperature, top_k, top_p, min_p. Equally likely tokens rank by id, the
     lowest first. Where the logits are not finite, that row alone says so.
     """
     if not rows:
-        return []
+        return list
     # max propagates NaN, and gives the lowest id on a tie.
     highest, chosen = logits.max(dim=-1)
     finite = highest.isfinite()
@@ -110,9 +115,15 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
         # Rows that are not finite are drawn from too, as if they were: nothing here waits to know which they are.
         scores = _select(logits, work).double().masked_fill_(~_select(finite, work)[:, None], 0)
         chosen = chosen.index_copy(0, _places(work, logits.device), _choose(scores, [rows[i] for i in work]))
-    token_ids, flags = _fetch(torch.stack((chosen, finite.long())))
-    good = [i for i, flag in enumerate(flags) if flag]
+    fetched = _fetching(torch.stack((chosen, finite.long())))
+    return lambda: _sampled(logits, rows, *fetched())
 
+
+def _sampled(
+    logits: Tensor, rows: Sequence[SampleRow], token_ids: Sequence[int], flags: Sequence[int]
+) -> list[Sampled]:
+    """With the log-probabilities that were asked for. flags: whether a row's logits were finite."""
+    good = [i for i, flag in enumerate(flags) if flag]
     asked = [i for i in good if rows[i].params.logprobs is not None]
     logprobs: list[TokenLogprob | None] = [None] * len(rows)
     if asked:
@@ -315,14 +326,20 @@ def _upload(values: Tensor, device: torch.device) -> Tensor:
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
-def _fetch(values: Tensor) -> list[list[int]]:
-    """From the device, when all that it was given to do is done: the only wait of a step."""
-    if values.device.type == "cuda":
-        pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-        torch.cuda.current_stream(values.device).synchronize()
-        values = pinned
-    rows: list[list[int]] = values.tolist()
-    return rows
+def _fetching(values: Tensor) -> Callable[[], list[list[int]]]:
+    """Let values come from the device; the call waits for them, the only wait of a step."""
+    if values.device.type != "cuda":
+        return values.tolist
+    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record(torch.cuda.current_stream(values.device))
+
+    def wait() -> list[list[int]]:
+        there.synchronize()
+        rows: list[list[int]] = pinned.tolist()
+        return rows
+
+    return wait
 
 
 def _power_of_two(size: int) -> int:

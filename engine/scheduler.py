@@ -21,7 +21,7 @@ AGING = 1000
 """Steps that one unit of priority is worth."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Piece:
     """Tokens `start` to `end` of one sequence, to be run in a step: none where its logits are there already."""
 
@@ -39,6 +39,17 @@ class Piece:
     def decodes(self) -> bool:
         """Whether its tokens are such as the model has chosen."""
         return self.start >= len(self.sequence.prompt_ids)
+
+    @property
+    def next_alone(self) -> bool:
+        """Whether it is the token chosen last and nothing else, as all but a few pieces are."""
+        sequence = self.sequence
+        return (
+            not self.draft
+            and self.end - self.start == 1
+            and self.start >= len(sequence.prompt_ids)
+            and self.end == sequence.length
+        )
 
     @property
     def samples(self) -> bool:

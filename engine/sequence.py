@@ -67,6 +67,8 @@ class Sequence:
     started: float | None = None
     """Monotonic seconds of its first step."""
     finish_reason: FinishReason | None = None
+    emitted: bool = False
+    """Whether its first output has been made."""
 
     @classmethod
     def of(

@@ -77,6 +77,7 @@ class TritonDecoder:
                 for n in reversed(self._sizes):
                     self._fill([], [], [], n)
                     self._decode[n] = DecodeGraph(self._decode[n], memory)
+                self._check_sizes()
 
     def __call__(
         self, ids: Sequence[int], segments: Segments, wanted: Sequence[int], hidden: Sequence[int] = ()
@@ -113,6 +114,19 @@ class TritonDecoder:
         places = self._upload([place - n for place in hidden])
         prefilled, states = self._network.prefill(self._upload(ids[n:]), prompts, self._upload(asked), places)
         return torch.cat((logits, prefilled)) if decoded else prefilled, states
+
+    def _check_sizes(self) -> None:
+        """Raises RuntimeError unless a token has the same bits in graphs of every size, whose tiles differ."""
+        rows = []
+        for n in self._sizes:
+            self._fill([1] * n, [-1] * n, [0] * n, n)
+            self._decode[n]()
+            rows.append(self._logits[0].clone())
+        if not all(torch.equal(row, rows[0]) for row in rows):
+            raise RuntimeError(
+                f"{self.name}: a token has other bits in a large batch than in a small one: please report it with the "
+                "device's name; in kernels/linear/tiles.py it needs one shape of tiles for decode"
+            )
 
     def _decoding(self, size: int) -> Callable[[], object]:
         ids, rows, positions = self._inputs[: 3 * size].view(3, size)

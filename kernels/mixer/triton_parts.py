@@ -99,13 +99,18 @@ def shift_tail(
     tl.store(p_v + o_line + o_d[None, :], v, mask=in_line & in_d[None, :])
 
 
+def tile_width(n: int) -> int:
+    """Of a tile that holds n values or slots: no product of tensor cores takes less than 16."""
+    return max(16, triton.next_power_of_2(n))
+
+
 def geometry(layout: StateLayout) -> dict[str, Any]:
     """The kernels' constants: a layer's shape, and the lines and places of a head's block as in `StateLayout`."""
     s = layout.shape
     return {
         "H": s.H, "d": s.d, "m": s.m, "C": s.C, "taps": s.taps, "line_d": layout.d, "line_m": layout.m,
         "places": layout.offsets, "head_size": layout.head_size, "objective": OBJECTIVES.index(s.objective),
-        "use_forget_gate": s.use_forget_gate, "b_d": triton.next_power_of_2(s.d), "b_m": triton.next_power_of_2(s.m),
+        "use_forget_gate": s.use_forget_gate, "b_d": tile_width(s.d), "b_m": tile_width(s.m),
     }  # fmt: skip
 
 

@@ -47,6 +47,7 @@ from lattice_serve.kernels.mixer.triton_parts import (
     shift_tail,
     silu,
     step_size,
+    tile_width,
     unit_length,
     unit_rows,
 )
@@ -330,7 +331,7 @@ def tile_lines(layout: StateLayout) -> tuple[tuple[int, ...], int]:
     log a, from the chunk's start on | gamma | M[last] [b_t] | A^T, the memory that the chunk begins with [b_m, b_d]
     """
     s = layout.shape
-    b_d, b_m, b_t = triton.next_power_of_2(s.d), triton.next_power_of_2(s.m), tile_rows(s.C)
+    b_d, b_m, b_t = tile_width(s.d), tile_width(s.m), tile_rows(s.C)
     sizes = (b_t * b_m, b_t * b_m, b_t * b_m, b_t * b_m, b_t * b_d, 4 * b_t, b_m * b_d)
     *places, size = itertools.accumulate(sizes, initial=0)
     return tuple(places), size
