@@ -60,7 +60,7 @@ def seconds(call: Callable[[], object], repeats: int = 20, *, graph: bool = True
         end.record()
         end.synchronize()
         taken.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(taken)
+    return float(statistics.median(taken))
 
 
 def measured_ceilings() -> Device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,12 +30,13 @@ class Segments:
     @classmethod
     def of(cls, segments: Sequence[tuple[int, int, int]], decodes: int = 0) -> Segments:
         """From (row, position, length) of each segment. Raises ValueError for a row named twice or an empty segment."""
-        rows, positions, lengths = (np.array(column, dtype=np.int64) for column in zip(*segments, strict=True))
-        if len(np.unique(rows)) != len(rows):
+        rows, positions, lengths = zip(*segments, strict=True)
+        if len(set(rows)) != len(rows):
             raise ValueError("a state row stands in two segments of a batch")
-        if (lengths < 1).any():
+        if min(lengths) < 1:
             raise ValueError("a segment of a batch holds no token")
-        return cls(rows, positions, np.concatenate(([0], np.cumsum(lengths))), decodes)
+        starts = np.array([*accumulate(lengths, initial=0)], dtype=np.int64)
+        return cls(np.array(rows, dtype=np.int64), np.array(positions, dtype=np.int64), starts, decodes)
 
     @property
     def prompts(self) -> Segments:
