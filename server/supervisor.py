@@ -25,6 +25,7 @@ _FIRST_DELAY_SECONDS = 0.1
 _LONGEST_DELAY_SECONDS = 10.0
 _STABLE_SECONDS = 60.0
 """An engine that lived that long is restarted without the delays that earlier deaths have added."""
+_LAST_SECONDS = 1.0
 _STOP_SECONDS = 3.0
 _STDERR = 2
 
@@ -77,6 +78,8 @@ class Supervisor:
         try:
             # Without its connection an engine is of no use: what it worked on is lost to the server.
             await asyncio.wait({link, exited}, return_when=asyncio.FIRST_COMPLETED)
+            # One that ends by itself closes its connection a moment before: its exit status is to be its own.
+            await asyncio.wait({exited}, timeout=_LAST_SECONDS)
             if link.done() and link.exception() is not None:
                 log.error("engine connection failed", exc_info=link.exception())
         finally:

@@ -204,6 +204,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--fail", action="store_true")
+    parser.add_argument("--fail-connected", action="store_true")
     parser.add_argument("--longest", type=int, default=1 << 31, help="tokens of an answer")
     parser.add_argument("--socket", required=True)
     parser.add_argument("--config", required=True)
@@ -215,6 +216,12 @@ async def main() -> None:
     gone = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if options.fail_connected:
+            writer.close()
+            sys.stderr.write("the fake engine was told not to start")
+            # As the engine, it ends with its stdin, too.
+            server_gone = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
+            os._exit(0 if (await asyncio.wait({server_gone}, timeout=0.2))[0] else 1)
         try:
             await engine.serve(reader, writer)
         except (asyncio.IncompleteReadError, ConnectionError):

@@ -45,8 +45,9 @@ def test_full_queue_is_a_429_before_any_200(start_server: StartServer, pool: Thr
     assert server.metrics()['admission_rejections_total{reason="queue_full"}'] == 2
 
 
-def test_an_engine_that_does_not_start_ends_the_server(start_server: StartServer) -> None:
-    server = start_server(ready=False, engine_options=("--fail",))
+@pytest.mark.parametrize("how", ["--fail", "--fail-connected"])
+def test_an_engine_that_does_not_start_ends_the_server(start_server: StartServer, how: str) -> None:
+    server = start_server(ready=False, engine_options=(how,))
     assert server.process.wait(20) == 1
     log = server.log_path.read_text()
     assert "the fake engine was told not to start" in log
