@@ -72,10 +72,11 @@ class TritonDecoder:
         self._logits = torch.zeros(most, self._network.vocab_size, dtype=torch.float32, device=pool.device)
         self._decode: dict[int, Callable[[], object]] = {n: self._decoding(n) for n in self._sizes}
         if on_gpu:
-            self._fill([], [], [], most)
             memory = torch.cuda.graph_pool_handle()
             with torch.inference_mode():
-                self._decode = {n: DecodeGraph(self._decode[n], memory) for n in reversed(self._sizes)}
+                for n in reversed(self._sizes):
+                    self._fill([], [], [], n)
+                    self._decode[n] = DecodeGraph(self._decode[n], memory)
 
     def __call__(
         self, ids: Sequence[int], segments: Segments, wanted: Sequence[int], hidden: Sequence[int] = ()

@@ -42,11 +42,13 @@ class Architecture:
     processors: int
     decode: tuple[tuple[int, Tiles], ...]
     """(most rows, tiles), the fewest rows first; the last are for any number of rows."""
-    prefill: Tiles
+    prefill: tuple[Tiles, ...]
+    """Large ones first: those that leave no processor idle are taken, or the last."""
 
-    def tiles(self, phase: Phase, rows: int) -> Tiles:
+    def tiles(self, phase: Phase, rows: int, outputs: int) -> Tiles:
         if phase == "prefill":
-            return self.prefill
+            busy = (t for t in self.prefill if -(-rows // t.b_m) * -(-outputs // t.b_n) >= self.processors)
+            return next(busy, self.prefill[-1])
         return next((tiles for most, tiles in self.decode if rows <= most), self.decode[-1][1])
 
     def splits(self, phase: Phase, N: int, K: int, itemsize: int) -> int:
@@ -67,12 +69,14 @@ def part(K: int, P: int, itemsize: int) -> int:
 _HOPPER = ((16, Tiles(16, 32, 256, 4, 4)), (64, Tiles(64, 32, 256, 4, 4)), (128, Tiles(128, 64, 128, 8, 4)))
 
 ARCHITECTURES = {
-    "sm_80": Architecture(108, ((64, Tiles(64, 32, 256, 4, 3)),), Tiles(128, 128, 64, 8, 3)),
-    "sm_90": Architecture(132, _HOPPER, Tiles(128, 128, 128, 8, 3)),
-    "sm_100": Architecture(148, ((64, Tiles(64, 32, 256, 4, 4)),), Tiles(128, 128, 128, 8, 3)),
-    "gfx942": Architecture(304, ((64, Tiles(64, 32, 256, 4, 2)),), Tiles(128, 128, 64, 8, 2)),
+    "sm_80": Architecture(108, ((64, Tiles(64, 32, 256, 4, 3)),), (Tiles(128, 128, 64, 8, 3),)),
+    "sm_90": Architecture(132, _HOPPER, (Tiles(128, 128, 128, 8, 3), Tiles(64, 64, 128, 4, 4))),
+    "sm_100": Architecture(148, ((64, Tiles(64, 32, 256, 4, 4)),), (Tiles(128, 128, 128, 8, 3),)),
+    "gfx942": Architecture(304, ((64, Tiles(64, 32, 256, 4, 2)),), (Tiles(128, 128, 64, 8, 2),)),
     "interpreter": Architecture(
-        4, ((2, Tiles(16, 128, 256, 1, 1)), (16, Tiles(16, 256, 256, 1, 1))), Tiles(32, 256, 256, 1, 1)
+        4,
+        ((2, Tiles(16, 128, 256, 1, 1)), (16, Tiles(16, 256, 256, 1, 1))),
+        (Tiles(32, 256, 256, 1, 1), Tiles(16, 256, 256, 1, 1)),
     ),
 }
 _FAMILIES = {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_80"}

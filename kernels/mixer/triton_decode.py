@@ -2,17 +2,16 @@
 
 One program has one head of one row: convolution, SiLU, unit q and k, gates, recurrence in the pending-factor form of
 `mixer.cpu` (equations there), read-out, output norm and gate. The anchor is loaded once and stays in registers for
-h = v - A k, w = A^T h and y; it is written at a chunk's last token only. The pending factors are read twice, the second
-time from the cache.
+h = v - A k, w = A^T h and y; it is written at a chunk's last token only.
 
     z [N, in_width], out [N, out_width]    float32 or bfloat16, columns as `MixerShape` has them
     pool [rows, row_size]                  float32 or bfloat16, as `StateLayout` has it
     rows, positions [N]                    int64 on the device; a row of -1 is none: its output is zeros
 
-Sums are float32. What bounds it is memory: a token and head moves the numbers that `traffic` counts and computes
-about 6 m d + 8 (C - 1) (m + d) / 2 FLOPs, 1.5 for each byte of a float32 anchor. Splitting a head over programs would
-need sums across them (w and the norms run over d), so a batch of few rows leaves multiprocessors idle: its step takes
-the time of one program, which is latency.
+Sums are float32. What bounds it is memory: the anchor, and half of the pending factors on average, for about
+6 m d + 4 (C - 1) (m + d) FLOPs, 1.5 for each byte of a float32 anchor (counted in `benchmarks/roofline.py`).
+Splitting a head over programs would need sums across them (w and the norms run over d), so a batch of few rows leaves
+multiprocessors idle: its step takes the time of one program, which is latency.
 """
 
 from __future__ import annotations
@@ -64,12 +63,6 @@ def _convolve(
     if taps > 1:
         tl.store(p_tail + (taps - 2) * line + o_n, x, mask=mask)
     return silu(y)
-
-
-@triton.jit
-def _again(pointers: tl.tensor, mask: tl.tensor, cache: tl.constexpr) -> tl.tensor:
-    """What `load` gives, from the cache: registers are dearer. `cache` tells one time from another to the compiler."""
-    return tl.load(pointers, mask=mask, other=0.0, cache_modifier=cache).to(tl.float32)
 
 
 @triton.jit
@@ -133,8 +126,6 @@ def _mix_token(
     qn = q * tl.rsqrt(a * a + e)
     y = tl.sum(A * (qn * (a - b))[:, None], axis=0) + tl.sum(c * qn, axis=0) * h
     if C > 1:
-        h_old = _again(p_h + o_s[:, None] * line_d + o_d[None, :], in_h, ".ca")
-        c_old = mu * _again(p_c + o_s[:, None] * line_m + o_m[None, :], in_c, ".ca")
         y += tl.sum(h_old * tl.sum(c_old * qn[None, :], axis=1)[:, None], axis=0)
 
     y *= tl.rsqrt(tl.sum(y * y, axis=0) / d + eps) * load(p_norm + o_d, in_d)
@@ -153,7 +144,6 @@ def _mix_token(
         tl.store(p_h + slot * line_d + o_d, h, mask=in_d)
         # without a forget gate the old rows stay as they are
         written = (o_s == slot) | ((o_s < slot) & use_forget_gate)
-        c_old = mu * _again(p_c + o_s[:, None] * line_m + o_m[None, :], in_c, ".cg")
         c_rows = tl.where((o_s == slot)[:, None], c[None, :], c_old)
         tl.store(p_c + o_s[:, None] * line_m + o_m[None, :], c_rows, mask=written[:, None] & in_m[None, :])
         tl.store(p_b + o_m, b, mask=in_m)
@@ -165,7 +155,7 @@ def decode_options(layout: StateLayout) -> dict[str, Any]:
     """Constants that `_mix_token` is launched with."""
     s = layout.shape
     # As few warps as have the registers for it: what takes time is sums across them.
-    num_warps = 1 if s.d * s.m <= 64 * 64 else 4
+    num_warps = 2 if s.d * s.m <= 64 * 64 else 4
     return geometry(layout) | {"b_s": triton.next_power_of_2(s.C), "num_warps": num_warps}
 
 

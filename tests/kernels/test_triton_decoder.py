@@ -33,7 +33,7 @@ CONFIG = ModelConfig(
     chunk_size=4,
     torch_dtype="float32",
 )
-TOKENS, ROWS = 30, 6
+TOKENS, ROWS = 40, 6
 NEAR = 3e-2 if DEVICE == "cuda" else 6e-2
 """Of activations in bfloat16, which Triton's interpreter rounds towards zero: errors are twice as large."""
 Part = tuple[int, int, list[int]]
