@@ -217,7 +217,8 @@ def test_gpus_from_the_first_on_and_no_more_than_there_are(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert devices("cuda", 2) == ["cuda:0", "cuda:1"]
     assert devices("cuda:2", 2) == ["cuda:2", "cuda:3"]
-    assert (devices("cuda", 1), devices("cuda:3", 1)) == (["cuda"], ["cuda:3"])
+    # With its number: torch.cuda.set_device takes no "cuda" alone.
+    assert (devices("cuda", 1), devices("cuda:3", 1)) == (["cuda:0"], ["cuda:3"])
     assert devices("cpu", 3) == ["cpu"] * 3
     for device, size in (("cuda:3", 2), ("cuda", 5), ("cuda:4", 1)):
         with pytest.raises(ConfigError, match="GPUs, and there are 4: lower replicas or tensor_parallel_size"):
