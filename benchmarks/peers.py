@@ -1,7 +1,7 @@
 """This engine beside llama.cpp and vLLM on one machine: decode, prefill and HTTP, in turn, medians and their ratio.
 
     python benchmarks/peers.py MODEL --programs BIN --gguf llama=LLAMA.gguf --gguf mamba=MAMBA.gguf [--rounds 3]
-        [--vllm VLLM --vllm-model FOLDER]
+        [--vllm VLLM --vllm-model FOLDER] [--no-http]
 
 MODEL is a Lattice model folder, BIN the folder of llama.cpp's programs, each GGUF a model to compare with, VLLM that
 program, which is measured over HTTP alone. Every round runs everyone once, so that a slow minute of the machine slows
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--gguf", action="append", required=True, metavar="NAME=FILE", help="a peer; may be repeated")
     parser.add_argument("--vllm", type=Path, help="vLLM's program")
     parser.add_argument("--vllm-model", type=Path, help="model folder for it")
+    parser.add_argument("--no-http", dest="http", action="store_false", help="without servers, and so without vLLM")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="(%(default)s)")
     parser.add_argument("--quantization", choices=["int8"], help="of this engine's weights")
@@ -129,24 +130,27 @@ def main() -> None:
     peers = {name: Path(file) for name, _, file in (entry.partition("=") for entry in options.gguf)}
     more = ["--threads", str(options.threads)]
     more += ["--quantization", options.quantization] if options.quantization else []
-    names = [OURS, *peers, *(["vllm"] if options.vllm else [])]
+    names = [OURS, *peers, *(["vllm"] if options.vllm and options.http else [])]
     taken: dict[str, list[Figures]] = {name: [] for name in names}
     for number in range(options.rounds):
         for name in taken:
             print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
+            figures: Figures = {}
             if name == OURS:
-                offline = ours_offline(options.model, more)
-                http = over_http([lattice(), "serve", str(options.model), "--port", str(PORT), *more], None)
+                figures |= ours_offline(options.model, more)
+                if options.http:
+                    figures |= over_http([lattice(), "serve", str(options.model), "--port", str(PORT), *more], None)
             elif name == "vllm":
-                offline = {}
                 program = [str(options.vllm), "serve", str(options.vllm_model), "--port", str(PORT)]
-                http = over_http([*program, "--max-model-len", "2048"], None, seconds=600)
+                figures |= over_http([*program, "--max-model-len", "2048"], None, seconds=600)
             else:
-                offline = llama_offline(programs, peers[name], options.threads)
+                figures |= llama_offline(programs, peers[name], options.threads)
                 program = [str(programs / "llama-server"), "-m", str(peers[name]), "-t", str(options.threads)]
                 sizes = ["-np", "32", "-c", "16384", "--port", str(PORT)]
-                http = over_http([*program, *sizes], name, env=environment(programs))
-            taken[name].append(offline | http)
+                if options.http:
+                    figures |= over_http([*program, *sizes], name, env=environment(programs))
+            print(json.dumps(figures), file=sys.stderr, flush=True)
+            taken[name].append(figures)
     medians = {name: {key: median(each[key] for each in runs) for key in runs[0]} for name, runs in taken.items()}
     table = Table("", *(OURS if name == OURS else f"{name} (ratio)" for name in names))
     for key, value in medians[OURS].items():

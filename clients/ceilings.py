@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from lattice_serve.engine.config import ModelConfig
+from lattice_serve.kernels.cpu_features import Products
 
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8}
 """Of a weight, by what the engine says it is stored in."""
@@ -18,9 +19,11 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     state_bytes: int
     """Read and written for a token in decode, on average over a chunk."""
     flops: int
-    """Of a token; a multiply-add is two."""
+    """Of a token's products with matrices; a multiply-add is two."""
+    recurrence_flops: int
+    """Of a token's recurrence, in float32 always."""
     head_flops: int
-    """More where its logits are wanted."""
+    """More products where its logits are wanted."""
 
     @classmethod
     def of(cls, config: ModelConfig, weight_bits: int) -> Work:
@@ -44,7 +47,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
         return cls(
             weight_bytes=(body + head) * weight_bits // 8,
             state_bytes=round(4 * layers * H * (anchor + pending + tail)),
-            flops=round(2 * (body + layers * H * recurrence)),
+            flops=2 * body,
+            recurrence_flops=round(2 * layers * H * recurrence),
             head_flops=2 * head,
         )
 
@@ -54,18 +58,28 @@ class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
 
     bytes_per_second: float
     flops_per_second: float
+    """Of products with matrices, by what multiplies them."""
+    float32_flops_per_second: float
 
     @classmethod
-    def measure(cls, threads: int) -> Ceilings:
+    def measure(cls, threads: int, products: Products) -> Ceilings:
         from lattice_serve.kernels.cpu import limits
 
-        return cls(bytes_per_second=limits.bandwidth(threads), flops_per_second=limits.flops(threads))
+        return cls(
+            bytes_per_second=limits.bandwidth(threads),
+            flops_per_second=limits.flops(threads, products),
+            float32_flops_per_second=limits.flops(threads, "float32"),
+        )
 
     def decode_seconds(self, work: Work, batch: int) -> float:
         """The least that a step of `batch` sequences can take."""
         bytes_ = work.weight_bytes + batch * work.state_bytes
-        return max(bytes_ / self.bytes_per_second, batch * (work.flops + work.head_flops) / self.flops_per_second)
+        return max(bytes_ / self.bytes_per_second, self._compute_seconds(work, batch, batch))
 
     def prefill_seconds(self, work: Work, tokens: int) -> float:
         """The least that a prompt can take whose last token alone needs logits."""
-        return (tokens * work.flops + work.head_flops) / self.flops_per_second
+        return self._compute_seconds(work, tokens, 1)
+
+    def _compute_seconds(self, work: Work, tokens: int, wanted: int) -> float:
+        products = tokens * work.flops + wanted * work.head_flops
+        return products / self.flops_per_second + tokens * work.recurrence_flops / self.float32_flops_per_second

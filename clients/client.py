@@ -2,7 +2,7 @@
 
     with Client() as client:
         print(client.completions("Once upon a time", max_tokens=32).text)
-        for chunk in client.completions("Once upon a time", stream=True, max_tokens=32):
+        for chunk in client.chat("Who was there?", stream=True, max_tokens=32):
             print(chunk.text, end="", flush=True)
 
 Both retry answers 429 and 503 up to `max_retries` times, after the seconds that the server asks for.
@@ -15,7 +15,7 @@ import asyncio
 import itertools
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Literal, overload
 
@@ -23,7 +23,8 @@ import httpx
 
 from lattice_serve.clients import wire
 from lattice_serve.clients.errors import ConnectionFailed
-from lattice_serve.clients.types import Completion, Model, ModelList, Text, Tokens
+from lattice_serve.clients.streams import AsyncStream, Stream
+from lattice_serve.clients.types import ChatCompletion, Completion, Model, ModelList, Text, Tokens
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 API_KEY_VARIABLE = "LATTICE_API_KEY"
@@ -53,10 +54,12 @@ class Client:
     @overload
     def completions(self, prompt: wire.Prompt, *, stream: Literal[False] = False, **params: Any) -> Completion: ...
     @overload
-    def completions(self, prompt: wire.Prompt, *, stream: Literal[True], **params: Any) -> Stream: ...
+    def completions(self, prompt: wire.Prompt, *, stream: Literal[True], **params: Any) -> Stream[Completion]: ...
     @overload
-    def completions(self, prompt: wire.Prompt, *, stream: bool, **params: Any) -> Completion | Stream: ...
-    def completions(self, prompt: wire.Prompt, *, stream: bool = False, **params: Any) -> Completion | Stream:
+    def completions(self, prompt: wire.Prompt, *, stream: bool, **params: Any) -> Completion | Stream[Completion]: ...
+    def completions(
+        self, prompt: wire.Prompt, *, stream: bool = False, **params: Any
+    ) -> Completion | Stream[Completion]:
         """Continue `prompt`: a string, token ids, or a list of either.
 
         `params` are fields of the request: `max_tokens`, `temperature`, `top_p`, `seed`, `stop`, `logprobs`, `n`, ...
@@ -64,7 +67,23 @@ class Client:
         """
         call = wire.completions(prompt, params.pop("model", self.model), stream, params)
         response = self._send(call, stream=stream)
-        return Stream(response) if stream else wire.decode(response.content, Completion)
+        return Stream(response, Completion) if stream else wire.decode(response.content, Completion)
+
+    @overload
+    def chat(self, messages: wire.Messages, *, stream: Literal[False] = False, **params: Any) -> ChatCompletion: ...
+    @overload
+    def chat(self, messages: wire.Messages, *, stream: Literal[True], **params: Any) -> Stream[ChatCompletion]: ...
+    @overload
+    def chat(
+        self, messages: wire.Messages, *, stream: bool, **params: Any
+    ) -> ChatCompletion | Stream[ChatCompletion]: ...
+    def chat(
+        self, messages: wire.Messages, *, stream: bool = False, **params: Any
+    ) -> ChatCompletion | Stream[ChatCompletion]:
+        """Answer the last of `messages`, or a single one, given as a string. `params` and `stream` as above."""
+        call = wire.chat(messages, params.pop("model", self.model), stream, params)
+        response = self._send(call, stream=stream)
+        return Stream(response, ChatCompletion) if stream else wire.decode(response.content, ChatCompletion)
 
     def models(self) -> list[Model]:
         return wire.decode(self._send(wire.MODELS).content, ModelList).data
@@ -133,16 +152,40 @@ class AsyncClient:
         self, prompt: wire.Prompt, *, stream: Literal[False] = False, **params: Any
     ) -> Completion: ...
     @overload
-    async def completions(self, prompt: wire.Prompt, *, stream: Literal[True], **params: Any) -> AsyncStream: ...
+    async def completions(
+        self, prompt: wire.Prompt, *, stream: Literal[True], **params: Any
+    ) -> AsyncStream[Completion]: ...
     @overload
-    async def completions(self, prompt: wire.Prompt, *, stream: bool, **params: Any) -> Completion | AsyncStream: ...
+    async def completions(
+        self, prompt: wire.Prompt, *, stream: bool, **params: Any
+    ) -> Completion | AsyncStream[Completion]: ...
     async def completions(
         self, prompt: wire.Prompt, *, stream: bool = False, **params: Any
-    ) -> Completion | AsyncStream:
+    ) -> Completion | AsyncStream[Completion]:
         """As `Client.completions`: `async for chunk in await client.completions(prompt, stream=True)`."""
         call = wire.completions(prompt, params.pop("model", self.model), stream, params)
         response = await self._send(call, stream=stream)
-        return AsyncStream(response) if stream else wire.decode(response.content, Completion)
+        return AsyncStream(response, Completion) if stream else wire.decode(response.content, Completion)
+
+    @overload
+    async def chat(
+        self, messages: wire.Messages, *, stream: Literal[False] = False, **params: Any
+    ) -> ChatCompletion: ...
+    @overload
+    async def chat(
+        self, messages: wire.Messages, *, stream: Literal[True], **params: Any
+    ) -> AsyncStream[ChatCompletion]: ...
+    @overload
+    async def chat(
+        self, messages: wire.Messages, *, stream: bool, **params: Any
+    ) -> ChatCompletion | AsyncStream[ChatCompletion]: ...
+    async def chat(
+        self, messages: wire.Messages, *, stream: bool = False, **params: Any
+    ) -> ChatCompletion | AsyncStream[ChatCompletion]:
+        """As `Client.chat`."""
+        call = wire.chat(messages, params.pop("model", self.model), stream, params)
+        response = await self._send(call, stream=stream)
+        return AsyncStream(response, ChatCompletion) if stream else wire.decode(response.content, ChatCompletion)
 
     async def models(self) -> list[Model]:
         return wire.decode((await self._send(wire.MODELS)).content, ModelList).data
@@ -190,63 +233,6 @@ class AsyncClient:
         raise wire.error_of(response.status_code, body)
 
 
-class Stream(Iterator[Completion]):
-    """The chunks of one answer. Closing it, or letting it go, closes the connection, and the server stops working."""
-
-    def __init__(self, response: httpx.Response) -> None:
-        self._response = response
-        # Module functions, not methods: a cycle through `self` would put off `__del__` until the collector runs.
-        self._chunks = _chunks(response)
-
-    def __next__(self) -> Completion:
-        try:
-            return next(self._chunks)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        self._response.close()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
-
-
-class AsyncStream(AsyncIterator[Completion]):
-    """`Stream` for asyncio: closed at its end, by `close`, by `async with`, or when it is let go."""
-
-    def __init__(self, response: httpx.Response) -> None:
-        self._response = response
-        self._chunks = _chunks_async(response)
-        self._loop = asyncio.get_running_loop()
-
-    async def __anext__(self) -> Completion:
-        try:
-            return await anext(self._chunks)
-        except BaseException:
-            await self.close()
-            raise
-
-    async def close(self) -> None:
-        await self._response.aclose()
-
-    async def __aenter__(self) -> AsyncStream:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    def __del__(self) -> None:
-        if not self._response.is_closed and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_close_soon, self._response)
-
-
 def _transport(base_url: str, api_key: str | None, timeout: float) -> dict[str, Any]:
     # A server reads the same variable, and there it may name several keys.
     key = api_key if api_key is not None else os.environ.get(API_KEY_VARIABLE, "").split(",")[0].strip()
@@ -257,30 +243,3 @@ def _transport(base_url: str, api_key: str | None, timeout: float) -> dict[str, 
         # Who opens a thousand streams means it; the server bounds what it takes.
         "limits": httpx.Limits(max_connections=None, max_keepalive_connections=64),
     }
-
-
-def _chunks(response: httpx.Response) -> Iterator[Completion]:
-    decoder = wire.ChunkDecoder()
-    with wire.transport_errors():
-        for block in response.iter_bytes():
-            yield from decoder.feed(block)
-    decoder.finish()
-
-
-async def _chunks_async(response: httpx.Response) -> AsyncIterator[Completion]:
-    decoder = wire.ChunkDecoder()
-    with wire.transport_errors():
-        async for block in response.aiter_bytes():
-            for chunk in decoder.feed(block):
-                yield chunk
-    decoder.finish()
-
-
-_closing: set[asyncio.Task[None]] = set()
-"""The loop holds its tasks weakly; these must not go before they are done."""
-
-
-def _close_soon(response: httpx.Response) -> None:
-    task = asyncio.get_running_loop().create_task(response.aclose())
-    _closing.add(task)
-    task.add_done_callback(_closing.discard)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -47,6 +47,40 @@ class Completion(msgspec.Struct, frozen=True):
     def text(self) -> str:
         """Text of the first choice; empty where there is none."""
         return self.choices[0].text if self.choices else ""
+
+
+class Message(msgspec.Struct, frozen=True):
+    """What was said in a chat, or in a chunk a piece of it."""
+
+    role: str | None = None
+    content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    index: int
+    message: Message = Message()
+    """Of a whole answer."""
+    delta: Message = Message()
+    """Of a chunk."""
+    finish_reason: Literal["stop", "length", "tool_calls"] | None = None
+    stop_reason: int | str | None = None
+    logprobs: dict[str, Any] | None = None
+
+
+class ChatCompletion(msgspec.Struct, frozen=True):
+    """An answer in a chat, or one chunk of a streamed answer."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage | None = None
+
+    @property
+    def text(self) -> str:
+        """What the first choice says; empty where there is none, or only calls."""
+        return "".join(choice.message.content or choice.delta.content or "" for choice in self.choices[:1])
 
 
 class Model(msgspec.Struct, frozen=True):

@@ -8,15 +8,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import httpx
 import msgspec
 
 from lattice_serve.clients.errors import APIError, ConnectionFailed
-from lattice_serve.clients.types import Completion
 
 Prompt: TypeAlias = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+Messages: TypeAlias = str | Sequence[Mapping[str, Any]]
 T = TypeVar("T")
 
 RETRIED = (429, 503)
@@ -42,8 +42,17 @@ def headers(api_key: str | None) -> dict[str, str]:
 
 def completions(prompt: Prompt, model: str | None, stream: bool, params: Mapping[str, Any]) -> Call:
     """`model` is left out where it is None; the server then takes the one it serves."""
-    named = {"model": model} if model is not None else {}
-    return Call("POST", "/v1/completions", {**named, "prompt": prompt, "stream": stream, **params})
+    return Call("POST", "/v1/completions", {**_named(model), "prompt": prompt, "stream": stream, **params})
+
+
+def chat(messages: Messages, model: str | None, stream: bool, params: Mapping[str, Any]) -> Call:
+    """A string is what the user says first."""
+    said = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+    return Call("POST", "/v1/chat/completions", {**_named(model), "messages": said, "stream": stream, **params})
+
+
+def _named(model: str | None) -> dict[str, str]:
+    return {} if model is None else {"model": model}
 
 
 MODELS = Call("GET", "/v1/models")
@@ -107,6 +116,10 @@ def transport_errors() -> Iterator[None]:
     """Turns what httpx raises into `ConnectionFailed`, naming the address."""
     try:
         yield
+    except httpx.ConnectError as error:
+        raise ConnectionFailed(
+            f"{error.request.url}: {error}: is a server there? `lattice serve` starts one"
+        ) from error
     except httpx.HTTPError as error:
         try:
             where = f"{error.request.url}: "
@@ -117,18 +130,19 @@ def transport_errors() -> Iterator[None]:
         raise ConnectionFailed(f"the address is wrong: {error}") from error
 
 
-class ChunkDecoder:
-    """Bytes of a `text/event-stream` body in, chunks out.
+class ChunkDecoder(Generic[T]):
+    """Bytes of a `text/event-stream` body in, chunks out, each a `kind`.
 
     Lines are split on the bytes CR and LF only: text may hold other characters that `str.splitlines` breaks at.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[T]) -> None:
+        self._kind = kind
         self._pending = b""
         self._data: list[bytes] = []
         self.done = False
 
-    def feed(self, block: bytes) -> Iterator[Completion]:
+    def feed(self, block: bytes) -> Iterator[T]:
         """Yields the chunks that `block` completes. Raises `APIError` at an error event, after the chunks before it."""
         *lines, self._pending = (self._pending + block).split(b"\n")
         for line in lines:
@@ -143,7 +157,7 @@ class ChunkDecoder:
         if not self.done:
             raise ConnectionFailed("the stream broke off before its end")
 
-    def _line(self, line: bytes) -> Completion | None:
+    def _line(self, line: bytes) -> T | None:
         if line.startswith(b"data:"):
             self._data.append(line[5:].removeprefix(b" "))
         # A comment keeps the connection alive; other fields are not used. An empty line ends an event.
@@ -155,6 +169,6 @@ class ChunkDecoder:
             self.done = True
             return None
         try:
-            return msgspec.json.decode(data, type=Completion)
+            return msgspec.json.decode(data, type=self._kind)
         except msgspec.MsgspecError:
             raise error_of(500, data) from None

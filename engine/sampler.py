@@ -21,6 +21,7 @@ from lattice_serve.engine.errors import NumericalError
 from lattice_serve.engine.grammar import Matcher, restrict
 from lattice_serve.engine.messages import TokenLogprob
 from lattice_serve.engine.sampling import SamplingParams
+from lattice_serve.kernels.draw.cpu import draw
 
 MAX_VOCAB_SIZE = 1 << 20
 """Beyond it the grid of `_weights` would become coarse, and the sort keys would not fit."""
@@ -99,6 +100,12 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     highest, chosen = logits.max(dim=-1)
     finite = highest.isfinite()
     work = [i for i, row in enumerate(rows) if not row.params.greedy or _adjusts(row)]
+    if logits.device.type == "cpu" and (plain := [i for i in work if _plain(rows[i])]):
+        temperatures = _temperatures([rows[i] for i in plain])
+        shares = [uniform(rows[i].seed, rows[i].index) for i in plain]
+        drawn = draw(logits, highest, plain, temperatures, shares, float(_power_of_two(logits.shape[-1])))
+        chosen.index_copy_(0, torch.tensor(plain), drawn)
+        work = [i for i in work if not _plain(rows[i])]
     if work:
         # Rows that are not finite are drawn from too, as if they were: nothing here waits to know which they are.
         scores = _select(logits, work).double().masked_fill_(~_select(finite, work)[:, None], 0)
@@ -154,6 +161,11 @@ def _way(params: SamplingParams) -> _Way:
     if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
         return _draw_truncated
     return _draw
+
+
+def _plain(row: SampleRow) -> bool:
+    """Whether its token is drawn from its logits as they are."""
+    return _way(row.params) is _draw and not _adjusts(row)
 
 
 def _adjusts(row: SampleRow) -> bool:

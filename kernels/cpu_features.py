@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from functools import cache
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import llvmlite.binding as llvm
+
+Products: TypeAlias = Literal["amx", "avx512_bf16", "float32"]
+"""What multiplies with bfloat16 weights: tiles of bfloat16, vectors of pairs of bfloat16, or fused multiply-adds of
+float32 after widening them."""
 
 _BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """As Linux names them on x86-64, the first two, and on arm64."""
@@ -13,12 +20,33 @@ _BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 _VECTORS = (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("avx", "AVX"), ("sse2", "SSE2"), ("neon", "NEON"))
 """As LLVM names them, widest first."""
 
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILES = 158, 0x1023, 18
+"""Linux on x86-64: a process asks once before its threads may use AMX."""
+
 
 @cache
 def vectors() -> str:
     """Name of the widest vectors that kernels are compiled for, "scalar" where none is known."""
     features = llvm.get_host_cpu_features()
     return next((name for feature, name in _VECTORS if features.get(feature)), "scalar")
+
+
+@cache
+def available_products() -> tuple[Products, ...]:
+    """All that this processor has and the system lets this process use, the fastest first."""
+    features = llvm.get_host_cpu_features()
+    found: list[Products] = ["float32"]
+    if features.get("avx512f") and features.get("avx512bf16"):
+        found.insert(0, "avx512_bf16")
+    if features.get("avx512f") and features.get("amx-tile") and features.get("amx-bf16") and _may_use_tiles():
+        found.insert(0, "amx")
+    return tuple(found)
+
+
+def _may_use_tiles() -> bool:
+    if sys.platform != "linux":
+        return False
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILES) == 0
 
 
 @cache

@@ -140,8 +140,7 @@ async def respond(kind: type[Answer[R, C]], services: Services, request: R, http
     """The answer to a request for a `kind`: whole, or as server-sent events."""
     salt: str = http.state.cache_salt
     if request.stream:
-        chunks = _stream(kind, services, request, salt)
-        return EventStream(chunks, keep_alive_seconds=services.settings.keep_alive_seconds)
+        return EventStream(_stream(kind, services, request, salt), **services.settings.stream_seconds)
     whole = await until_disconnect(http.receive, _whole(kind, services, request, salt))
     return Response(whole, media_type="application/json")
 

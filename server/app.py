@@ -27,7 +27,7 @@ from lattice_serve.server.access import AccessLog
 from lattice_serve.server.errors import install_handlers
 from lattice_serve.server.limits import Limits
 from lattice_serve.server.metrics import ServerMetrics
-from lattice_serve.server.protocol import BoundedProtocol
+from lattice_serve.server.protocol import bounded
 from lattice_serve.server.router import Replica, Router
 from lattice_serve.server.routes import chat, completions, embeddings, health, models, responses, tokenize
 from lattice_serve.server.services import Services
@@ -63,6 +63,7 @@ def create_app(services: Services) -> FastAPI:
         api_keys=settings.api_keys,
         max_body_bytes=settings.max_body_bytes,
         max_header_bytes=settings.max_header_bytes,
+        body_seconds=settings.request_seconds,
     )
     if settings.cors_origins:
         app.add_middleware(
@@ -109,7 +110,7 @@ class _Server(uvicorn.Server):
         config = uvicorn.Config(
             create_app(services),
             loop="uvloop",
-            http=BoundedProtocol,
+            http=bounded(services.settings.request_seconds),
             ws="none",
             lifespan="on",
             log_config=None,

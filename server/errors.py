@@ -3,6 +3,7 @@
 RequestError (engine.errors)
 ├── Unauthorized    401  no API key, or a wrong one
 ├── TimedOut        408  the answer was not complete within the timeout that its request gave
+│   └── BodyTimedOut     the body was not, within the time that a server gives it
 ├── BodyTooLarge    413  the body is larger than the server takes
 └── HeaderTooLarge  431  the request line and headers are
 """
@@ -25,7 +26,7 @@ STATUSES = {
     401: "No API key, or a wrong one.",
     404: "There is no such model, or no such route.",
     405: "The route does not take that method.",
-    408: "The answer took longer than the `timeout` of its request.",
+    408: "The answer took longer than the `timeout` of its request, or the body too long to come.",
     413: "The body is too large.",
     429: "Too many requests wait: come back after `Retry-After` seconds.",
     431: "Path and headers are too large.",
@@ -49,6 +50,10 @@ class Unauthorized(RequestError):
 
 class TimedOut(RequestError):
     status = 408
+
+
+class BodyTimedOut(TimedOut):
+    pass
 
 
 class BodyTooLarge(RequestError):
@@ -89,7 +94,7 @@ def error_response(error: Exception) -> Response:
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, TimedOut):
         headers["x-should-retry"] = "false"  # Clients of OpenAI's take a 408 for a reason to ask again.
-    if isinstance(error, Unauthorized | BodyTooLarge | HeaderTooLarge):
+    if isinstance(error, Unauthorized | BodyTimedOut | BodyTooLarge | HeaderTooLarge):
         headers["connection"] = "close"  # The rest of the body is not wanted.
     return _respond(error_json(error.message, error.status, error.param), error.status, headers)
 
@@ -100,8 +105,14 @@ def _respond(content: bytes, status: int, headers: Mapping[str, str]) -> Respons
 
 def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    return _respond(error_json(message, error.status_code), error.status_code, error.headers or {})
+    headers = error.headers or {}
+    remedy = error.detail
+    if error.status_code == 404:
+        remedy = "there is no such route: GET /openapi.json lists those there are"
+    elif error.status_code == 405:
+        remedy = f"the route does not take that method: send {headers.get('Allow', 'another')}"
+    message = f"{request.method} {request.url.path[:200]}: {remedy}"
+    return _respond(error_json(message, error.status_code), error.status_code, headers)
 
 
 def _on_invalid_request(_: Request, error: Exception) -> Response:

@@ -1,34 +1,45 @@
-"""What a request must pass before any route sees it: the API key, and the size of its head and body."""
+"""What a request must pass before any route sees it: the API key, the size of its head and body, and time."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import time
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lattice_serve.engine.errors import LatticeError
-from lattice_serve.server.errors import BodyTooLarge, HeaderTooLarge, Unauthorized, error_response
+from lattice_serve.server.errors import BodyTimedOut, BodyTooLarge, HeaderTooLarge, Unauthorized, error_response
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
 """Probes ask these without a key."""
 
 
 class Limits:
-    """ASGI middleware: 401 without a key that is in `api_keys` (none: no key needed), 413 for large bodies, 431 for
-    large heads.
+    """ASGI middleware: 401 without a key that is in `api_keys` (none: no key needed), 413 for large bodies, 408 for
+    slow ones, 431 for large heads.
 
     A body that says it is too large is not read at all; one that does not say is read up to the limit. A head that does
     not end is the protocol's matter, see `server.protocol`.
     """
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[bytes], max_body_bytes: int, max_header_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_keys: Sequence[bytes],
+        max_body_bytes: int,
+        max_header_bytes: int,
+        body_seconds: float,
+    ) -> None:
         self._app = app
         self._api_keys = api_keys
         self._max_body_bytes = max_body_bytes
         self._max_header_bytes = max_header_bytes
+        self._body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -45,12 +56,21 @@ class Limits:
             await error_response(error)(scope, receive, send)
             return
         size = 0
+        deadline: float | None = time.monotonic() + self._body_seconds
+        """None: the body is complete."""
 
         async def counted() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, deadline
+            if deadline is None:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+            except asyncio.TimeoutError as error:
+                raise BodyTimedOut(f"the body did not come within {self._body_seconds:g} s: send it sooner") from error
             size += len(message.get("body", b""))
             self._check_size(size)
+            if not message.get("more_body"):
+                deadline = None
             return message
 
         await self._app(scope, counted, send)

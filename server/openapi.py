@@ -30,7 +30,7 @@ _BODIES = (
     DetokenizeRequest,
 )
 _ANSWERS = (Completion, ChatCompletion, ChatChunk, Embeddings, ResponseObject, Failure)
-_ALWAYS = (401, 405, 413, 431, 500)
+_ALWAYS = (401, 405, 408, 413, 431, 500)
 """What any route may answer."""
 
 
@@ -44,7 +44,7 @@ def generated(answer: type[msgspec.Struct], chunk: type[msgspec.Struct]) -> dict
     """`responses` of a route whose answer is whole or streamed."""
     content: dict[str, Any] = {"application/json": {"schema": _ref(answer)}, "text/event-stream": {}}
     description = f"The answer, whole, or streamed as events, each with a {chunk.__name__}."
-    return {200: {"description": description, "content": content}} | failures(400, 404, 408, 429, 503)
+    return {200: {"description": description, "content": content}} | failures(400, 404, 429, 503)
 
 
 def answered(answer: type[msgspec.Struct]) -> dict[int | str, dict[str, Any]]:

@@ -93,7 +93,8 @@ async def _offload(function: Callable[[A], R], argument: A) -> R:
     return await asyncio.to_thread(function, argument)
 
 
-def _services(request: Request) -> Services:
+# Not a plain function: fastapi would call that in a thread, for every request.
+async def _services(request: Request) -> Services:
     services = request.app.state.services
     assert isinstance(services, Services)
     return services

@@ -56,6 +56,8 @@ class Settings(EngineConfig, BaseSettings):
     """Seconds that running streams have to finish after SIGTERM."""
     max_body_bytes: int = Field(default=8 << 20, ge=1)
     max_header_bytes: int = Field(default=64 << 10, ge=1, le=MAX_HEAD_BYTES)
+    request_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    """In which the head of a request has to come, then its body, and in which a client has to take what it streams."""
     keep_alive_seconds: float = Field(default=15.0, gt=0, allow_inf_nan=False)
     """Silence on a stream after which a comment is sent, so that proxies keep it open."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -93,6 +95,11 @@ class Settings(EngineConfig, BaseSettings):
                 param="device",
             )
         return self
+
+    @property
+    def stream_seconds(self) -> dict[str, float]:
+        """As `EventStream` takes them."""
+        return {"keep_alive_seconds": self.keep_alive_seconds, "stall_seconds": self.request_seconds}
 
     @property
     def model_name(self) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+import time
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -30,17 +31,22 @@ _DONE = b"data: [DONE]\n\n"
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`. Raises `ClientDisconnect`, with `work` cancelled, when the client goes away first."""
+    return await _until(_disconnect(receive), work=work)
+
+
+async def _until(*ends: Coroutine[Any, Any, None], work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`. Raises `ClientDisconnect`, with `work` cancelled, when one of `ends` comes first."""
     task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnect(receive))
+    others = [asyncio.create_task(end) for end in ends]
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, *others}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnect
         return await task
     finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        for each in (task, *others):
+            each.cancel()
+        await asyncio.gather(task, *others, return_exceptions=True)
 
 
 async def _disconnect(receive: Receive) -> None:
@@ -58,38 +64,34 @@ class EventStream(Response):
     _prefix = b"data: "
     _done = _DONE
 
-    def __init__(self, events: AsyncGenerator[bytes, None], *, keep_alive_seconds: float) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], *, keep_alive_seconds: float, stall_seconds: float) -> None:
+        """stall_seconds: how long the client may take none of it; then it counts as gone."""
         self.status_code = 200
         self.background = None
         self._events = events
         self._keep_alive_seconds = keep_alive_seconds
+        self._stall_seconds = stall_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await until_disconnect(receive, self._send(send))
+        body = _Body(send, self._keep_alive_seconds, self._stall_seconds)
+        await _until(_disconnect(receive), body.watch(), work=self._send(body))
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, body: _Body) -> None:
         async with aclosing(self._events) as events:
-            started = False
+            last = self._done
             try:
-                async with aclosing(_paced(events, self._keep_alive_seconds)) as paced:
-                    async for event in paced:
-                        if not started:
-                            started = True
-                            await send({"type": "http.response.start", "status": self.status_code, "headers": _HEADERS})
-                        await (
-                            _send_part(send, _KEEP_ALIVE) if event is None else _send_event(send, event, self._prefix)
-                        )
-                await _send_part(send, self._done)
+                async for event in events:
+                    await body.send(self._prefix + event + b"\n\n")
             except LatticeError as error:
-                if not started:
+                if not body.started:
                     raise
-                await _send_event(send, error_json(error.message, error.status, error.param))
+                last = _failed(error.message, error.status, error.param)
             except Exception:
-                if not started:
+                if not body.started:
                     raise
                 log.exception("stream failed")
-                await _send_event(send, error_json("internal error: see the server's log", 500))
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                last = _failed("internal error: see the server's log", 500)
+            await body.end(last)
 
 
 class NamedEventStream(EventStream):
@@ -99,26 +101,62 @@ class NamedEventStream(EventStream):
     _done = b""
 
 
-async def _send_event(send: Send, data: bytes, prefix: bytes = b"data: ") -> None:
-    await _send_part(send, prefix + data + b"\n\n")
+def _failed(message: str, status: int, param: str | None = None) -> bytes:
+    return b"data: " + error_json(message, status, param) + b"\n\n"
 
 
-async def _send_part(send: Send, data: bytes) -> None:
-    await send({"type": "http.response.body", "body": data, "more_body": True})
+class _Body:
+    """What is sent of a stream. Two tasks write to it: one the events, one the comments between them."""
 
+    def __init__(self, send: Send, keep_alive_seconds: float, stall_seconds: float) -> None:
+        self.started = self._ended = False
+        self._send = send
+        self._keep_alive_seconds = keep_alive_seconds
+        self._stall_seconds = stall_seconds
+        self._last = time.monotonic()
+        """When the last write began."""
+        # Without it a comment could overtake the status, or follow the end, while that waits for a slow client.
+        self._lock = asyncio.Lock()
 
-async def _paced(events: AsyncIterator[bytes], seconds: float) -> AsyncGenerator[bytes | None, None]:
-    """`events`, and a None for each stretch of `seconds` without one."""
-    while True:
-        # A task, for a timeout must not cancel the generator it waits for.
-        pending = asyncio.ensure_future(anext(events, None))
+    async def send(self, data: bytes) -> None:
+        async with self._lock:
+            await self._write(data)
+
+    async def end(self, data: bytes) -> None:
+        async with self._lock:
+            self._ended = True
+            await self._write(data)
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def watch(self) -> None:
+        """Fill silence with comments. Returns when the client takes nothing: what waits for it would pile up."""
+        # A timer for many events, for one for each took a third of this process's time.
+        while True:
+            waits = self._lock.locked()
+            rest = self._last + (self._stall_seconds if waits else self._keep_alive_seconds) - time.monotonic()
+            if rest > 0:
+                await asyncio.sleep(min(rest, self._keep_alive_seconds))
+            elif waits or not await self._comment():
+                break
+        log.warning("a client does not take its stream", seconds=self._stall_seconds)
+
+    async def _comment(self) -> bool:
+        """Whether the client takes it in time."""
+        # Not `wait_for`, which may lose that it is cancelled.
+        writing = asyncio.create_task(self._write_comment())
         try:
-            while not (await asyncio.wait({pending}, timeout=seconds))[0]:
-                yield None
+            return bool((await asyncio.wait({writing}, timeout=self._stall_seconds))[0])
         finally:
-            pending.cancel()
-            await asyncio.wait({pending})
-        event = pending.result()
-        if event is None:
-            return
-        yield event
+            writing.cancel()
+
+    async def _write_comment(self) -> None:
+        async with self._lock:
+            if not self._ended and time.monotonic() - self._last >= self._keep_alive_seconds:
+                await self._write(_KEEP_ALIVE)
+
+    async def _write(self, data: bytes) -> None:
+        self._last = time.monotonic()
+        if not self.started:
+            self.started = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lattice_serve.clients.cli import bench, generate, init, serve
+from lattice_serve.clients.cli import bench, chat, generate, init, serve
 from lattice_serve.clients.errors import ClientError
 from lattice_serve.engine.errors import LatticeError
 
@@ -42,6 +42,7 @@ def lattice(
 
 
 main.command()(serve.serve)
+main.command()(chat.chat)
 main.command()(generate.generate)
 main.command()(init.init)
 main.add_typer(bench.bench)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lattice_serve.clients.cli.options import DtypeOption, ModelArgument, QuantizationOption, ThreadsOption
+from lattice_serve.clients.cli.options import Dtype, DtypeOption, ModelArgument, QuantizationOption, ThreadsOption
 
 if TYPE_CHECKING:
     from lattice_serve.clients.bench_http import Goal, Load, LoadReport
@@ -56,6 +56,7 @@ def offline(
     from lattice_serve.engine.llm import LLM
     from lattice_serve.engine.processors import available_cpus
     from lattice_serve.engine.weights import resolve_model
+    from lattice_serve.kernels.cpu_features import available_products
 
     if plot is not None:
         plots.check()
@@ -65,8 +66,11 @@ def offline(
         task = progress.add_task("load", total=len(batches) + 4 + (position is not None))
         llm = LLM(model, max_rows=max(*batches, GATE_PROMPTS), prefix_cache_memory=0, **settings)
         progress.update(task, advance=1, description="the machine's limits")
-        ceilings = Ceilings.measure(threads or available_cpus())
-        work = Work.of(ModelConfig.load(resolve_model(model)), BITS[llm.info.dtype])
+        config = ModelConfig.load(resolve_model(model))
+        stored = config.torch_dtype if dtype is None or dtype is Dtype.auto else dtype.value
+        products = available_products()[0] if stored == "bfloat16" else "float32"
+        ceilings = Ceilings.measure(threads or available_cpus(), products)
+        work = Work.of(config, BITS[llm.info.dtype])
         runner = OfflineBench(llm, repeats=repeats, work=work, ceilings=ceilings)
         progress.update(task, advance=1, description="check")
         runner.check()
@@ -86,7 +90,8 @@ def offline(
         share = "" if run.share is None else f"{run.share:.0%}"
         table.add_row(run.phase, str(run.batch), str(run.tokens), *(f"{rate:,.0f}" for rate in rates), share)
     table.caption = (
-        f"limit: {ceilings.bytes_per_second / 1e9:.1f} GB/s, {ceilings.flops_per_second / 1e9:.0f} GFLOP/s; "
+        f"limit: {ceilings.bytes_per_second / 1e9:.1f} GB/s, {ceilings.flops_per_second / 1e9:.0f} GFLOP/s "
+        f"in products and {ceilings.float32_flops_per_second / 1e9:.0f} in float32; "
         f"a step reads {work.weight_bytes / 1e6:.1f} MB of weights, a token {work.state_bytes / 1e6:.2f} MB of state"
     )
     if far is not None:

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from lattice_serve.kernels.cpu.amx import TILE, TILE_BYTES, TILE_K, block, configure, release
 from lattice_serve.kernels.cpu.vector import load, splat, store, tile
-from lattice_serve.kernels.lanes import LANES
+from lattice_serve.kernels.cpu_features import Products
+from lattice_serve.kernels.lanes import LANES, aligned
 
 _BUFFER_BYTES = 256 << 20
 """Far more than any cache holds."""
@@ -23,19 +25,26 @@ _PASSES = 5
 
 def bandwidth(threads: int) -> float:
     """Bytes a second that so many threads read from memory together: the best of a few passes."""
-    buffer = np.ones(_BUFFER_BYTES // 4, dtype=np.float32)
+    buffer = aligned(_BUFFER_BYTES // 4, np.float32)
+    buffer.fill(1)  # zeros that nobody has written are one page
     share = len(buffer) // threads // (8 * LANES) * 8 * LANES
     outs = [np.empty(LANES, dtype=np.float32) for _ in range(threads)]
     seconds = _best(threads, lambda thread: _read(buffer, thread * share, share, outs[thread]))
     return 4 * share * threads / seconds
 
 
-def flops(threads: int) -> float:
-    """Float32 operations a second (a multiply-add is two) of the tile that matrix products are made of."""
-    xs, ws, outs = (
-        [np.ones(size, dtype=np.float32) for _ in range(threads)] for size in (6 * _K, _K * LANES, 6 * LANES)
-    )
-    seconds = _best(threads, lambda thread: _tiles(xs[thread], ws[thread], outs[thread]))
+def flops(threads: int, products: Products) -> float:
+    """Operations a second (a multiply-add is two) of the tiles that such products are made of."""
+    if products == "amx":
+        xs = [aligned(2 * TILE * _K, np.uint16) for _ in range(threads)]
+        ws = [aligned(2 * LANES * _K // 2, np.uint32) for _ in range(threads)]
+        outs = [aligned(4 * TILE * LANES, np.float32) for _ in range(threads)]
+        seconds = _best(threads, lambda thread: _blocks(xs[thread], ws[thread], outs[thread]))
+        return 2.0 * 2 * TILE * 2 * LANES * _K * _TILES * threads / seconds
+    dtype, halves = (np.uint32, 2) if products == "avx512_bf16" else (np.float32, 1)
+    xs, ws = ([aligned(size * _K // halves, dtype) for _ in range(threads)] for size in (6, LANES))
+    outs = [aligned(6 * LANES, np.float32) for _ in range(threads)]
+    seconds = _best(threads, lambda thread: _tiles(xs[thread], ws[thread], _K // halves, outs[thread]))
     return 2.0 * 6 * LANES * _K * _TILES * threads / seconds
 
 
@@ -67,6 +76,15 @@ def _read(buffer: Any, first: int, count: int, out: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _tiles(x: Any, w: Any, out: Any) -> None:
+def _tiles(x: Any, w: Any, K: int, out: Any) -> None:
     for _ in range(_TILES):
-        tile(6, 1, 0, x, 0, _K, 1, w, 0, LANES, 0, _K, out, 0, LANES)
+        tile(6, 1, x, 0, K, w, 0, LANES, 0, K, out, 0, LANES)
+
+
+@njit(nogil=True, cache=True)
+def _blocks(x: Any, w: Any, out: Any) -> None:
+    configure(TILE)
+    size, row = _K // TILE_K * TILE_BYTES, 2 * 4 * LANES
+    for _ in range(_TILES):
+        block(2, 2, 0, x.ctypes.data, size, w.ctypes.data, size, _K // TILE_K, False, out.ctypes.data, row)
+    release()

@@ -153,6 +153,29 @@ def store(typingctx: Any, array: Any, offset: Any, value: Any) -> Any:
 
 
 @intrinsic
+def store_bf16(typingctx: Any, array: Any, offset: Any, value: Any) -> Any:
+    """Write a vector, rounded to the nearest bfloat16 (even on a tie), from element `offset` of an array on.
+
+    The array is uint16 [..] with the bits of one in an element, or uint32 [..] with two.
+    """
+    if array.dtype not in (types.uint16, types.uint32):
+        raise TypeError(f"bits of bfloat16 lie in a uint16 or uint32 array, not in {array}")
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        array, offset, value = values
+        _write(builder, _rounded(builder, value), _pointer(context, builder, signature.args[0], array, offset), 2)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, _vector), codegen
+
+
+@intrinsic
+def pairs(typingctx: Any, even: Any, odd: Any) -> Any:
+    """The bits of two vectors of whole bfloat16 in one: those of even in the lower halves."""
+    return _elementwise(build_pairs, 2)
+
+
+@intrinsic
 def total(typingctx: Any, v: Any) -> Any:
     """Sum of the lanes: the halves, then neighbours, and neighbours again."""
 
@@ -161,6 +184,16 @@ def total(typingctx: Any, v: Any) -> Any:
         for lanes in (8, 4, 2):
             v = _neighbours(builder, v, ir.Constant(v.type, ir.Undefined), lanes // 2)
         return builder.extract_element(v, ir.Constant(_I32, 0))
+
+    return types.float32(_vector), codegen
+
+
+@intrinsic
+def first(typingctx: Any, v: Any) -> Any:
+    """The first lane."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.extract_element(values[0], ir.Constant(_I32, 0))
 
     return types.float32(_vector), codegen
 
@@ -196,29 +229,77 @@ def eight_dots(typingctx: Any, x: Any, o_x: Any, w: Any, o_w: Any, w_row: Any, n
 
 
 @intrinsic(prefer_literal=True)
-def tile(
-    typingctx: Any, rows: Any, vectors: Any, add: Any, x: Any, o_x: Any, x_row: Any, x_step: Any, w: Any, o_w: Any,
-    w_step: Any, w_vector: Any, K: Any, out: Any, o_out: Any, out_row: Any,
+def combine(
+    typingctx: Any, vectors: Any, x: Any, o_x: Any, x_step: Any, w: Any, o_w: Any, w_step: Any, K: Any, out: Any,
+    o_out: Any,
 ) -> Any:  # fmt: skip
-    """out[o_out + r out_row + j] (+)= sum_k x[o_x + r x_row + k x_step] w_k[j], k = 0, 1, 2, ...
+    """out[o_out + j] += sum_k x[o_x + k x_step] w[o_w + k w_step + j] for j < 16 vectors, a literal.
 
-    For r < rows and j < 16 vectors, literals both, as is add: 1 if the sum begins with what is in out. One accumulator
-    an output, and fused multiply-adds in the order of k: how many rows and vectors a tile has changes no bit.
+    Even and odd k are added up apart, so that twice as many sums are under way. Arrays are float32 [..].
+    """
+    if not isinstance(vectors, types.IntegerLiteral):
+        raise TypeError("vectors of a combination must be a literal")
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        x, o_x, x_step, w, o_w, w_step, K, out, o_out = values[1:]
+        index = K.type
+        x_data = _pointer(context, builder, signature.args[1], x, o_x)
+        w_data = _pointer(context, builder, signature.args[4], w, o_w)
+        out_data = _pointer(context, builder, signature.args[8], out, o_out)
+        lanes = [index(v * LANES) for v in range(vectors.literal_value)]
+        places = [builder.gep(out_data, [lane]) for lane in lanes]
+        evens, odds = ([cgutils.alloca_once(builder, _VECTOR) for _ in lanes] for _ in range(2))
+        for place, even, odd in zip(places, evens, odds, strict=True):
+            builder.store(_read(builder, place), even)
+            builder.store(_ZERO, odd)
+
+        def step(k: Any, sums: list[Any]) -> None:
+            factor = _splat(builder, builder.load(builder.gep(x_data, [builder.mul(k, x_step)])))
+            row = builder.gep(w_data, [builder.mul(k, w_step)])
+            for lane, place in zip(lanes, sums, strict=True):
+                weight = _read(builder, builder.gep(row, [lane]))
+                builder.store(_fmuladd(builder, factor, weight, builder.load(place)), place)
+
+        whole = builder.and_(K, index(-2))
+        with cgutils.for_range_slice(builder, index(0), whole, index(2), index) as (k, _):
+            step(k, evens)
+            step(builder.add(k, index(1)), odds)
+        with builder.if_then(builder.icmp_signed("<", whole, K)):
+            step(whole, evens)
+        for place, even, odd in zip(places, evens, odds, strict=True):
+            _write(builder, builder.fadd(builder.load(even), builder.load(odd)), place)
+        return context.get_dummy_value()
+
+    i = types.intp
+    return types.void(vectors, _checked(x), i, i, _checked(w), i, i, i, _checked(out), i), codegen
+
+
+@intrinsic(prefer_literal=True)
+def tile(
+    typingctx: Any, rows: Any, vectors: Any, x: Any, o_x: Any, x_row: Any, w: Any, o_w: Any, w_step: Any, w_vector: Any,
+    K: Any, out: Any, o_out: Any, out_row: Any,
+) -> Any:  # fmt: skip
+    """out[o_out + r out_row + j] = sum_k x[o_x + r x_row + k] w_k[j], k = 0, 1, 2, ...
+
+    For r < rows and j < 16 vectors, literals both. One accumulator an output, and fused multiply-adds in the order of
+    k: how many rows and vectors a tile has changes no bit.
     x and out are float32 [..]. Vector v of w_k begins at o_w + v w_vector + k w_step where w is float32 or int8 [..];
     where it is uint32, it is half of what begins at o_w + v w_vector + (k // 2) w_step: the bits of two bfloat16, for
     even k in the lower half. So two steps of k lie in one element, and it takes one operation to widen either.
+    Where x is uint32, too, k counts pairs, and VDPBF16PS multiplies and adds up both of one at once.
     """
-    literals = (rows, vectors, add)
+    literals = (rows, vectors)
     if not all(isinstance(number, types.IntegerLiteral) for number in literals):
-        raise TypeError("rows, vectors and add of a tile must be literals")
-    R, V, begins = (number.literal_value for number in literals)
+        raise TypeError("rows and vectors of a tile must be literals")
+    R, V = (number.literal_value for number in literals)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        x, o_x, x_row, x_step, w, o_w, w_step, w_vector, K, out, o_out, out_row = values[3:]
+        x, o_x, x_row, w, o_w, w_step, w_vector, K, out, o_out, out_row = values[2:]
         index = K.type
-        x_data = _pointer(context, builder, signature.args[3], x, o_x)
-        w_data = _pointer(context, builder, signature.args[7], w, o_w)
-        out_data = _pointer(context, builder, signature.args[12], out, o_out)
+        x_data = _pointer(context, builder, signature.args[2], x, o_x)
+        w_data = _pointer(context, builder, signature.args[5], w, o_w)
+        paired = signature.args[2].dtype == types.uint32
+        out_data = _pointer(context, builder, signature.args[10], out, o_out)
         x_rows = [builder.gep(x_data, [builder.mul(x_row, index(r))]) for r in range(R)]
         w_vectors = [builder.gep(w_data, [builder.mul(w_vector, index(v))]) for v in range(V)]
         cells = [(r, v) for r in range(R) for v in range(V)]
@@ -228,38 +309,41 @@ def tile(
         }
         sums = {cell: cgutils.alloca_once(builder, _VECTOR) for cell in cells}  # registers, after LLVM's passes
 
+        multiply = _dot_pairs if paired else _fmuladd
+
         def step(k: Any, weights: list[Any]) -> None:
-            at = builder.mul(k, x_step)
-            factors = [_splat(builder, builder.load(builder.gep(x_row, [at]))) for x_row in x_rows]
+            factors = [_splat(builder, builder.load(builder.gep(x_row, [k]))) for x_row in x_rows]
             for v in range(V):
                 for r in range(R):
                     place = sums[r, v]
-                    builder.store(_fmuladd(builder, factors[r], weights[v], builder.load(place)), place)
+                    builder.store(multiply(builder, factors[r], weights[v], builder.load(place)), place)
 
-        def pairs(k: Any) -> list[Any]:
+        def both_of(k: Any) -> list[Any]:
             at = builder.mul(builder.lshr(k, index(1)), w_step)
             return [_read(builder, builder.gep(vector, [at]), _WHOLE) for vector in w_vectors]
 
         for cell in cells:
-            builder.store(_read(builder, places[cell]) if begins else _ZERO, sums[cell])
-        if signature.args[7].dtype == types.uint32:
+            builder.store(_ZERO, sums[cell])
+        if signature.args[5].dtype == types.uint32 and not paired:
             even = builder.and_(K, index(-2))
             with cgutils.for_range_slice(builder, index(0), even, index(2), index) as (k, _):
-                both = pairs(k)
+                both = both_of(k)
                 step(k, [_low(builder, pair) for pair in both])
                 step(builder.add(k, index(1)), [_high(builder, pair) for pair in both])
             with builder.if_then(builder.icmp_signed("<", even, K)):
-                step(even, [_low(builder, pair) for pair in pairs(even)])
+                step(even, [_low(builder, pair) for pair in both_of(even)])
         else:
             with cgutils.for_range(builder, K, intp=index) as loop:
                 at = builder.mul(loop.index, w_step)
-                step(loop.index, [_widened(builder, builder.gep(vector, [at])) for vector in w_vectors])
+                weights = [builder.gep(vector, [at]) for vector in w_vectors]
+                step(loop.index, [(_read if paired else build_widened)(builder, place) for place in weights])
         for cell in cells:
             _write(builder, builder.load(sums[cell]), places[cell])
         return context.get_dummy_value()
 
     i = types.intp
-    return types.void(*literals, _checked(x), i, i, i, w, i, i, i, i, _checked(out), i, i), codegen
+    activations = x if x.dtype == types.uint32 else _checked(x)
+    return types.void(*literals, activations, i, i, w, i, i, i, i, _checked(out), i, i), codegen
 
 
 @intrinsic
@@ -267,9 +351,26 @@ def widened(typingctx: Any, w: Any, offset: Any) -> Any:
     """Elements `offset` to `offset + 16` of w [..] as float32: float32, int8, or uint16 with the bits of bfloat16."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return _widened(builder, _pointer(context, builder, signature.args[0], *values))
+        return build_widened(builder, _pointer(context, builder, signature.args[0], *values))
 
     return _vector(w, types.intp), codegen
+
+
+def build_pairs(builder: Any, even: Any, odd: Any) -> Any:
+    """`pairs` in LLVM's language."""
+    low = builder.lshr(builder.bitcast(even, _WHOLE), ir.Constant(_WHOLE, [16] * LANES))
+    return builder.bitcast(builder.or_(builder.bitcast(odd, _WHOLE), low), _VECTOR)
+
+
+def build_widened(builder: Any, pointer: Any) -> Any:
+    """`widened` in LLVM's language."""
+    element = pointer.type.pointee
+    if element == _F32:
+        return _read(builder, pointer)
+    values = _read(builder, pointer, ir.VectorType(element, LANES), align=1)
+    if element.width == 8:
+        return builder.sitofp(builder.sext(values, _WHOLE), _VECTOR)
+    return builder.bitcast(builder.shl(builder.zext(values, _WHOLE), ir.Constant(_WHOLE, [16] * LANES)), _VECTOR)
 
 
 def _checked(array: Any) -> Any:
@@ -286,18 +387,26 @@ def _read(builder: Any, pointer: Any, typ: Any = _VECTOR, align: int = 4) -> Any
     return builder.load(builder.bitcast(pointer, typ.as_pointer()), align=align)
 
 
-def _write(builder: Any, value: Any, pointer: Any) -> None:
-    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=4)
+def _write(builder: Any, value: Any, pointer: Any, align: int = 4) -> None:
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=align)
 
 
-def _widened(builder: Any, pointer: Any) -> Any:
-    element = pointer.type.pointee
-    if element == _F32:
-        return _read(builder, pointer)
-    values = _read(builder, pointer, ir.VectorType(element, LANES), align=1)
-    if element.width == 8:
-        return builder.sitofp(builder.sext(values, _WHOLE), _VECTOR)
-    return builder.bitcast(builder.shl(builder.zext(values, _WHOLE), ir.Constant(_WHOLE, [16] * LANES)), _VECTOR)
+def _rounded(builder: Any, v: Any) -> Any:
+    """The bits of the nearest bfloat16, <16 x i16>; a NaN stays one."""
+    one, half, high, nan = (ir.Constant(_WHOLE, [n] * LANES) for n in (1, 0x7FFF, 16, 0x7FC00000))
+    bits = builder.bitcast(v, _WHOLE)
+    odd = builder.and_(builder.lshr(bits, high), one)
+    nearest = builder.add(bits, builder.add(odd, half))
+    kept = builder.select(builder.fcmp_unordered("uno", v, v), nan, nearest)
+    return builder.trunc(builder.lshr(kept, high), ir.VectorType(ir.IntType(16), LANES))
+
+
+def _dot_pairs(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """c plus the products of both halves of each lane, bfloat16."""
+    full = "llvm.x86.avx512bf16.dpbf16ps.512"
+    kind = ir.FunctionType(_VECTOR, [_VECTOR, _WHOLE, _WHOLE])
+    function = builder.module.globals.get(full) or ir.Function(builder.module, kind, full)
+    return builder.call(function, [c, builder.bitcast(a, _WHOLE), builder.bitcast(b, _WHOLE)])
 
 
 def _low(builder: Any, pair: Any) -> Any:
@@ -313,6 +422,8 @@ def _shuffled(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
 
 
 def _splat(builder: Any, value: Any) -> Any:
+    """A float32, or the bits of one, in every lane."""
+    value = builder.bitcast(value, _F32)
     undefined = ir.Constant(_VECTOR, ir.Undefined)
     return _shuffled(builder, builder.insert_element(undefined, value, ir.Constant(_I32, 0)), undefined, [0] * LANES)
 

@@ -20,10 +20,11 @@ from torch.nn import functional as F
 
 from lattice_serve.kernels.cpu.team import Team, enter, finish, leave, take, wait_for
 from lattice_serve.kernels.cpu.vector import store, widened
-from lattice_serve.kernels.cpu_features import vectors
+from lattice_serve.kernels.cpu_features import Products, available_products, vectors
 from lattice_serve.kernels.decoder.weights import DecoderWeights, Packer
-from lattice_serve.kernels.lanes import LANES, padded
-from lattice_serve.kernels.linear.cpu import SUMS, linear, panel_count
+from lattice_serve.kernels.lanes import LANES, aligned, padded
+from lattice_serve.kernels.linear.activations import activations
+from lattice_serve.kernels.linear.cpu import PANEL, linear, panel_count, scratch_size
 from lattice_serve.kernels.mixer.block import MixerBlock
 from lattice_serve.kernels.mixer.cpu import mix_head
 from lattice_serve.kernels.mixer.layout import StateLayout
@@ -33,8 +34,7 @@ from lattice_serve.kernels.swiglu.cpu import swiglu
 
 _ROWS = 8
 """Rows of an item that works row by row."""
-_COLUMNS = 512
-"""Columns of a unit of SwiGLU."""
+_NAMES: dict[Products, str] = {"amx": "bfloat16 by AMX, ", "avx512_bf16": "bfloat16 by VDPBF16PS, ", "float32": ""}
 
 
 class CpuDecoder:
@@ -45,26 +45,33 @@ class CpuDecoder:
 
     def __init__(
         self, weights: DecoderWeights, layout: StateLayout, pool: Tensor, *, max_tokens: int, threads: int,
-        parallel_from: int = 4_000_000, quantization: Literal["int8"] | None = None,
+        parallel_from: int = 4_000_000, quantization: Literal["int8"] | None = None, products: Products | None = None,
     ) -> None:  # fmt: skip
         """pool: [rows, row_size] float32, the state rows; they are read and written in place, always.
 
+        products: what multiplies with matrices of bfloat16, the fastest there is unless given; those of float32 are
+        multiplied in float32. Raises ValueError for what this processor does not have.
         Steps of fewer multiply-adds than `parallel_from` (a fifth of a millisecond) are one thread's: they are not
         worth the meeting of several.
         """
         block = MixerBlock(layout)
         V, hidden = weights.head.shape
         intermediate = weights.layers[0].down_proj.shape[1]
+        if weights.head.dtype == torch.float32:
+            products = "float32"
+        elif products is None:
+            products = available_products()[0]
         pack = Packer(quantization)
         table = []
         for layer in weights.layers:
             gate, up = layer.gate_up_proj.chunk(2)
             missing = padded(intermediate) - intermediate
-            gate_up = torch.cat([torch.cat((part, part.new_zeros(missing, hidden))) for part in (gate, up)])
+            # Vectors of outputs in turn, so that a panel has what belongs together.
+            gate_up = torch.stack([F.pad(part, (0, 0, 0, missing)).view(-1, LANES, hidden) for part in (gate, up)], 1)
             matrices = (
                 block.inputs(layer.in_proj),
                 block.outputs(layer.out_proj.mT).mT,
-                gate_up,
+                gate_up.flatten(0, 2),
                 layer.down_proj,
             )
             lines = (layer.mixer_norm.float().numpy(), block.small(layer.mixer), layer.mlp_norm.float().numpy())
@@ -79,7 +86,7 @@ class CpuDecoder:
         embedding = (stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored).numpy().reshape(-1)
         widths = (hidden, block.in_width, block.out_width, intermediate, V)
         self._parallel_from = parallel_from
-        self.name = f"{vectors()}, {threads} {'thread' if threads == 1 else 'threads'}"
+        self.name = f"{vectors()}, {_NAMES[products]}{threads} {'thread' if threads == 1 else 'threads'}"
         """What it runs on."""
         self._step = np.zeros(5, dtype=np.int64)
         self._ids = np.zeros(max_tokens, dtype=np.int64)
@@ -88,12 +95,14 @@ class CpuDecoder:
         self._pool, self._row_size = pool, layout.row_size
         self._vocab_size = V
         # Pages that are never written cost nothing, so the buffers may have room for the largest step.
-        self._logits = np.empty((max_tokens, padded(V)), dtype=np.float32)
-        self._hidden = np.empty((2 * max_tokens, padded(hidden)), dtype=np.float32)
+        x, z, final, logits = (aligned(max_tokens * padded(width), np.float32) for width in (
+            hidden, block.in_width, hidden, V))  # fmt: skip
+        normed, mixed, act, wanted = (activations(products, max_tokens, width) for width in (
+            hidden, block.out_width, intermediate, hidden))  # fmt: skip
+        self._logits, self._final = logits.reshape(max_tokens, -1), final.reshape(max_tokens, -1)
         self._hidden_size = hidden
-        buffers = [np.zeros(max_tokens * padded(width), dtype=np.float32) for width in (
-            hidden, hidden, block.in_width, block.out_width, 2 * padded(intermediate), intermediate)]  # fmt: skip
-        need = max(block.scratch_size, SUMS)
+        gate_up = aligned(threads * max_tokens * PANEL, np.float32).reshape(threads, -1)
+        need = padded(max(block.scratch_size, *map(scratch_size, (hidden, block.out_width, intermediate))))
         self.nbytes = sum(array.nbytes for array in (strips, scales, small))
         self._products = sum(matrix.numel() for layer in weights.layers for matrix in (
             layer.in_proj, layer.out_proj, layer.gate_up_proj, layer.down_proj))  # fmt: skip
@@ -101,8 +110,8 @@ class CpuDecoder:
             self._step, self._ids, self._segments, self._wanted, pool.numpy().reshape(-1),
             np.array((layout.row_size, layout.layer_size, layout.head_size), dtype=np.int64), block.places, block.dims,
             np.array(widths, dtype=np.int64), np.float32(weights.norm_eps), np.array(table, dtype=np.int64),
-            np.array(ends, dtype=np.int64), embedding, strips, scales, small, *buffers, self._hidden.reshape(-1),
-            self._logits.reshape(-1), np.empty((threads, padded(need)), dtype=np.float32),
+            np.array(ends, dtype=np.int64), embedding, strips, scales, small, x, normed, z, mixed, act, wanted, final,
+            logits, gate_up, aligned(threads * need, np.float32).reshape(threads, need),
         ))  # fmt: skip
 
     def __call__(
@@ -128,7 +137,7 @@ class CpuDecoder:
         threads = self.team.size if M * self._products >= self._parallel_from else 1
         self._step[:] = M, n, R, threads, E
         self.team.run(threads)
-        logits, final = self._logits[:R, : self._vocab_size], self._hidden[R : R + E, : self._hidden_size]
+        logits, final = self._logits[:R, : self._vocab_size], self._final[:E, : self._hidden_size]
         return torch.from_numpy(logits), torch.from_numpy(final)
 
 
@@ -146,7 +155,7 @@ def _items(units: int, share: int) -> int:
 @njit(cache=True)
 def _linear_phase(
     sync: Any, ticket: int, base: int, threads: int, w: Any, o_w: int, scales: Any, o_s: int, N: int, K: int, x: Any,
-    x_row: int, M: int, out: Any, out_row: int, add: bool, scratch: Any,
+    M: int, out: Any, out_row: int, add: bool, scratch: Any,
 ) -> tuple[int, int]:  # fmt: skip
     panels = panel_count(N)
     share = _share(panels, threads)
@@ -154,7 +163,8 @@ def _linear_phase(
     while ticket < base + count:
         wait_for(sync, base)
         first = (ticket - base) * share
-        linear(w, o_w, scales, o_s, N, K, x, x_row, M, out, out_row, add, first, min(first + share, panels), scratch, 0)
+        last = min(first + share, panels)
+        linear(w, o_w, scales, o_s, N, K, x, M, out, first * PANEL, out_row, add, first, last, scratch)
         ticket = finish(sync)
     return ticket, base + count
 
@@ -163,16 +173,15 @@ def _linear_phase(
 def _work(
     thread: int, sync: Any, step: Any, ids: Any, segments: Any, wanted: Any, S: Any, sizes: Any, places: Any, dims: Any,
     widths: Any, eps: float, table: Any, ends: Any, embedding: Any, w: Any, scales: Any, small: Any, x: Any,
-    normed: Any, z: Any, mixed: Any, gate_up: Any, act: Any, hidden: Any, logits: Any, scratches: Any,
+    normed: Any, z: Any, mixed: Any, act: Any, chosen: Any, final: Any, logits: Any, gates_ups: Any, scratches: Any,
 ) -> None:  # fmt: skip
     M, n, R, threads, E = step[0], step[1], step[2], step[3], step[4]
     width, z_width, y_width, inner, V = widths[0], widths[1], widths[2], widths[3], widths[4]
-    row, z_row, y_row, inner_row = padded(width), padded(z_width), padded(y_width), padded(inner)
+    row, z_row, inner_row = padded(width), padded(z_width), padded(inner)
     row_size, layer_size, head_size = sizes[0], sizes[1], sizes[2]
     H = dims[0]
-    scratch = scratches[thread]
+    scratch, gate_up = scratches[thread], gates_ups[thread]
     by_rows = _items(M, _ROWS)
-    chunks = -(-inner // _COLUMNS)
     base = 0
     ticket = take(sync)
     for layer in range(len(table)):
@@ -184,13 +193,12 @@ def _work(
                 if layer == 0:
                     for i in range(0, width, LANES):
                         store(x, t * row + i, widened(embedding, ids[t] * row + i))
-                rms_norm(x, t * row, width, small, at[8], eps, normed, t * row)
+                rms_norm(x, t * row, width, small, at[8], eps, normed, t)
             ticket = finish(sync)
         base += by_rows
         ticket, base = _linear_phase(
-            sync, ticket, base, threads, w, at[0], scales, at[1], z_width, width, normed, row, M, z, z_row, False,
-            scratch,
-        )  # fmt: skip
+            sync, ticket, base, threads, w, at[0], scales, at[1], z_width, width, normed, M, z, z_row, False, scratch
+        )
         units = H * n
         # A head's tokens of a prompt are work for one thread; those of one token each go by the sequence, as they lie.
         share = 1 if n < M else -(-H // 2)
@@ -203,49 +211,52 @@ def _work(
                 o = segments[0, i] * row_size + layer * layer_size + head * head_size
                 mix_head(
                     S, o, places, dims, segments[1, i], segments[2, i], segments[2, i + 1], z, z_row, head, small,
-                    at[9], mixed, y_row, scratch, 0,
+                    at[9], mixed, scratch, 0,
                 )  # fmt: skip
             ticket = finish(sync)
         base += count
         ticket, base = _linear_phase(
-            sync, ticket, base, threads, w, at[2], scales, at[3], width, y_width, mixed, y_row, M, x, row, True, scratch
+            sync, ticket, base, threads, w, at[2], scales, at[3], width, y_width, mixed, M, x, row, True, scratch
         )
         while ticket < base + by_rows:
             wait_for(sync, base)
             first = (ticket - base) * _ROWS
             for t in range(first, min(first + _ROWS, M)):
-                rms_norm(x, t * row, width, small, at[10], eps, normed, t * row)
+                rms_norm(x, t * row, width, small, at[10], eps, normed, t)
             ticket = finish(sync)
         base += by_rows
-        ticket, base = _linear_phase(
-            sync, ticket, base, threads, w, at[4], scales, at[5], 2 * inner_row, width, normed, row, M, gate_up,
-            2 * inner_row, False, scratch,
-        )  # fmt: skip
-        units = M * chunks
-        share = _share(units, threads)
-        count = _items(units, share)
+        panels = panel_count(2 * inner_row)
+        share = _share(panels, threads)
+        count = _items(panels, share)
         while ticket < base + count:
             wait_for(sync, base)
             first = (ticket - base) * share
-            for unit in range(first, min(first + share, units)):
-                t, begin = unit // chunks, unit % chunks * _COLUMNS
-                o = t * 2 * inner_row + begin
-                swiglu(gate_up, o, gate_up, o + inner_row, min(_COLUMNS, inner - begin), act, t * inner_row + begin)
+            for panel in range(first, min(first + share, panels)):
+                linear(
+                    w, at[4], scales, at[5], 2 * inner_row, width, normed, M, gate_up, 0, PANEL, False, panel,
+                    panel + 1, scratch,
+                )  # fmt: skip
+                k = panel * PANEL // 2
+                for t in range(M):
+                    swiglu(gate_up, t * PANEL, min(PANEL // 2, inner - k), act, t, inner, k)
             ticket = finish(sync)
         base += count
         ticket, base = _linear_phase(
-            sync, ticket, base, threads, w, at[6], scales, at[7], width, inner, act, inner_row, M, x, row, True, scratch
+            sync, ticket, base, threads, w, at[6], scales, at[7], width, inner, act, M, x, row, True, scratch
         )
     count = _items(R + E, _ROWS)
     while ticket < base + count:
         wait_for(sync, base)
         first = (ticket - base) * _ROWS
         for i in range(first, min(first + _ROWS, R + E)):
-            rms_norm(x, wanted[i] * row, width, small, ends[2], eps, hidden, i * row)
+            if i < R:
+                rms_norm(x, wanted[i] * row, width, small, ends[2], eps, chosen, i)
+            else:
+                rms_norm(x, wanted[i] * row, width, small, ends[2], eps, final, i - R)
         ticket = finish(sync)
     base += count
     ticket, base = _linear_phase(
-        sync, ticket, base, threads, w, ends[0], scales, ends[1], V, width, hidden, row, R, logits,
+        sync, ticket, base, threads, w, ends[0], scales, ends[1], V, width, chosen, R, logits,
         padded(V), False, scratch,
     )  # fmt: skip
     wait_for(sync, base)

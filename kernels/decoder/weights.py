@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from lattice_serve.kernels.lanes import padded
+from lattice_serve.kernels.lanes import aligned, padded
 from lattice_serve.kernels.linear.cpu import PackedWeight
 from lattice_serve.kernels.mixer.shape import MixerWeights
 
@@ -69,7 +69,7 @@ class Packer:
 
     def arrays(self) -> tuple[Any, Any, Any]:
         """Strips, scales and small values; the packer is empty after it."""
-        strips = np.empty(self._ends[0], dtype=self._strips[0].dtype)
+        strips = aligned(self._ends[0], self._strips[0].dtype)
         at = 0
         while self._strips:  # one by one, so that memory is not doubled
             part = self._strips.pop(0)

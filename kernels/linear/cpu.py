@@ -1,9 +1,12 @@
-"""``x weight^T`` on the CPU, every output added up in one order: k = 0, 1, 2, ... with fused multiply-adds.
+"""``x weight^T`` on the CPU, every output added up in one order: k = 0, 1, 2, ..., whatever the number of rows.
 
 So a row's bits depend on nothing but the row: not on how many rows there are, not on its place among them, not on the
 number of threads. Weights are packed once into strips of 16 outputs, k by k, that are read from start to end: few rows
-are multiplied at the speed of memory, many at that of the processor's multipliers, 6 rows to a load of weights.
-Sums are float32 whatever the weights are.
+are multiplied at the speed of memory, many at that of the processor's multipliers. Sums are float32.
+
+What multiplies follows from how the activations lie (`kernels.linear.activations`): float32 by fused multiply-adds
+with weights that are widened on the way; bfloat16 by VDPBF16PS, in pairs of k, or by AMX, 32 of k at once. These want
+weights of bfloat16: int8 are widened, exactly, strip by strip into memory that stays in the second-level cache.
 """
 
 from __future__ import annotations
@@ -14,19 +17,23 @@ from typing import Any
 import numpy as np
 import torch
 from numba import njit, types
-from numba.extending import overload
+from numba.extending import overload, register_jitable
 from torch import Tensor
 
-from lattice_serve.kernels.cpu.vector import load, store, tile
-from lattice_serve.kernels.lanes import LANES, padded
+from lattice_serve.kernels.cpu.amx import TILE, TILE_BYTES, TILE_K, block, configure, release
+from lattice_serve.kernels.cpu.vector import load, pairs, splat, store, tile, widened
+from lattice_serve.kernels.cpu_features import Products
+from lattice_serve.kernels.lanes import LANES, aligned, padded
+from lattice_serve.kernels.linear.activations import activations, fill
 from lattice_serve.kernels.linear.quantize import quantize
 
 PANEL = 64
 """Outputs that a thread takes at once: four strips."""
+_STRIPS = PANEL // LANES
 _ROWS = 6
 """Rows of a tile of one vector: 12 sums in the 16 registers of AVX2."""
-SUMS = _ROWS * LANES
-"""Floats that `linear` wants of its thread."""
+_SUMS = 4 * TILE * TILE
+"""Floats of the sums of a block of tiles, or of the few rows of vectors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +66,30 @@ class PackedWeight:
     def nbytes(self) -> int:
         return int(self.strips.nbytes + self.scales.nbytes)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [M, K] float32 and contiguous -> [M, N] float32. Raises ValueError when it is not."""
+    def __call__(self, x: Tensor, products: Products = "float32") -> Tensor:
+        """x [M, K] float32 and contiguous -> [M, N] float32. Raises ValueError when it is not.
+
+        Unless products are of float32, x is rounded to bfloat16, and weights must not be float32.
+        """
         if x.ndim != 2 or x.shape[1] != self.K or x.dtype != torch.float32 or not x.is_contiguous():
             raise ValueError(f"x must be contiguous float32 [M, {self.K}], not {x.dtype} {tuple(x.shape)}")
-        out = x.new_empty(len(x), padded(self.N))
-        scratch = np.empty(SUMS, dtype=np.float32)
+        if products != "float32" and self.strips.dtype == np.float32:
+            raise ValueError(f"weights are float32: {products} multiplies bfloat16 and int8")
+        M, N = len(x), padded(self.N)
+        rows, out = np.zeros((M, padded(self.K)), dtype=np.float32), aligned(M * N, np.float32)
+        rows[:, : self.K] = x.numpy()
+        given = activations(products, M, self.K)
+        fill(rows.reshape(-1), M, self.K, given)
+        scratch = aligned(scratch_size(self.K), np.float32)
         linear(
-            self.strips, 0, self.scales, 0, self.N, self.K, x.numpy().reshape(-1), self.K, len(x),
-            out.numpy().reshape(-1), out.shape[1], False, 0, panel_count(self.N), scratch, 0,
+            self.strips, 0, self.scales, 0, self.N, self.K, given, M, out, 0, N, False, 0, panel_count(self.N), scratch
         )  # fmt: skip
-        return out[:, : self.N]
+        return torch.from_numpy(out.reshape(M, N)[:, : self.N])
+
+
+def scratch_size(K: int) -> int:
+    """Floats that `linear` wants of its thread, on a cache line."""
+    return _SUMS + _STRIPS * _widened_size(K)
 
 
 def _pack(weight: Tensor) -> Any:
@@ -77,7 +97,9 @@ def _pack(weight: Tensor) -> Any:
     halves = 2 if weight.dtype == torch.bfloat16 else 1
     whole = weight.detach().new_zeros(padded(N), -(-K // halves) * halves)
     whole[:N, :K] = weight.detach()
-    strips = whole.view(-1, LANES, whole.shape[1] // halves, halves).movedim(1, 2).flatten()
+    view = whole.view(-1, LANES, whole.shape[1] // halves, halves).movedim(1, 2)
+    strips = torch.from_numpy(aligned(whole.numel() * whole.itemsize, np.uint8)).view(whole.dtype)
+    strips.view(view.shape).copy_(view)
     return strips.view(torch.uint32).numpy() if halves == 2 else strips.numpy()
 
 
@@ -87,32 +109,135 @@ def panel_count(N: int) -> int:
 
 
 @njit(cache=True)
-def _emit(sums: Any, o_sums: int, scales: Any, o_s: int, scaled: bool, add: bool, out: Any, o_out: int, n: int) -> None:
-    """n sums to their place."""
+def _emit(sums: Any, o_sums: int, row: int, column: int, n: int, to: Any) -> None:
+    """n sums to their place in a panel."""
+    scales, o_s, out, o_out, out_row, add = to
+    o = o_out + row * out_row + column
     for j in range(0, n, LANES):
         value = load(sums, o_sums + j)
-        if scaled:
-            value = value * load(scales, o_s + j)
+        if len(scales) > 0:
+            value = value * load(scales, o_s + column + j)
         if add:
-            value = load(out, o_out + j) + value
-        store(out, o_out + j, value)
+            value = load(out, o + j) + value
+        store(out, o + j, value)
 
 
 @njit(cache=True)
-def _rows(rows: int, x: Any, o_x: int, x_row: int, w: Any, o_w: int, K: int, sums: Any, o_sums: int) -> None:
+def _rows(rows: int, x: Any, o_x: int, x_row: int, w: Any, o_w: int, K: int, sums: Any) -> None:
     """A tile of up to `_ROWS` rows and one strip."""
     if rows == 6:
-        tile(6, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, o_sums, LANES)
+        tile(6, 1, x, o_x, x_row, w, o_w, LANES, 0, K, sums, 0, LANES)
     elif rows == 5:
-        tile(5, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, o_sums, LANES)
+        tile(5, 1, x, o_x, x_row, w, o_w, LANES, 0, K, sums, 0, LANES)
     elif rows == 4:
-        tile(4, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, o_sums, LANES)
+        tile(4, 1, x, o_x, x_row, w, o_w, LANES, 0, K, sums, 0, LANES)
     elif rows == 3:
-        tile(3, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, o_sums, LANES)
+        tile(3, 1, x, o_x, x_row, w, o_w, LANES, 0, K, sums, 0, LANES)
     elif rows == 2:
-        tile(2, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, o_sums, LANES)
+        tile(2, 1, x, o_x, x_row, w, o_w, LANES, 0, K, sums, 0, LANES)
     else:
-        tile(1, 1, 0, x, o_x, x_row, 1, w, o_w, LANES, 0, K, sums, o_sums, LANES)
+        tile(1, 1, x, o_x, x_row, w, o_w, LANES, 0, K, sums, 0, LANES)
+
+
+@njit(cache=True)
+def _by_vectors(
+    w: Any, o_w: int, size: int, strips: int, steps: int, x: Any, x_row: int, M: int, sums: Any, to: Any
+) -> None:
+    """A panel of strips that are `size` apart, in so many steps along x_row."""
+    if M == 1 and strips == _STRIPS:
+        tile(1, 4, x, 0, 0, w, o_w, LANES, size, steps, sums, 0, 0)
+        _emit(sums, 0, 0, 0, PANEL, to)
+        return
+    for s in range(strips):
+        i = 0
+        while i < M:
+            # As many tiles as it takes, all but equally tall: a low one would leave the processor waiting.
+            rows = -(-(M - i) // -(-(M - i) // _ROWS))
+            _rows(rows, x, i * x_row, x_row, w, o_w + s * size, steps, sums)
+            for r in range(rows):
+                _emit(sums, r * LANES, i + r, s * LANES, LANES, to)
+            i += rows
+
+
+@njit(cache=True)
+def _by_tiles(w: int, size: int, whole: bool, strips: int, steps: int, x: int, M: int, sums: Any, to: Any) -> None:
+    """A panel of strips that are `size` bytes apart, of int8 if whole; x and w are addresses.
+
+    Sums that are not scaled are worked out where they go to.
+    """
+    scales, _, out, o_out, out_row, add = to
+    scaled = len(scales) > 0
+    i = 0
+    while i < M:
+        rows, height = min(M - i, TILE), 1
+        if M - i >= 2 * TILE and strips == _STRIPS:
+            rows, height = 2 * TILE, 2
+        width = _STRIPS // height if strips == _STRIPS else 1
+        if i == 0 or rows < TILE:
+            configure(min(rows, TILE))
+        at, x_next = x + i // TILE * steps * TILE_BYTES, steps * TILE_BYTES
+        for s in range(0, strips, width):
+            place, next_row = out.ctypes.data + 4 * (o_out + i * out_row + s * LANES), 4 * out_row
+            if scaled:
+                place, next_row = sums.ctypes.data, 4 * width * LANES
+            begins, o_w = add and not scaled, w + s * size
+            if whole and height == 2:
+                block(2, 2, 1, at, x_next, o_w, size, steps, begins, place, next_row)
+            elif whole and width == _STRIPS:
+                block(1, 4, 1, at, x_next, o_w, size, steps, begins, place, next_row)
+            elif whole:
+                block(1, 1, 1, at, x_next, o_w, size, steps, begins, place, next_row)
+            elif height == 2:
+                block(2, 2, 0, at, x_next, o_w, size, steps, begins, place, next_row)
+            elif width == _STRIPS:
+                block(1, 4, 0, at, x_next, o_w, size, steps, begins, place, next_row)
+            else:
+                block(1, 1, 0, at, x_next, o_w, size, steps, begins, place, next_row)
+            if scaled:
+                for r in range(rows):
+                    _emit(sums, r * width * LANES, i + r, s * LANES, width * LANES, to)
+        i += rows
+    release()
+
+
+def _panel(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
+    """A panel of strips by what multiplies activations such as x; in compiled code only."""
+    raise NotImplementedError
+
+
+@overload(_panel, strict=False)
+def _panel_of(w: Any, o_w: Any, strips: Any, K: Any, x: Any, M: Any, scratch: Any, to: Any) -> Any:
+    def by_float32(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
+        _by_vectors(w, o_w, _strip_size(K, w), strips, K, x, padded(K), M, scratch, to)
+
+    def by_pairs(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
+        _by_vectors(w, o_w, _strip_size(K, w), strips, (K + 1) // 2, x, padded(K) // 2, M, scratch, to)
+
+    def by_pairs_of_int8(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
+        _widen(w, o_w, strips, K, scratch, _SUMS)
+        wide, size = scratch.view(np.uint32), _widened_size(K)
+        _by_vectors(wide, _SUMS, size, strips, (K + 1) // 2, x, padded(K) // 2, M, scratch, to)
+
+    def by_tiles(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
+        at, size, steps = w.ctypes.data + 4 * o_w, 4 * _strip_size(K, w), -(-K // TILE_K)
+        if K % TILE_K > 0:
+            _widen(w, o_w, strips, K, scratch, _SUMS)
+            at, size = scratch.ctypes.data + 4 * _SUMS, 4 * _widened_size(K)
+        _by_tiles(at, size, False, strips, steps, x.ctypes.data, M, scratch, to)
+
+    def by_tiles_of_int8(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
+        # Few rows wait for memory, which must not wait for them: each tile is widened as it comes. Many share it.
+        at, size, whole, steps = w.ctypes.data + o_w, _strip_size(K, w), M <= 2 * TILE, -(-K // TILE_K)
+        if M > 2 * TILE or K % TILE_K > 0:
+            _widen(w, o_w, strips, K, scratch, _SUMS)
+            at, size, whole = scratch.ctypes.data + 4 * _SUMS, 4 * _widened_size(K), False
+        _by_tiles(at, size, whole, strips, steps, x.ctypes.data, M, scratch, to)
+
+    if x.dtype == types.float32:
+        return by_float32
+    if x.dtype == types.uint32:
+        return by_pairs if w.dtype == types.uint32 else by_pairs_of_int8
+    return by_tiles if w.dtype == types.uint32 else by_tiles_of_int8
 
 
 def _strip_size(K: int, w: Any) -> int:
@@ -127,35 +252,57 @@ def _strip_size_of(K: Any, w: Any) -> Any:
     return lambda K, w: LANES * K
 
 
+@register_jitable
+def _widened_size(K: int) -> int:
+    """Floats of a strip of bfloat16, in pairs and with zeros to the end of the last tile."""
+    return -(-K // TILE_K) * TILE * TILE
+
+
+def _widen(w: Any, o_w: int, strips: int, K: int, out: Any, o_out: int) -> None:
+    """Strips of int8 or bfloat16 to strips of bfloat16, `_widened_size` apart; in compiled code only."""
+    raise NotImplementedError
+
+
+@overload(_widen, strict=False)
+def _widen_of(w: Any, o_w: Any, strips: Any, K: Any, out: Any, o_out: Any) -> Any:
+    zero = np.float32(0)
+
+    def of_bfloat16(w: Any, o_w: int, strips: int, K: int, out: Any, o_out: int) -> None:
+        size, bits = _strip_size(K, w), w.view(np.float32)
+        for s in range(strips):
+            o, to = o_w + s * size, o_out + s * _widened_size(K)
+            for i in range(0, size, LANES):
+                store(out, to + i, load(bits, o + i))
+            for i in range(size, _widened_size(K), LANES):
+                store(out, to + i, splat(zero))
+
+    def of_int8(w: Any, o_w: int, strips: int, K: int, out: Any, o_out: int) -> None:
+        for s in range(strips):
+            o, to = o_w + s * _strip_size(K, w), o_out + s * _widened_size(K)
+            for k in range(0, K - 1, 2):
+                store(out, to + k // 2 * LANES, pairs(widened(w, o + k * LANES), widened(w, o + (k + 1) * LANES)))
+            if K % 2 == 1:
+                store(out, to + K // 2 * LANES, pairs(widened(w, o + (K - 1) * LANES), splat(zero)))
+            for i in range((K + 1) // 2 * LANES, _widened_size(K), LANES):
+                store(out, to + i, splat(zero))
+
+    return of_bfloat16 if w.dtype == types.uint32 else of_int8
+
+
 @njit(cache=True)
 def linear(
-    w: Any, o_w: int, scales: Any, o_s: int, N: int, K: int, x: Any, x_row: int, M: int, out: Any, out_row: int,
-    add: bool, first: int, last: int, sums: Any, o_sums: int,
+    w: Any, o_w: int, scales: Any, o_s: int, N: int, K: int, x: Any, M: int, out: Any, o_out: int, out_row: int,
+    add: bool, first: int, last: int, scratch: Any,
 ) -> None:  # fmt: skip
-    """Panels `first` to `last` of a packed weight: out [M, out_row] = x [M, x_row] weight^T, or that added to out.
+    """Panels `first` to `last` of a packed weight: those outputs of x [M, K] weight^T to out, or added to it.
 
-    The strips begin at o_w of w, the scales at o_s of scales, `SUMS` floats at o_sums of sums are for scratch; all
-    arrays are [..]. Outputs beyond N up to `padded(N)` become 0.
+    The strips begin at o_w of w, the scales at o_s of scales; x: `activations` of M rows of K; row after row of the
+    outputs begins at o_out of out, out_row on; scratch: `scratch_size` floats on a cache line. All arrays are [..].
+    Outputs beyond N up to `padded(N)` become 0.
     """
-    scaled = len(scales) > 0
     size = _strip_size(K, w)
-    whole = padded(N)
     for panel in range(first, last):
         begin = panel * PANEL
-        width = min(PANEL, whole - begin)
-        o_p = o_w + begin // LANES * size
-        if M == 1 and width == PANEL:
-            tile(1, 4, 0, x, 0, 0, 1, w, o_p, LANES, size, K, sums, o_sums, 0)
-            _emit(sums, o_sums, scales, o_s + begin, scaled, add, out, begin, PANEL)
-            continue
-        for j in range(0, width, LANES):
-            o_j = o_p + j // LANES * size
-            i = 0
-            while i < M:
-                # As many tiles as it takes, all but equally tall: a low one would leave the processor waiting.
-                rows = -(-(M - i) // -(-(M - i) // _ROWS))
-                _rows(rows, x, i * x_row, x_row, w, o_j, K, sums, o_sums)
-                for r in range(rows):
-                    o_out = (i + r) * out_row + begin + j
-                    _emit(sums, o_sums + r * LANES, scales, o_s + begin + j, scaled, add, out, o_out, LANES)
-                i += rows
+        strips = min(PANEL, padded(N) - begin) // LANES
+        to = (scales, o_s + begin, out, o_out + begin - first * PANEL, out_row, add)
+        _panel(w, o_w + begin // LANES * size, strips, K, x, M, scratch, to)

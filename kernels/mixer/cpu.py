@@ -22,13 +22,18 @@ from numba import njit
 from torch import Tensor
 
 from lattice_serve.kernels.cpu.math import sigmoid, silu
-from lattice_serve.kernels.cpu.vector import eight_dots, fma, load, maximum, splat, sqrt, store, tile, total
+from lattice_serve.kernels.cpu.vector import combine, eight_dots, first, fma, load, maximum, splat, sqrt, store, total
+from lattice_serve.kernels.cpu_features import vectors
 from lattice_serve.kernels.lanes import LANES
 from lattice_serve.kernels.lattice.state import OBJECTIVES
+from lattice_serve.kernels.linear.activations import put
 from lattice_serve.kernels.mixer.block import MixerBlock
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.segments import Segments
 from lattice_serve.kernels.mixer.shape import L2_EPS, MixerShape, MixerWeights
+
+_WIDE = 4 if vectors() == "AVX-512" else 2
+"""Vectors that are combined at once, two sums each: half of the registers. Makes no difference to any bit."""
 
 _DECODING, _ENCODING = OBJECTIVES.index("decoding"), OBJECTIVES.index("encoding")
 
@@ -56,11 +61,11 @@ def _dots(x: Any, o_x: int, w: Any, o_w: int, n: int, rows: int, out: Any, o_out
 def _combine(x: Any, o_x: int, x_step: int, w: Any, o_w: int, w_row: int, K: int, out: Any, o_out: int, n: int) -> None:
     """out [n] += sum_k x[k x_step] w[k w_row + j], n a multiple of 16."""
     j = 0
-    while j + 4 * LANES <= n:
-        tile(1, 4, 1, x, o_x, 0, x_step, w, o_w + j, w_row, LANES, K, out, o_out + j, 0)
-        j += 4 * LANES
+    while j + _WIDE * LANES <= n:
+        combine(_WIDE, x, o_x, x_step, w, o_w + j, w_row, K, out, o_out + j)
+        j += _WIDE * LANES
     while j < n:
-        tile(1, 1, 1, x, o_x, 0, x_step, w, o_w + j, w_row, 0, K, out, o_out + j, 0)
+        combine(1, x, o_x, x_step, w, o_w + j, w_row, K, out, o_out + j)
         j += LANES
 
 
@@ -71,11 +76,11 @@ def _clear(x: Any, o_x: int, n: int) -> None:
 
 
 @njit(cache=True)
-def _recur(S: Any, o: int, places: Any, d: int, m: int, slot: int, C: int, objective: int, gamma: float, mu: float,
+def _recur(S: Any, o: int, places: Any, d: int, m: int, slot: int, C: int, objective: int, gamma: Any, mu: Any,
            x: Any, o_q: int, o_k: int, o_v: int, o_y: int, o_x: int) -> None:  # fmt: skip
     """One token of one head: q, k [m], v [d] -> y [d], all in x. S: state rows, the head's block at o.
 
-    o_x: scratch of d + 5 m + 2 C floats.
+    gamma and mu are in all lanes of vectors. o_x: scratch of d + 5 m + 2 C floats.
     """
     o_A, o_h, o_c, o_b, o_e, o_a = (
         o + places[0],
@@ -94,30 +99,28 @@ def _recur(S: Any, o: int, places: Any, d: int, m: int, slot: int, C: int, objec
             store(x, negative + j, -load(x, o_k + j))
         _combine(x, negative, 1, S, o_A, d, m, x, h, d)
     _dots(x, h, S, o_A, d, m, x, w)
-    step = splat(gamma)
     for j in range(0, m, LANES):
         key = load(x, o_k + j)
         if objective == _ENCODING:
             key = key - load(x, w + j)
-        store(x, c + j, step * key)
+        store(x, c + j, gamma * key)
     _clear(x, sums, m)
     _dots(x, h, S, o_h, d, slot, x, factors)
-    decay = splat(mu)
     for j in range(0, slot * m, LANES):
-        store(S, o_c + j, decay * load(S, o_c + j))
+        store(S, o_c + j, mu * load(S, o_c + j))
     _combine(x, factors, 1, S, o_c, m, slot, x, sums, m)
     if slot == 0:
-        a = mu
+        a = first(mu)
         _clear(S, o_b, m)
         _clear(S, o_e, m)
     else:
-        a = mu * S[o_a]
+        a = first(mu) * S[o_a]
     S[o_a] = a
     size, two, zero, a_ = splat(_dot(x, h, x, h, d)), splat(np.float32(2)), splat(np.float32(0)), splat(a)
     for j in range(0, m, LANES):
         c_j, w_j = load(x, c + j), load(x, w + j)
-        b_j = decay * load(S, o_b + j)
-        e_j = decay * decay * load(S, o_e + j)
+        b_j = mu * load(S, o_b + j)
+        e_j = mu * mu * load(S, o_e + j)
         e_j = e_j + two * c_j * (load(x, sums + j) - w_j * b_j) + c_j * c_j * (size - w_j * w_j)
         e_j = maximum(zero, e_j)
         b_j = fma(c_j, w_j, b_j)
@@ -162,12 +165,12 @@ def _normalize(x: Any, o_x: int, n: int) -> None:
 @njit(cache=True)
 def mix_head(
     S: Any, o: int, places: Any, dims: Any, position: int, first: int, last: int, z: Any, z_row: int, head: int,
-    weights: Any, o_weights: int, out: Any, out_row: int, x: Any, o_x: int,
+    weights: Any, o_weights: int, out: Any, x: Any, o_x: int,
 ) -> None:  # fmt: skip
     """Tokens `first` to `last` of one sequence, from its `position` on, through one head.
 
-    S: state rows, the head's block at o; z, out: all tokens; weights: what `MixerBlock` lays out, at o_weights;
-    x: `scratch_size` floats at o_x. Arrays are float32 [..].
+    S: state rows, the head's block at o; z: all tokens; weights: what `MixerBlock` lays out, at o_weights; out:
+    activations of all tokens; x: `scratch_size` floats at o_x. Arrays other than out are float32 [..].
     """
     H, d, m, n_d, C, taps, objective, gated = dims[0], dims[1], dims[2], dims[3], dims[4], dims[5], dims[6], dims[7]
     n = 2 * m + d
@@ -194,24 +197,17 @@ def mix_head(
             store(x, o_x + i, silu(value))
         _normalize(x, o_q, m)
         _normalize(x, o_k, m)
-        gamma = _sigmoid(z[t * z_row + gates + head] + weights[o_bias + head])
-        mu = np.float32(1)
+        gamma = sigmoid(splat(z[t * z_row + gates + head] + weights[o_bias + head]))
+        mu = splat(np.float32(1))
         if gated:
-            mu = floor + (np.float32(1) - floor) * _sigmoid(
-                z[t * z_row + gates + H + head] + weights[o_bias + H + head]
-            )
+            gate = splat(z[t * z_row + gates + H + head] + weights[o_bias + H + head])
+            mu = splat(floor) + splat(np.float32(1) - floor) * sigmoid(gate)
         _recur(S, o, places, d, m, slot, C, objective, gamma, mu, x, o_q, o_k, o_v, o_y, o_y + d)
         slot = slot + 1 if slot + 1 < C else 0
         scale = splat(np.float32(1) / np.sqrt(_dot(x, o_y, x, o_y, d) / np.float32(n_d) + eps))
-        o_out = t * out_row + head * d
         for i in range(0, d, LANES):
             y = load(x, o_y + i) * scale * load(weights, o_norm + i)
-            store(out, o_out + i, y * silu(load(z, o_z + n + i)))
-
-
-@njit(cache=True)
-def _sigmoid(x: float) -> float:
-    return total(sigmoid(splat(x))) / np.float32(LANES)
+            put(out, t, H * d, head * d + i, y * silu(load(z, o_z + n + i)))
 
 
 class CpuMixer:
@@ -248,10 +244,7 @@ def _mix(
     S: Any, row_size: int, first: int, head_size: int, places: Any, dims: Any, rows: Any, positions: Any, starts: Any,
     z: Any, z_row: int, weights: Any, out: Any, x: Any,
 ) -> None:  # fmt: skip
-    H, d = dims[0], dims[1]
-    for head in range(H):
+    for head in range(dims[0]):
         for i in range(len(rows)):
             o = rows[i] * row_size + first + head * head_size
-            mix_head(
-                S, o, places, dims, positions[i], starts[i], starts[i + 1], z, z_row, head, weights, 0, out, H * d, x, 0
-            )
+            mix_head(S, o, places, dims, positions[i], starts[i], starts[i + 1], z, z_row, head, weights, 0, out, x, 0)

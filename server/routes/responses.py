@@ -23,8 +23,7 @@ async def create_response(request: Request, services: Injected) -> Response:
     asked = ResponseRequest.parse(await request.body())
     salt: str = request.state.cache_salt
     if asked.stream:
-        events = response.stream(services, asked, salt)
-        return NamedEventStream(events, keep_alive_seconds=services.settings.keep_alive_seconds)
+        return NamedEventStream(response.stream(services, asked, salt), **services.settings.stream_seconds)
     whole = await until_disconnect(request.receive, response.respond(services, asked, salt))
     return Response(whole, media_type="application/json")
 

@@ -14,6 +14,7 @@ from lattice_serve.server.schemas.generation import MAX_SALT_LENGTH, MAX_TIMEOUT
 from lattice_serve.server.schemas.tools import FunctionName
 
 MAX_METADATA = 16
+LOGPROBS = "message.output_text.logprobs"
 
 
 def _joined(content: object) -> object:
@@ -61,8 +62,21 @@ InputItem: TypeAlias = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[FunctionCall, Tag("function_call")]
     | Annotated[FunctionCallOutput, Tag("function_call_output")],
-    Discriminator(_kind),
+    Discriminator(
+        _kind,
+        custom_error_type="item",
+        custom_error_message="this type of item is not served: give message, function_call or function_call_output",
+    ),
 ]
+
+
+def _items(given: object) -> object:
+    """Text is short for a message with it."""
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    if not isinstance(given, list):
+        raise ValueError("give a text, or a list of items")
+    return given
 
 
 class PlainFormat(RequestModel):
@@ -80,6 +94,14 @@ class SchemaFormat(RequestModel):
 class TextOptions(RequestModel):
     format: Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")] | None = None
     verbosity: Literal["medium"] | None = None
+
+
+class NoReasoning(RequestModel):
+    """What asks for none."""
+
+    effort: Literal["none"] | None = None
+    summary: None = None
+    generate_summary: None = None
 
 
 class ResponseTool(RequestModel):
@@ -101,11 +123,11 @@ class ResponseRequest(RequestModel):
     remedies: ClassVar[dict[str, str]] = {
         "background": "answers are given while the client waits: leave it out",
         "conversation": "give previous_response_id instead",
-        "include": 'give ["message.output_text.logprobs"], or leave it out',
+        "include": f'give ["{LOGPROBS}"], or leave it out',
         "max_tool_calls": "only functions are called, by the client: leave it out",
         "prompt": "there are no stored prompts: give input and instructions",
         "reasoning": "the model does not reason apart from its answer: leave it out",
-        "text": "give a format of type text, json_object, or json_schema with name and schema",
+        "text": "give a format of type text, json_object, or json_schema with name and schema, and no verbosity",
         "tools": "give functions: {type: function, name, parameters}",
         "tool_choice": 'give "none", "auto", "required" or {"type": "function", "name": ...}',
         "truncation": 'nothing is ever cut off: leave it out, or give "disabled"',
@@ -114,7 +136,11 @@ class ResponseRequest(RequestModel):
     )
 
     model: str | None = None
-    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    input: Annotated[
+        list[InputItem],
+        Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
+        BeforeValidator(_items, json_schema_input_type=str | list[InputItem]),
+    ]
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
@@ -127,7 +153,8 @@ class ResponseRequest(RequestModel):
     tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
     parallel_tool_calls: bool | None = None
     metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA)] | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    """Of reasoning there is none: some clients ask for it with every request that is not to be stored."""
     top_logprobs: Count | None = None
     truncation: Literal["disabled", "auto"] | None = None
 
@@ -140,7 +167,7 @@ class ResponseRequest(RequestModel):
     max_tool_calls: None = None
     moderation: None = None
     prompt: None = None
-    reasoning: None = None
+    reasoning: NoReasoning | None = None
 
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     priority: Annotated[int, Field(gt=-(2**31), lt=2**31)] | None = None
@@ -149,17 +176,17 @@ class ResponseRequest(RequestModel):
 
     @model_validator(mode="after")
     def _check(self) -> ResponseRequest:
-        if self.top_logprobs is not None and not self.include:
-            raise InvalidParameter(
-                'top_logprobs: give it only with include: ["message.output_text.logprobs"]', param="top_logprobs"
-            )
+        if self.top_logprobs is not None and not self.with_logprobs:
+            raise InvalidParameter(f'top_logprobs: give it only with include: ["{LOGPROBS}"]', param="top_logprobs")
         return self
+
+    @property
+    def with_logprobs(self) -> bool:
+        return LOGPROBS in (self.include or ())
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         """The input as messages of a chat."""
-        if isinstance(self.input, str):
-            return [{"role": "user", "content": self.input}]
         messages: list[dict[str, Any]] = []
         for item in self.input:
             if isinstance(item, InputMessage):
@@ -189,7 +216,7 @@ class ResponseRequest(RequestModel):
             "tool_choice": {"type": "function", "function": {"name": self.tool_choice.name}}
             if isinstance(self.tool_choice, ChosenFunction)
             else self.tool_choice,
-            "logprobs": bool(self.include),
+            "logprobs": self.with_logprobs,
         }
         return ChatRequest.parse(msgspec.json.encode(fields))
 

@@ -52,6 +52,8 @@ class PlayedServer:
             await _respond(send, error, status, headers)
         elif scope["path"] == "/v1/completions":
             await self._complete(self.bodies[-1], receive, send)
+        elif scope["path"] == "/v1/chat/completions":
+            await self._chat(self.bodies[-1], send)
         else:
             answers: dict[str, Any] = {
                 "/v1/models": {
@@ -93,6 +95,20 @@ class PlayedServer:
                 made = len(pieces) - (scene == "short")
                 await _event(send, _chunk("", None, usage=made) | {"choices": []})
             await _part(send, b": keep-alive\r\n\r\ndata: [DONE]\r\n\r\n")
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _chat(self, body: dict[str, Any], send: Any) -> None:
+        if not body["stream"]:
+            choice = {"index": 0, "message": {"role": "assistant", "content": "".join(PIECES)}, "finish_reason": "stop"}
+            await _respond(send, _chunk("", None, usage=len(PIECES)) | {"choices": [choice]})
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        for delta in ({"role": "assistant", "content": ""}, *({"content": piece} for piece in PIECES)):
+            choice = {"index": 0, "delta": delta, "finish_reason": None}
+            await _event(send, _chunk("", None) | {"choices": [choice]})
+        await _event(send, _chunk("", None) | {"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]})
+        await _event(send, _chunk("", None, usage=len(PIECES)) | {"choices": []})
+        await _part(send, b"data: [DONE]\n\n")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _until_left(self, receive: Any, send: Any) -> None:

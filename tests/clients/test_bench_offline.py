@@ -15,6 +15,7 @@ from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.llm import LLM
 from lattice_serve.engine.models.lattice import LatticeForCausalLM
 from lattice_serve.engine.sampling import SamplingParams
+from lattice_serve.kernels.cpu_features import Products, available_products
 from lattice_serve.kernels.mixer import StateLayout
 from tests.tiny import init_tiny_model
 
@@ -82,13 +83,14 @@ def test_work_is_that_of_the_matrices() -> None:
     assert work.weight_bytes == sum(matrices) + head
     assert work.head_flops == 2 * head
     recurrence = 2 * 2 * 2 * (4 * 4 * 8 + 3 * (4 + 8))  # multiply-adds, layers and heads
-    assert work.flops == 2 * sum(matrices) + recurrence
+    assert work.flops == 2 * sum(matrices)
+    assert work.recurrence_flops == recurrence
     assert 4 * 2 * 2 * 4 * 8 < work.state_bytes < 2 * StateLayout(model.shape, 2).row_bytes
 
 
 def test_the_share_of_the_limit() -> None:
-    ceilings = Ceilings(bytes_per_second=1000.0, flops_per_second=1e6)
-    work = Work(weight_bytes=100, state_bytes=10, flops=2000, head_flops=3000)
+    ceilings = Ceilings(bytes_per_second=1000.0, flops_per_second=1e6, float32_flops_per_second=1e5)
+    work = Work(weight_bytes=100, state_bytes=10, flops=1500, recurrence_flops=50, head_flops=3000)
     engine = PlayedEngine()
     bench = OfflineBench(
         cast(Any, engine), repeats=1, clock=itertools.chain([0.0], [1.0, 5.0] * 2).__next__, work=work,
@@ -101,10 +103,12 @@ def test_the_share_of_the_limit() -> None:
     assert ceilings.prefill_seconds(work, 100) == pytest.approx(0.203)
 
 
-def test_this_machine_has_limits() -> None:
-    ceilings = Ceilings.measure(threads=1)
+@pytest.mark.parametrize("products", available_products())
+def test_this_machine_has_limits(products: Products) -> None:
+    ceilings = Ceilings.measure(threads=1, products=products)
     assert 1e8 < ceilings.bytes_per_second < 1e13
     assert 1e8 < ceilings.flops_per_second < 1e14
+    assert 1e8 < ceilings.float32_flops_per_second < 1e14
 
 
 def test_far_into_a_text(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from lattice_serve.clients.cli import main
 from lattice_serve.clients.cli.serve import parse_size
+from lattice_serve.clients.types import ChatCompletion
 from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.errors import CheckpointError, EngineDied
 from lattice_serve.engine.sampling import SamplingParams
@@ -24,7 +26,9 @@ from lattice_serve.server.settings import BUNDLED_MODEL, Settings
 if TYPE_CHECKING:
     from tests.clients.conftest import PlayedServer
 
-COMMANDS = [[], ["serve"], ["generate"], ["init"], ["bench"], ["bench", "offline"], ["bench", "http"]]
+TEXT = "Once upon\u2028 é!"
+"""What the played server says."""
+COMMANDS = [[], ["serve"], ["chat"], ["generate"], ["init"], ["bench"], ["bench", "offline"], ["bench", "http"]]
 
 
 def _run(*arguments: str, stdin: str | None = None) -> Any:
@@ -325,3 +329,39 @@ class TestBenchHttp:
         assert result.exit_code == 2
         assert json.loads(result.stdout.splitlines()[-1])["benchmark"] == "http"
         assert str(file) in result.stderr
+
+
+def test_chat(played: PlayedServer) -> None:
+    result = _run("chat", "--url", played.url, "--system", "Rhyme.", "--max-tokens", "9", stdin="Who?\n \nAnd then?")
+    assert (result.exit_code, result.stdout) == (0, f"{TEXT}\n{TEXT}\n")
+    _, first, second = played.bodies  # that before them asks whether there is a server
+    assert (first["max_tokens"], first["temperature"], "seed" in first) == (9, 1.0, False)
+    said = [("system", "Rhyme."), ("user", "Who?"), ("assistant", TEXT), ("user", "And then?")]
+    assert first["messages"] == second["messages"][:2]
+    assert [(message["role"], message["content"]) for message in second["messages"]] == said
+
+
+def test_an_answer_that_is_interrupted_is_part_of_the_chat(
+    played: PlayedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ChatCompletion.text.fget  # type: ignore[attr-defined]
+
+    def text(chunk: ChatCompletion) -> Any:
+        if len(played.bodies) == 2 and whole(chunk) == "!":
+            raise KeyboardInterrupt
+        return whole(chunk)
+
+    monkeypatch.setattr(ChatCompletion, "text", property(text))
+    result = _run("chat", "--url", played.url, stdin="Who?\nAnd then?\n")
+    cut = TEXT.removesuffix("!")
+    assert (result.exit_code, result.stdout) == (0, f"{cut} ...\n{TEXT}\n")
+    assert played.bodies[-1]["messages"][1] == {"role": "assistant", "content": cut}
+
+
+def test_chat_without_a_server() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    result = _run("chat", "--url", url, stdin="Who?\n")
+    assert result.exit_code == 2
+    assert url in result.stderr
+    assert "`lattice serve` starts one" in result.stderr

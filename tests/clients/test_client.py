@@ -10,9 +10,10 @@ import httpx
 import pytest
 
 from lattice_serve.clients import wire
-from lattice_serve.clients.client import AsyncClient, AsyncStream, Client, Stream
+from lattice_serve.clients.client import AsyncClient, Client
 from lattice_serve.clients.errors import APIError, ConnectionFailed
-from lattice_serve.clients.types import Completion
+from lattice_serve.clients.streams import AsyncStream, Stream
+from lattice_serve.clients.types import ChatCompletion, Completion
 
 if TYPE_CHECKING:
     from tests.clients.conftest import PlayedServer
@@ -58,6 +59,20 @@ def test_a_stream(ask: Callable[..., Any], played: PlayedServer) -> None:
     assert [len(chunk.choices) for chunk in chunks] == [1, 1, 1, 1, 1, 0]
     assert chunks[-2].choices[0].finish_reason == "length"
     assert chunks[-1].usage.completion_tokens == 5
+
+
+def test_a_chat(ask: Callable[..., Any], played: PlayedServer) -> None:
+    answer = ask(played.url, "chat", "Who?", max_tokens=5)
+    assert isinstance(answer, ChatCompletion)
+    assert (answer.text, answer.choices[0].finish_reason) == (TEXT, "stop")
+    said = [{"role": "user", "content": "Who?"}]
+    assert played.bodies == [{"messages": said, "stream": False, "max_tokens": 5}]
+    chunks = ask(played.url, "chat", said, stream=True, stream_options={"include_usage": True}, model="a")
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.text for chunk in chunks) == TEXT
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == 5
+    assert played.bodies[-1]["model"] == "a"
 
 
 MODELS = [({}, {}, None), ({"model": "a"}, {}, "a"), ({"model": "a"}, {"model": "b"}, "b")]
@@ -246,7 +261,7 @@ def test_an_openai_base_url_is_understood(url: str) -> None:
 def test_events_may_be_cut_anywhere(size: int) -> None:
     chunk = '{"id":"a","created":1,"model":"m","choices":[{"index":0,"text":"é\u2028"}]}'
     body = f": hi\n\nevent: x\ndata:{chunk}\n\ndata: {chunk}\r\n\r\ndata: [DONE]\n\n".encode()
-    decoder = wire.ChunkDecoder()
+    decoder = wire.ChunkDecoder(Completion)
     got = [chunk for i in range(0, len(body), size) for chunk in decoder.feed(body[i : i + size])]
     assert [chunk.text for chunk in got] == ["é\u2028"] * 2
     decoder.finish()
@@ -254,4 +269,4 @@ def test_events_may_be_cut_anywhere(size: int) -> None:
 
 def test_a_stream_without_its_end_is_broken() -> None:
     with pytest.raises(ConnectionFailed, match="broke off"):
-        wire.ChunkDecoder().finish()
+        wire.ChunkDecoder(Completion).finish()

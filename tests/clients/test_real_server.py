@@ -41,6 +41,17 @@ def test_whole_and_streamed_answers_agree(client: Client) -> None:
     assert whole.usage.completion_tokens == 16
 
 
+def test_a_chat_with_tools(client: Client) -> None:
+    tool = {"type": "function", "function": {"name": "weather"}}
+    said = '!say <tool_call>{"name": "weather", "arguments": {"hot": true}}</tool_call>'
+    (choice,) = client.chat(said, tools=[tool], max_tokens=99).choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.tool_calls is not None
+    assert choice.message.tool_calls[0]["function"] == {"name": "weather", "arguments": '{"hot": true}'}
+    chunks = list(client.chat("!say Good day.", stream=True, max_tokens=99))
+    assert "".join(chunk.text for chunk in chunks) == client.chat("!say Good day.", max_tokens=99).text == "Good day."
+
+
 async def test_asked_asynchronously_it_answers_the_same(server: ServerProcess, client: Client) -> None:
     wanted = client.completions("one", max_tokens=8, seed=1).text
     async with AsyncClient(server.url + "/v1") as asynchronous:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import pytest
@@ -18,6 +19,7 @@ from lattice_serve.engine.messages import EngineStats, Pooling, RequestFailed
 from lattice_serve.engine.models.lattice import DenseOps, LatticeForCausalLM
 from lattice_serve.engine.sequence import Status
 from lattice_serve.engine.weights import load_model
+from lattice_serve.kernels.decoder import cpu as decoder
 from tests.engine.harness import Visit, assert_idle, complete, drive, live, make_engine, submit
 from tests.tiny import VOCAB_SIZE, init_tiny_model
 
@@ -39,6 +41,13 @@ def answer(engine: Engine, **params: Any) -> Completion:
 @pytest.fixture(scope="module")
 def reference(tiny_model: Path) -> LatticeForCausalLM:
     return load_model(tiny_model, dtype=torch.float32).double()
+
+
+@pytest.fixture(scope="module")
+def exact_engine(tiny_model: Path) -> Engine:
+    """One that rounds no activation, whatever this processor multiplies with."""
+    with patch.object(decoder, "available_products", lambda: ("float32",)):
+        return make_engine(tiny_model)
 
 
 class TestEnds:
@@ -125,11 +134,11 @@ class TestSampling:
 class TestScoring:
     @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 50])
     def test_a_prompt_is_scored_as_the_model_says(
-        self, engine: Engine, reference: LatticeForCausalLM, length: int
+        self, exact_engine: Engine, reference: LatticeForCausalLM, length: int
     ) -> None:
         """Against the dense torch forward pass in float64; more tokens than a step takes come in pieces."""
         ids = torch.randint(0, VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-        completion = complete(engine, submit("r", ids, max_tokens=0, prompt_logprobs=2))
+        completion = complete(exact_engine, submit("r", ids, max_tokens=0, prompt_logprobs=2))
         assert (completion.token_ids, completion.text, completion.finish_reason) == ([], "", "length")
         assert completion.prompt_logprobs is not None
         first, *rest = completion.prompt_logprobs
@@ -162,11 +171,11 @@ class TestEmbedding:
     @pytest.mark.parametrize("length", [1, 16, 50])
     @pytest.mark.parametrize("pooling", ["mean", "last"])
     def test_a_text_is_what_the_model_makes_of_it(
-        self, engine: Engine, reference: LatticeForCausalLM, length: int, pooling: Pooling
+        self, exact_engine: Engine, reference: LatticeForCausalLM, length: int, pooling: Pooling
     ) -> None:
         """Against the dense torch forward pass in float64; more tokens than a step takes come in pieces."""
         ids = torch.randint(0, VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-        completion = complete(engine, submit("r", ids, max_tokens=0, pooling=pooling))
+        completion = complete(exact_engine, submit("r", ids, max_tokens=0, pooling=pooling))
         assert (completion.token_ids, completion.finish_reason) == ([], "length")
         tokens = torch.tensor([ids])
         hidden = reference.hidden(tokens, DenseOps(reference, reference.initial_state(1)))[0]

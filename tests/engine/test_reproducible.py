@@ -22,6 +22,8 @@ from lattice_serve.engine.llm import Completion
 from lattice_serve.engine.messages import Submit
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.weights import bundled_model
+from lattice_serve.kernels.cpu_features import Products, available_products
+from lattice_serve.kernels.decoder import cpu as decoder
 from tests.engine.harness import Visit, complete, drive, make_engine, submit
 from tests.tiny import VOCAB_SIZE
 
@@ -156,12 +158,22 @@ def test_any_split_of_a_prompt(tiny_model: Path, max_step_tokens: int, dtype: st
     check(tiny_model, [Visit(request)], dtype, max_rows=1, max_step_tokens=max_step_tokens)
 
 
-@pytest.fixture(params=["tiny", "bundled"])
-def model(request: pytest.FixtureRequest, tiny_model: Path) -> Path:
-    return tiny_model if request.param == "tiny" else bundled_model()
+@pytest.mark.parametrize("products", available_products())
+def test_any_split_and_batch_by_all_that_multiplies_here(tiny_model: Path, products: Products) -> None:
+    with patch.object(decoder, "available_products", lambda: (products,)):
+        engines = [make_engine(tiny_model, max_rows=rows, max_step_tokens=n) for rows, n in ((1, 512), (4, 7), (2, 33))]
+    crowd = requests(LENGTHS)
+    expected = {request.request_id: complete(engines[0], request) for request in crowd}
+    for engine in engines[1:]:
+        assert drive(engine, [Visit(request) for request in crowd]) == expected
 
 
 LENGTHS = [1, 30, 16, 3]
+
+
+@pytest.fixture(params=["tiny", "bundled"])
+def model(request: pytest.FixtureRequest, tiny_model: Path) -> Path:
+    return tiny_model if request.param == "tiny" else bundled_model()
 
 
 def test_preemption_at_every_step(model: Path) -> None:

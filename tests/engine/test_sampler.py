@@ -359,6 +359,17 @@ def test_large_batches_give_the_bits_of_single_rows(vocab_size: int) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("vocab_size", [1, 5, 777, 4096])
+@pytest.mark.parametrize("temperature", [1e-310, 0.1, 0.8, 1.0, 30.0])
+def test_the_cpus_way_to_draw_gives_the_tokens_of_the_tensors_way(vocab_size: int, temperature: float) -> None:
+    """Also where logits are equal, or minus infinity."""
+    logits = torch.cat((normal(40, vocab_size), normal(20, vocab_size).round(), torch.zeros(20, vocab_size)))
+    logits[:10, 1::3] = -INF
+    rows = [row(i, 3 * i, temperature=temperature) for i in range(len(logits))]
+    expected = sampler._draw(logits.double(), rows)
+    assert [sampled.token_id for sampled in sample(logits, rows)] == expected.tolist()
+
+
 def test_the_exponential_does_not_depend_on_the_place_in_memory() -> None:
     """The one function here that is not exact: the same bits in the vector loop and in its tail."""
     values = normal(1, 300, 20).double().squeeze()

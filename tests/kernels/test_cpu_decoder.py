@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lattice_serve.engine.backend import decoder_weights
 from lattice_serve.engine.config import ModelConfig
-from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.engine.models.lattice import DenseOps, LatticeForCausalLM
+from lattice_serve.kernels.cpu_features import Products, available_products
 from lattice_serve.kernels.decoder.cpu import CpuDecoder
 from lattice_serve.kernels.mixer import MixerState, Segments, StateLayout
 from tests.kernels.harness import poison, same_bits
@@ -38,8 +39,16 @@ class Network:
     """A model of random weights, its decoder, and state rows at their start."""
 
     def __init__(
-        self, *, threads: int = 1, parallel_from: int = 0, rows: int = 6, quantization: Any = None, **changes: Any
+        self,
+        *,
+        threads: int = 1,
+        parallel_from: int = 0,
+        rows: int = 6,
+        quantization: Any = None,
+        products: Products = "float32",
+        **changes: Any,
     ) -> None:
+        self.products = products
         config = CONFIG.model_copy(update=changes)
         self.model = LatticeForCausalLM(config).requires_grad_(False)
         self.model.initialize(0)
@@ -60,6 +69,7 @@ class Network:
             threads=threads,
             parallel_from=parallel_from,
             quantization=quantization,
+            products=products,
         )
 
     def run(self, batch: Sequence[tuple[int, int, list[int]]]) -> list[Tensor]:
@@ -79,9 +89,13 @@ def tokens(n: int, seed: int = 0) -> list[int]:
     return torch.randint(CONFIG.vocab_size, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@pytest.fixture(scope="module")
-def network() -> Network:
-    return Network()
+every_product = pytest.mark.parametrize("products", available_products())
+"""Of what this machine has to multiply with bfloat16."""
+
+
+@pytest.fixture(scope="module", params=available_products())
+def network(request: pytest.FixtureRequest) -> Network:
+    return Network(products=request.param)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -101,6 +115,32 @@ def test_it_is_the_model_in_float64(changes: dict[str, Any], threads: int) -> No
     ids = [token % network.model.config.vocab_size for token in tokens(TOKENS)]
     logits, _ = network.alone(ids)
     truth, _ = network.model.double()(torch.tensor([ids]))
+    assert error(logits, truth[0]) <= 1e-5
+
+
+class RoundedOps(DenseOps):
+    """Activations are rounded to bfloat16 wherever they are multiplied with a matrix."""
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return super().linear(x.float().bfloat16().to(weight.dtype), weight)
+
+
+@pytest.mark.parametrize("products", [each for each in available_products() if each != "float32"])
+@pytest.mark.parametrize("hidden_size", [40, 64])
+def test_it_is_the_model_in_float64_of_rounded_activations(products: Products, hidden_size: int) -> None:
+    """As far as roundings agree: one that float32 and float64 do differently moves an activation by 2^-8 of itself."""
+    network = Network(products=products, hidden_size=hidden_size)
+    logits, _ = network.alone(tokens(TOKENS))
+    model = network.model.double()
+    ops = RoundedOps(model, model.initial_state(1))
+    truth = ops.linear(model.hidden(torch.tensor([tokens(TOKENS)]), ops), model.head_weight)
+    assert error(logits, truth[0]) <= 1e-2
+
+
+def test_weights_of_float32_are_multiplied_in_float32() -> None:
+    network = Network(torch_dtype="float32", products=available_products()[0])
+    logits, _ = network.alone(tokens(TOKENS))
+    truth, _ = network.model.double()(torch.tensor([tokens(TOKENS)]))
     assert error(logits, truth[0]) <= 1e-5
 
 
@@ -145,12 +185,16 @@ def test_neighbours_do_not_matter(network: Network, data: st.DataObject) -> None
         assert same_bits(mine, theirs)
 
 
+@every_product
 @pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize("threads", [2, 5])
-def test_any_team_gives_the_same_bits(threads: int, quantization: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_team_gives_the_same_bits(threads: int, quantization: str | None, products: Products) -> None:
     """More threads than there are processors, step after step, large and small."""
     # Small steps are one thread's between larger ones.
-    alone, team = (Network(threads=count, parallel_from=200_000, quantization=quantization) for count in (1, threads))
+    alone, team = (
+        Network(threads=count, parallel_from=200_000, quantization=quantization, products=products)
+        for count in (1, threads)
+    )
     for seed in range(30):
         sizes = [1, 1, 9] if seed % 2 else [1 + seed]
         batch = [(row, 0, tokens(n, seed)) for row, n in enumerate(sizes)]
@@ -202,7 +246,8 @@ def test_hidden_states_are_those_of_the_logits(network: Network) -> None:
     network.pool[0] = network.start
     _, every = network.decoder(ids, Segments.of([(0, 0, 9)]), [], range(9))
     head = network.model.head_weight
-    torch.testing.assert_close(every.double() @ head.double().T, expected.double(), rtol=1e-4, atol=1e-4)
+    factors = every if network.products == "float32" else every.bfloat16()
+    torch.testing.assert_close(factors.double() @ head.double().T, expected.double(), rtol=1e-4, atol=1e-4)
     every = every.clone()
     network.pool[0] = network.start
     for first, last in ((0, 2), (2, 9)):

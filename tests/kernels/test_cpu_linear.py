@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lattice_serve.kernels.cpu_features import Products, available_products
 from lattice_serve.kernels.linear import RowInvariantLinear
 from lattice_serve.kernels.linear.cpu import PackedWeight
 from lattice_serve.kernels.linear.invariant import BLOCK
@@ -19,52 +20,70 @@ Linear = Callable[[Tensor, Tensor], Tensor]
 
 ROWS = 70
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+every_product = pytest.mark.parametrize(
+    ("dtype", "products"), [(torch.float32, "float32"), *((torch.bfloat16, each) for each in available_products())]
+)
+"""A dtype of weights, and what multiplies with them."""
 every_size = pytest.mark.parametrize(
     ("N", "K"), [(1, 1), (5, 1), (33, 2), (7, 3), (64, 5), (100, 37), (31, 64), (257, 129)]
 )
 
 
-def random_product(N: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [ROWS, K] in float32 and a weight [N, K]."""
-    return normal(ROWS, K).float(), normal(N, K, seed=1).to(dtype)
+def random_product(N: int, K: int, dtype: torch.dtype, products: Products = "float32") -> tuple[Tensor, Tensor]:
+    """x [ROWS, K] in float32, of bfloat16 where that is what is multiplied, and a weight [N, K]."""
+    x = normal(ROWS, K).float()
+    return x if products == "float32" else x.bfloat16().float(), normal(N, K, seed=1).to(dtype)
 
 
-@every_dtype
+@every_product
 @every_size
-def test_it_is_the_product(N: int, K: int, dtype: torch.dtype) -> None:
+def test_it_is_the_product(N: int, K: int, dtype: torch.dtype, products: Products) -> None:
     """K products added up in float32, in whatever order, are off by at most K roundings of sum |x| |w|."""
-    x, weight = random_product(N, K, dtype)
-    y = PackedWeight.of(weight)(x)
+    x, weight = random_product(N, K, dtype, products)
+    y = PackedWeight.of(weight)(x, products)
     assert (y.dtype, y.shape) == (torch.float32, (ROWS, N))
     bound = K * 2.0**-24 * (x.double().abs() @ weight.double().abs().T)
     assert bool(((y - x.double() @ weight.double().T).abs() <= bound).all())
 
 
-@every_dtype
+@every_product
 @every_size
-def test_any_number_of_rows_gives_each_the_same_bits(N: int, K: int, dtype: torch.dtype) -> None:
+def test_any_number_of_rows_gives_each_the_same_bits(N: int, K: int, dtype: torch.dtype, products: Products) -> None:
     x, weight = random_product(N, K, dtype)
     product = PackedWeight.of(weight)
-    y = product(x)
+    y = product(x, products)
     for rows in range(ROWS + 1):
-        assert same_bits(product(x[:rows]), y[:rows]), rows
-        assert same_bits(product(x.roll(rows, dims=0)), y.roll(rows, dims=0)), rows
+        assert same_bits(product(x[:rows], products), y[:rows]), rows
+        assert same_bits(product(x.roll(rows, dims=0), products), y.roll(rows, dims=0)), rows
+
+
+@pytest.mark.parametrize("products", available_products())
+def test_activations_are_rounded_to_bfloat16_as_torch_does(products: Products) -> None:
+    x, weight = random_product(33, 40, torch.bfloat16)
+    x[0, :4] = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, -(1 + 2.0**-8), 3.4e38])
+    product = PackedWeight.of(weight)
+    assert (products == "float32") ^ same_bits(product(x, products), product(x.bfloat16().float(), products))
+
+
+def test_bfloat16_does_not_multiply_weights_of_float32() -> None:
+    with pytest.raises(ValueError, match="weights are float32"):
+        PackedWeight.of(torch.ones(5, 8))(torch.ones(2, 8), "amx")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@every_dtype
-def test_what_is_not_finite_stays_in_its_row(dtype: torch.dtype, bad: float) -> None:
+@every_product
+def test_what_is_not_finite_stays_in_its_row(dtype: torch.dtype, products: Products, bad: float) -> None:
     """Of x, and of the weight: its column of y."""
     x, weight = random_product(45, 7, dtype)
-    y = PackedWeight.of(weight)(x)
+    y = PackedWeight.of(weight)(x, products)
     rows, columns = torch.arange(ROWS) != 12, torch.arange(45) != 40
     broken = x.clone()
     broken[12, 3] = bad
-    mine = PackedWeight.of(weight)(broken)
+    mine = PackedWeight.of(weight)(broken, products)
     assert same_bits(mine[rows], y[rows])
     assert not bool(mine[12].isfinite().any())
     weight[40, 5] = bad
-    mine = PackedWeight.of(weight)(x)
+    mine = PackedWeight.of(weight)(x, products)
     assert same_bits(mine[:, columns], y[:, columns])
     assert not bool(mine[:, 40].isfinite().any())
 
@@ -100,17 +119,18 @@ def test_a_weight_is_packed_as_a_copy_without_waste(dtype: torch.dtype, K: int) 
     assert PackedWeight.of(weight[:255]).nbytes >= 255 * K * weight.itemsize
 
 
+@pytest.mark.parametrize("products", available_products())
 @every_size
-def test_int8_is_near_and_as_exact_in_its_rows(N: int, K: int) -> None:
+def test_int8_is_near_and_as_exact_in_its_rows(N: int, K: int, products: Products) -> None:
     """Each weight is off by half of its output's scale at most, which is the largest weight / 127."""
-    x, weight = random_product(N, K, torch.bfloat16)
+    x, weight = random_product(N, K, torch.bfloat16, products)
     product = PackedWeight.quantized(weight)
-    y = product(x)
+    y = product(x, products)
     half = weight.double().abs().amax(dim=1) / 254
     bound = x.double().abs().sum(dim=1, keepdim=True) * half * (1 + 1e-5) + 1e-6
     assert bool(((y - x.double() @ weight.double().T).abs() <= bound).all())
     for rows in range(ROWS + 1):
-        assert same_bits(product(x[:rows]), y[:rows]), rows
+        assert same_bits(product(x[:rows], products), y[:rows]), rows
 
 
 def test_int8_of_an_output_without_weights_is_zero() -> None:

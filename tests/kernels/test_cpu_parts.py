@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from lattice_serve.kernels import cpu_features
 from lattice_serve.kernels import rms_norm as reference_norm
 from lattice_serve.kernels import swiglu as reference_swiglu
 from lattice_serve.kernels.cpu.math import exp, sigmoid, silu
 from lattice_serve.kernels.cpu.vector import load, store
 from lattice_serve.kernels.cpu_features import has_bf16
 from lattice_serve.kernels.lanes import LANES, padded
+from lattice_serve.kernels.linear import activations
 from lattice_serve.kernels.norm.cpu import rms_norm
 from lattice_serve.kernels.swiglu.cpu import swiglu
 from tests.kernels.harness import bands, poison
@@ -46,9 +48,8 @@ def test_rms_norm(n: int, scale: float) -> None:
     x[4] = 0
     with bands(filled(x), filled(weight), poison(9, padded(n))) as (lines, weights, out):
         for i in range(9):
-            o = i * padded(n)
             flat = [array.numpy().reshape(-1) for array in (lines, weights, out)]
-            rms_norm(flat[0], o, n, flat[1], 0, np.float32(1e-6), flat[2], o)
+            rms_norm(flat[0], i * padded(n), n, flat[1], 0, np.float32(1e-6), flat[2], i)
     assert error(out[:, :n], reference_norm(x.double(), weight.double(), 1e-6)) <= 1e-6
     assert not out[:, n:].any()
     assert not out[4].any()
@@ -57,11 +58,11 @@ def test_rms_norm(n: int, scale: float) -> None:
 @widths
 def test_swiglu(n: int) -> None:
     gate, up = (5 * normal(2, 9, n)).float()
-    with bands(filled(gate), filled(up), poison(9, padded(n))) as (gates, ups, out):
-        flat = [array.numpy().reshape(-1) for array in (gates, ups, out)]
+    in_turn = torch.stack([filled(part).unflatten(1, (-1, LANES)) for part in (gate, up)], dim=2).flatten(1)
+    with bands(in_turn, poison(9, padded(n))) as (lines, out):
+        flat = [array.numpy().reshape(-1) for array in (lines, out)]
         for i in range(9):
-            o = i * padded(n)
-            swiglu(flat[0], o, flat[1], o, n, flat[2], o)
+            swiglu(flat[0], i * in_turn.shape[1], n, flat[1], i, n, 0)
     assert error(out[:, :n], reference_swiglu(torch.cat((gate, up), dim=1).double())) <= 1e-6
     assert not out[:, n:].any()
 
@@ -151,6 +152,34 @@ def test_what_is_not_finite(function: Function, at_minus: float, at_plus: float)
     y = each(function, x)
     np.testing.assert_allclose(y[:2], [at_minus, at_plus], rtol=1e-6, atol=2 * SMALLEST)
     assert np.isnan(y[2:]).all()
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ((), ["float32"]),
+        (("avx2", "avx512f"), ["float32"]),
+        (("avx512f", "avx512bf16"), ["avx512_bf16", "float32"]),
+        (("avx512bf16", "amx-tile", "amx-bf16"), ["float32"]),
+        (("avx512f", "amx-tile", "amx-int8"), ["float32"]),
+        (("avx512f", "avx512bf16", "amx-tile", "amx-bf16"), ["amx", "avx512_bf16", "float32"]),
+    ],
+)
+def test_available_products(
+    features: tuple[str, ...], expected: list[str], allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AMX is what the system must allow, too."""
+    monkeypatch.setattr("llvmlite.binding.get_host_cpu_features", lambda: dict.fromkeys(features, True))
+    monkeypatch.setattr(cpu_features, "_may_use_tiles", lambda: allowed)
+    found = cpu_features.available_products.__wrapped__()
+    assert list(found) == [each for each in expected if allowed or each != "amx"]
+
+
+def test_products_that_this_processor_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "available_products", lambda: ("float32",))
+    with pytest.raises(ValueError, match="this processor has float32, not amx"):
+        activations.activations("amx", 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,7 @@ def test_hints_are_ignored(client: Any) -> None:
     hints: dict[str, Any] = {
         "user": "me", "safety_identifier": "x", "prompt_cache_key": "x", "service_tier": "auto", "truncation": "auto",
         "background": False, "parallel_tool_calls": True, "tool_choice": "auto",
+        "include": ["reasoning.encrypted_content"], "reasoning": {"effort": "none", "summary": None},
     }  # fmt: skip
     assert client.responses.create(model="lattice", input="!say a", **hints).output_text == "a"
 
@@ -192,10 +193,12 @@ def test_hints_are_ignored(client: Any) -> None:
         ({"input": "a", "max_output_tokens": 0}, 400, "max_output_tokens"),
         ({"input": "a", "temperature": -1}, 400, "temperature"),
         ({"input": "a", "top_logprobs": 3}, 400, "top_logprobs"),
+        ({"input": "a", "top_logprobs": 3, "include": ["reasoning.encrypted_content"]}, 400, "top_logprobs"),
         ({"input": "a", "background": True}, 400, "background"),
         ({"input": "a", "conversation": "conv_1"}, 400, "conversation"),
         ({"input": "a", "prompt": {"id": "x"}}, 400, "prompt"),
         ({"input": "a", "reasoning": {"effort": "high"}}, 400, "reasoning"),
+        ({"input": "a", "text": {"verbosity": "low"}}, 400, "text"),
         ({"input": "a", "include": ["file_search_call.results"]}, 400, "include"),
         ({"input": "a", "tools": [{"type": "web_search"}]}, 400, "tools"),
         ({"input": "a", "tool_choice": "required"}, 400, "tool_choice"),
@@ -213,6 +216,24 @@ def test_what_is_refused_is_named(server: ServerProcess, body: dict[str, Any], s
     response = server.post("/v1/responses", **body)
     assert response.status_code == status, response.text
     assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (5, "input: give a text, or a list of items"),
+        ([{"type": "item_reference", "id": "a"}], "input[0]: this type of item is not served: give message, "),
+        (
+            [{"role": "user", "content": [{"type": "input_image"}]}],
+            "part 0 is not served: give parts of type",
+        ),
+        ([{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}], "input[1].message.role: "),
+    ],
+)
+def test_an_item_at_fault_is_told(server: ServerProcess, given: Any, message: str) -> None:
+    error = server.post("/v1/responses", input=given).json()["error"]
+    assert error["param"] == "input"
+    assert message in error["message"]
 
 
 def test_failures_before_and_in_the_stream(client: Any) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 
 import httpx
 import pytest
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
 
+from lattice_serve.server.stream import EventStream
 from tests.server.harness import ServerProcess, events, wait_for
 
 
@@ -137,3 +141,69 @@ def wait_until_idle(server: ServerProcess) -> None:
         return metrics["num_requests_running"] == metrics["num_requests_waiting"] == 0
 
     wait_for(idle, seconds=1)
+
+
+async def test_comments_keep_their_place_beside_a_slow_client() -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        await asyncio.sleep(0.03)
+        sent.append(message)
+
+    async def produce() -> AsyncGenerator[bytes, None]:
+        for event in (b"1", b"2"):
+            yield event
+            await asyncio.sleep(0.1)
+
+    await EventStream(produce(), keep_alive_seconds=0.01, stall_seconds=60)({}, forever, send)
+    kinds = [message.get("body", b"start") for message in sent]
+    assert kinds[:2] == [b"start", b"data: 1\n\n"]
+    assert kinds[-2:] == [b"data: [DONE]\n\n", b""]
+    assert 1 <= kinds.count(b": keep-alive\n\n") == len(kinds) - 5
+    assert [message.get("more_body", True) for message in sent] == [True] * (len(sent) - 1) + [False]
+    assert len(asyncio.all_tasks()) == 1, "nothing is left of it"
+
+
+async def test_a_client_that_takes_nothing_is_gone() -> None:
+    closed = asyncio.Event()
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(60)
+
+    async def produce() -> AsyncGenerator[bytes, None]:
+        try:
+            while True:
+                yield b"1"
+        finally:
+            closed.set()
+
+    stream = EventStream(produce(), keep_alive_seconds=0.02, stall_seconds=0.1)
+    with pytest.raises(ClientDisconnect):
+        await asyncio.wait_for(stream({}, forever, send), 20)
+    assert closed.is_set()
+    # Where nothing is produced either, it is a comment that is not taken.
+    stream = EventStream(nothing(), keep_alive_seconds=0.02, stall_seconds=0.1)
+    with pytest.raises(ClientDisconnect):
+        await asyncio.wait_for(stream({}, forever, send), 20)
+
+
+def test_a_reader_that_stops_frees_its_row(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server(request_seconds=0.3, keep_alive_seconds=0.1)
+    body = json.dumps({"prompt": "hello", "stream": True, "max_tokens": 2**31 - 1, "logprobs": 20, "echo": True})
+    with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port or 0)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(f"POST /v1/completions HTTP/1.1\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode())
+        wait_for(lambda: server.records("abort"))
+        wait_until_idle(server)
+    assert [line["level"] for line in server.log_lines() if "does not take" in line["event"]] == ["warning"]
+
+
+async def forever() -> Message:
+    await asyncio.sleep(60)
+    raise AssertionError("nobody goes away")
+
+
+async def nothing() -> AsyncGenerator[bytes, None]:
+    await asyncio.sleep(60)
+    yield b"1"

@@ -1,0 +1,139 @@
+"""The matrix unit of x86 (AMX) in Numba kernels: eight tile registers of 16 lines of 64 bytes, and one product of them.
+
+An output's sum is worked out in one order, 32 of k at a time, whatever the height of the tiles is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from lattice_serve.kernels.cpu.vector import build_pairs, build_widened
+from lattice_serve.kernels.lanes import LANES
+
+TILE = 16
+"""Lines of a tile, and float32 or pairs of bfloat16 of a line."""
+TILE_K = 2 * TILE
+"""What a line holds of bfloat16."""
+TILE_BYTES = 4 * TILE * TILE
+
+_FIRST, _LAST = 4, 7
+"""Registers 0 to 3 hold sums; from 4 on lie activations, and weights behind them."""
+_BYTE, _LONG = ir.IntType(8), ir.IntType(64)
+_MEMORY = _BYTE.as_pointer()
+
+
+def _call(builder: Any, name: str, *arguments: Any) -> None:
+    full = f"llvm.x86.{name}"
+    kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+    builder.call(builder.module.globals.get(full) or ir.Function(builder.module, kind, full), arguments)
+
+
+@intrinsic
+def configure(typingctx: Any, rows: Any) -> Any:
+    """Begin: sums, and activations, which follow them from register 4 to 4, have so many lines, all others 16.
+
+    For 16 rows all eight registers are alike.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        lines = builder.trunc(values[0], _BYTE)
+        place = cgutils.alloca_once(builder, ir.ArrayType(_BYTE, 64))
+        builder.store(ir.Constant(ir.ArrayType(_BYTE, 64), None), place)
+        memory = builder.bitcast(place, _MEMORY)
+        builder.store(_BYTE(1), memory)  # the palette
+        for register in range(_LAST + 1):
+            builder.store(_BYTE(64), builder.gep(memory, [_LONG(16 + 2 * register)]))
+            height = lines if register <= _FIRST else _BYTE(TILE)
+            builder.store(height, builder.gep(memory, [_LONG(48 + register)]))
+        _call(builder, "ldtilecfg", memory)
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+@intrinsic
+def release(typingctx: Any) -> Any:
+    """End: the system need not save the registers any more."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        _call(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic(prefer_literal=True)
+def block(
+    typingctx: Any, rows: Any, strips: Any, whole: Any, x: Any, x_next: Any, w: Any, w_next: Any, steps: Any, add: Any,
+    out: Any, out_next: Any,
+) -> Any:  # fmt: skip
+    """Sums of `rows` tiles of activations (1, or 2 where all have 16 lines) with `strips` strips of weights.
+
+    rows and strips, at most four in product, are literals. x, w and out are addresses, multiples of 64. Tile after tile
+    of activations, each of 32 k, begins at x, those of the second 16 rows x_next bytes on; pairs of k of 16 outputs
+    begin at w, those of the next 16 w_next bytes on. The float32 sums of a row of activations go to out, side by side,
+    those of the next out_next bytes on; if add is true they begin with what is there.
+    Where `whole`, a literal, is 1, the weights are int8, k by k, and become tiles of bfloat16 on the way.
+    """
+    literals = (rows, strips, whole)
+    if not all(isinstance(number, types.IntegerLiteral) for number in literals):
+        raise TypeError("rows, strips and whole of a block must be literals")
+    R, S, int8 = (number.literal_value for number in literals)
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        x, x_next, w, w_next, steps, add, out, out_next = values[3:]
+        cells = [(r, s) for r in range(R) for s in range(S)]
+        sums = {cell: _BYTE(i) for i, cell in enumerate(cells)}
+        activations = [_BYTE(_FIRST + r) for r in range(R)]
+        free = [_BYTE(register) for register in range(_FIRST + R, _LAST + 1)]
+        line = _LONG(4 * LANES)
+        wide = cgutils.alloca_once(builder, _BYTE, size=_LONG(len(free) * TILE_BYTES))
+        wide.align = 4 * LANES
+
+        def memory(address: Any, *more: Any) -> Any:
+            for offset in more:
+                address = builder.add(address, offset)
+            return builder.inttoptr(address, _MEMORY)
+
+        places = {(r, s): memory(out, builder.mul(out_next, _LONG(r * TILE)), _LONG(s * 4 * LANES)) for r, s in cells}
+
+        def weight_tile(s: int, step: Any) -> Any:
+            strip = builder.add(w, builder.mul(w_next, _LONG(s)))
+            if not int8:
+                return memory(strip, builder.mul(step, _LONG(TILE_BYTES)))
+            tile = builder.gep(wide, [_LONG(s % len(free) * TILE_BYTES)])
+            strip = memory(strip, builder.mul(step, _LONG(TILE_BYTES // 2)))
+            for pair in range(TILE):
+                k = [builder.gep(strip, [_LONG((2 * pair + half) * LANES)]) for half in range(2)]
+                bits = build_pairs(builder, *(build_widened(builder, place) for place in k))
+                to = builder.gep(tile, [_LONG(pair * 4 * LANES)])
+                builder.store(bits, builder.bitcast(to, bits.type.as_pointer()), align=4 * LANES)
+            return tile
+
+        with builder.if_else(add) as (then, otherwise):
+            with then:
+                for cell in cells:
+                    _call(builder, "tileloadd64", sums[cell], places[cell], out_next)
+            with otherwise:
+                for cell in cells:
+                    _call(builder, "tilezero", sums[cell])
+        with cgutils.for_range(builder, steps, intp=_LONG) as loop:
+            at = builder.mul(loop.index, _LONG(TILE_BYTES))
+            for r in range(R):
+                _call(builder, "tileloadd64", activations[r], memory(x, builder.mul(x_next, _LONG(r)), at), line)
+            for s in range(S):
+                weights = free[s % len(free)]
+                _call(builder, "tileloadd64", weights, weight_tile(s, loop.index), line)
+                for r in range(R):
+                    _call(builder, "tdpbf16ps", sums[r, s], activations[r], weights)
+        for cell in cells:
+            _call(builder, "tilestored64", sums[cell], places[cell], out_next)
+        return context.get_dummy_value()
+
+    i = types.intp
+    return types.void(*literals, i, i, i, i, i, types.boolean, i, i), codegen

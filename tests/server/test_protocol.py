@@ -1,0 +1,139 @@
+"""Odd connections: bytes that are no HTTP, heads and bodies that do not come, offers of other protocols."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from tests.server.harness import ServerProcess
+
+BODY = b'{"prompt": "hello", "max_tokens": 2}'
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+LENGTH = b"content-length: %d\r\n\r\n" % len(BODY)
+OFFER = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAAB\r\n"
+
+
+def connect(server: ServerProcess) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", httpx.URL(server.url).port or 0), timeout=10)
+
+
+def to_the_end(connection: socket.socket) -> bytes:
+    """All that comes until the server closes."""
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def answer(connection: socket.socket) -> tuple[int, bytes]:
+    """Status and body of the next answer that tells its length."""
+    with connection.makefile("rb") as stream:
+        status = int(stream.readline().split()[1])
+        length = 0
+        while (line := stream.readline()) != b"\r\n":
+            name, _, value = line.partition(b":")
+            length = int(value) if name == b"content-length" else length
+        return status, stream.read(length)
+
+
+def check_refusal(got: bytes, status: int, message: str) -> None:
+    head, _, body = got.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"connection: close" in head.split(b"\r\n")
+    error = json.loads(body)["error"]
+    assert (error["code"], error["param"]) == (status, None)
+    assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
+        b"FOO / HTTP/1.1\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET /\xc3\xa9 HTTP/1.1\r\n\r\n",
+        POST + b"content-length: -1\r\n\r\n",
+        POST + b"content-length: 1\r\ncontent-length: 2\r\n\r\n",
+        POST + b"content-length: 99999999999999999999\r\n\r\n",
+        POST + b"content-length: 1\r\ntransfer-encoding: chunked\r\n\r\n",
+        POST + b"transfer-encoding: chunked\r\n\r\nxyz\r\n",
+    ],
+)
+def test_what_is_no_http_is_refused_as_all_else(server: ServerProcess, data: bytes) -> None:
+    with connect(server) as connection:
+        connection.sendall(data)
+        check_refusal(to_the_end(connection), 400, "not HTTP/1.1")
+
+
+@pytest.mark.parametrize("offer", [OFFER, b"connection: upgrade\r\nupgrade: websocket\r\n"], ids=["h2c", "websocket"])
+def test_another_protocol_is_declined(server: ServerProcess, offer: bytes) -> None:
+    """Java's HTTP client makes such an offer with its first request, the body behind it or apart."""
+    with connect(server) as connection:
+        for pieces in ([POST + offer + LENGTH + BODY], [POST + offer + LENGTH, BODY], [POST, LENGTH + BODY]):
+            for piece in pieces:
+                connection.sendall(piece)
+                time.sleep(0.02)
+            status, body = answer(connection)
+            assert (status, json.loads(body)["usage"]["completion_tokens"]) == (200, 2)
+        connection.sendall(POST + offer.replace(b"ion: ", b"ion: close, ") + LENGTH + BODY)
+        assert to_the_end(connection).startswith(b"HTTP/1.1 200 ")
+
+
+def test_many_offers_at_once_are_declined(server: ServerProcess) -> None:
+    count = 1200
+    with connect(server) as connection:
+        connection.sendall((b"GET /ping HTTP/1.1\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n") * count)
+        got = b""
+        while got.count(b"HTTP/1.1 200 ") < count:
+            got += connection.recv(1 << 20)
+
+
+def test_a_tunnel_is_refused(server: ServerProcess) -> None:
+    with connect(server) as connection:
+        connection.sendall(b"CONNECT example.com:443 HTTP/1.1\r\nhost: example.com\r\n\r\n")
+        check_refusal(to_the_end(connection), 400, "no proxy")
+
+
+def test_requests_in_a_row_are_answered_in_order(server: ServerProcess) -> None:
+    with connect(server) as connection:
+        connection.sendall(b"GET /version HTTP/1.1\r\n\r\n" + POST + LENGTH + BODY + b"GET /ping HTTP/1.1\r\n\r\nGET")
+        got = b""
+        while got.count(b"HTTP/1.1 200 ") < 3:
+            got += connection.recv(65536)
+        assert got.index(b'"version"') < got.index(b'"usage"') < got.rindex(b"content-length: 0")
+
+
+class TestTime:
+    @pytest.fixture
+    def hasty(self, start_server: Callable[..., ServerProcess]) -> ServerProcess:
+        return start_server(request_seconds=0.3)
+
+    @pytest.mark.parametrize("data", [b"GET /vers", b"\r\n", POST, POST + LENGTH + BODY + b"GET /"])
+    def test_a_head_has_to_come(self, hasty: ServerProcess, data: bytes) -> None:
+        with connect(hasty) as connection:
+            connection.sendall(data)
+            if BODY in data:
+                assert answer(connection)[0] == 200
+            check_refusal(to_the_end(connection), 408, "did not come within 0.3 s")
+
+    def test_a_connection_has_to_be_used(self, hasty: ServerProcess) -> None:
+        with connect(hasty) as connection:
+            assert to_the_end(connection) == b""
+
+    @pytest.mark.parametrize("data", [POST + LENGTH + BODY[:5], POST + b"transfer-encoding: chunked\r\n\r\n3\r\n"])
+    def test_a_body_has_to_come(self, hasty: ServerProcess, data: bytes) -> None:
+        with connect(hasty) as connection:
+            connection.sendall(data)
+            check_refusal(to_the_end(connection), 408, "the body did not come within 0.3 s")
+
+    def test_an_answer_may_take_longer(self, hasty: ServerProcess) -> None:
+        body = b'{"prompt": "!slow", "max_tokens": 12}'
+        with connect(hasty) as connection:
+            # The next request waits behind it, half of it sent.
+            connection.sendall(POST + b"content-length: %d\r\n\r\n" % len(body) + body + b"GET /version HT")
+            status, content = answer(connection)
+            assert (status, json.loads(content)["usage"]["completion_tokens"]) == (200, 12)
+            connection.sendall(b"TP/1.1\r\n\r\n")
+            assert answer(connection)[0] == 200
