@@ -92,4 +92,6 @@ class EngineConfig(BaseModel):
             raise ValueError(f"max_step_tokens ({self.max_step_tokens}) must be at least max_rows ({self.max_rows})")
         if self.tensor_parallel_size > 1 and self.speculative_tokens:
             raise ValueError("speculative_tokens do not go with tensor_parallel_size: leave one of them out")
+        if self.tensor_parallel_size > 1 and self.quantization is not None and self.device == "cpu":
+            raise ValueError("quantization does not go with tensor_parallel_size on a CPU: leave one of them out")
         return self

@@ -33,7 +33,7 @@ def devices(device: str, size: int) -> list[str]:
                 f"{there}: lower replicas or tensor_parallel_size",
                 param="device",
             )
-        return [f"cuda:{first + rank}" for rank in range(size)] if size > 1 else [device]
+        return [f"cuda:{first + rank}" for rank in range(size)]
     if size > 1 and kind != "cpu":
         raise ConfigError(f"device is {device!r}: with tensor_parallel_size give cuda or cpu", param="device")
     return [device] * size

@@ -153,7 +153,7 @@ def launches(target: str) -> dict[str, Launch]:
 
 
 def _run(model: Model) -> None:
-    """A step of decode, and one of prompts."""
+    """Steps of decode and of prompts, of few tokens and of many: tiles may go by their number."""
     from lattice_serve.engine.backend import decoder_weights
     from lattice_serve.engine.config import ModelConfig
     from lattice_serve.engine.models.lattice import LatticeForCausalLM
@@ -190,10 +190,12 @@ def _run(model: Model) -> None:
         quantization=model.quantization,
         gather=gather if model.shares > 1 else None,
     )
-    rows = torch.empty(24, dtype=torch.int64)
-    network.decode(rows, rows, rows, torch.empty(24, 32_000))
-    segments = DeviceSegments(rows[:2], rows[:2], rows[:3])
-    network.prefill(torch.empty(299, dtype=torch.int64), segments, rows[:2], rows[:0])
+    for count in (1, 24, 100, 256):
+        rows = torch.empty(count, dtype=torch.int64)
+        network.decode(rows, rows, rows, torch.empty(count, 32_000))
+    for count, n in ((24, 1), (299, 2), (512, 16)):
+        segments = DeviceSegments(rows[:n], rows[:n], rows[: n + 1])
+        network.prefill(torch.empty(count, dtype=torch.int64), segments, rows[:n], rows[:0])
 
 
 def compile_launch(target: str, name: str) -> dict[str, int]:
