@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -32,10 +33,10 @@ from roofline import MODELS, Device, decode_step, layout_of, mixer_decode_bytes,
 from torch import Tensor
 
 from lattice_serve.engine.config import ModelConfig
-from lattice_serve.engine.engine import MAX_ROWS
 from lattice_serve.engine.llm import LLM
 from lattice_serve.engine.sampling import SamplingParams
-from lattice_serve.engine.weights import init_model
+from lattice_serve.engine.state_pool import MAX_ROWS
+from lattice_serve.engine.weights import bundled_model, init_model
 from lattice_serve.kernels.decoder.triton import DecodeGraph
 from lattice_serve.kernels.decoder.triton_network import TritonNetwork
 from lattice_serve.kernels.decoder.weights import DecoderWeights, LayerWeights
@@ -228,7 +229,8 @@ def measure_prefill(config: ModelConfig, cases: list[tuple[int, int]], peer: boo
 
 def random_network(config: ModelConfig, pool: Tensor, layout: StateLayout, quantization: Any) -> TritonNetwork:
     def matrix(rows: int, columns: int) -> Tensor:
-        return (torch.randn(rows, columns, device="cuda") / columns**0.5).bfloat16()
+        values = torch.randn(rows, columns, device="cuda") / math.sqrt(columns)
+        return values.bfloat16()
 
     s, width, inner = layout.shape, config.hidden_size, config.intermediate_size
     ones = torch.ones(width, device="cuda")
@@ -316,8 +318,6 @@ def measure_engine(config: ModelConfig, batches: list[int], tokens: int) -> Figu
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         init_model(config, model, seed=0, dtype=torch.bfloat16)
-        from lattice_serve.engine.weights import bundled_model
-
         (model / "tokenizer.model").write_bytes((bundled_model() / "tokenizer.model").read_bytes())
         began = time.perf_counter()
         llm = LLM(model, device="cuda", max_rows=max(batches), max_step_tokens=1024, prefix_cache_memory=0)

@@ -53,24 +53,17 @@ def layout_of(config: ModelConfig) -> StateLayout:
 
 
 def mixer_decode_bytes(shape: MixerShape, slot: int, itemsize: int) -> int:
-    """That one token of one layer moves as row `slot` of its chunk, activations of so many bytes, state in float32.
-
-    The small weights count once a head: other rows find them in the cache.
-    """
-    d, m, C, H = shape.d, shape.m, shape.C, shape.H
-    last = slot == C - 1
-    anchor = d * m * (1 + last)
-    tail = (2 * shape.taps - 2) * (2 * m + d) + (shape.taps - 1) * (2 * m + d)  # read, and read again to be shifted
-    pending = 0
-    if C > 1:
-        pending = slot * (d + m) + (2 * m + 1 if slot else 0)
-        if last:
-            pending += slot * (d + m)  # folded into the anchor, read once more
-        else:
-            pending += d + (slot + 1 if shape.use_forget_gate else 1) * m + 2 * m + 1
-    weights = (2 * m + d) * shape.taps + d + 1 + shape.use_forget_gate
-    activations = 2 * (2 * m + d) + d + 1 + shape.use_forget_gate + d
-    return H * (4 * (anchor + tail + pending + weights) + itemsize * activations) + 16
+    """That one token of one layer reads and writes as row `slot` of its chunk, each place once: what is read again is
+    in the cache. Activations have `itemsize` bytes, the state is float32."""
+    H, d, m, C, taps = shape.H, shape.d, shape.m, shape.C, shape.taps
+    channels, gates, last = 2 * m + d, 1 + shape.use_forget_gate, slot == C - 1
+    read = d * m + (taps - 1) * channels + slot * (d + m) + (2 * m + 1 if slot else 0)
+    written = (taps - 1) * channels + (d * m if last else 0)
+    if not last:
+        written += d + (slot + 1 if shape.use_forget_gate else 1) * m + 2 * m + 1
+    weights = channels * taps + gates
+    activations = channels + d + gates + d
+    return H * (4 * (read + written + weights) + itemsize * activations) + 4 * d + 16
 
 
 @dataclass(frozen=True)
@@ -132,7 +125,7 @@ def prefill(config: ModelConfig, tokens: int) -> Step:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    result: dict[str, dict[str, dict[str, float]]] = {}
+    result: dict[str, dict[str, int]] = {}
     for name, config in MODELS.items():
         row = layout_of(config).row_bytes
         columns = [f"{label}: {what}" for label in DEVICES for what in ("us a step", "tokens/s")]
@@ -144,7 +137,7 @@ def main() -> None:
             cells = []
             for key, device in DEVICES.items():
                 seconds = step.seconds(device)
-                result[name][f"{label}, {key}, tokens/s"] = round(tokens / seconds)
+                result[name][f"{label}, {key}, tokens/s"] = int(tokens / seconds)
                 cells += [f"{seconds * 1e6:,.0f}", f"{tokens / seconds:,.0f}"]
             table.add_row(label, f"{step.bytes / 1e6:,.0f}", f"{step.flops / 1e9:,.0f}", *cells)
         Console().print(table)

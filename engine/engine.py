@@ -28,7 +28,7 @@ from lattice_serve.engine.sampler import Sampled, SampleRow, TokenCounts, penali
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.scheduler import Scheduler
 from lattice_serve.engine.sequence import Sequence, Status
-from lattice_serve.engine.state_pool import StatePool
+from lattice_serve.engine.state_pool import StatePool, row_count
 from lattice_serve.engine.taken import Taken
 from lattice_serve.engine.tensor_parallel.commands import Reserve
 from lattice_serve.engine.tensor_parallel.group import devices
@@ -39,8 +39,6 @@ from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.engine.weights import load_model, pick_dtype
 from lattice_serve.kernels.mixer import StateLayout
 
-MAX_ROWS = 256
-"""State rows when only their memory is bounded."""
 _COMPILE_SECONDS = 0.02
 """A step that has nothing but grammars to wait for takes that long: messages are read between steps."""
 
@@ -69,7 +67,8 @@ class Engine:
             self.close()
             raise
         self.runner = Runner(backend, self.pool.memory.device)
-        self._on_gpu = self.pool.memory.device.type == "cuda"
+        self._overlaps = self.pool.memory.device.type == "cuda"
+        """Whether a step runs on while `launch` returns."""
         self.scheduler = Scheduler(
             rows=self.pool.rows,
             max_step_tokens=config.max_step_tokens,
@@ -185,7 +184,7 @@ class Engine:
         self._running = self.runner.launch(pieces) if pieces else None
         self._steps += 1
         self._step_tokens = sum(piece.tokens for piece in pieces)
-        if not self._on_gpu:
+        if not self._overlaps:
             self.collect()
 
     def collect(self) -> None:
@@ -262,7 +261,9 @@ class Engine:
         if device.startswith("cuda"):
             torch.cuda.set_device(device)  # kernels and graphs run on the current one, wherever their tensors are
         layout = StateLayout(self.model.shape, len(self.model.layers))
-        rows = self._rows(layout.row_bytes * share.size)
+        # Off the CPU's own kernels prompts are cut at chunks.
+        multiple = 1 if config.device == "cpu" and self.workers is None else model_config.chunk_size
+        rows = row_count(config, layout.row_bytes * share.size, multiple)
         gather = None
         if self.workers is None:
             self.pool = StatePool.of(self.model, rows, device)
@@ -304,20 +305,6 @@ class Engine:
             self.step()
         self._prompt_tokens = self._generated = self._steps = self._step_tokens = 0
         self.cache.clear()
-
-    def _rows(self, row_bytes: int) -> int:
-        if self.config.max_rows is not None:
-            return self.config.max_rows
-        # Off the CPU's own kernels prompts are cut at chunks: beside all rows but one, a step has room for a chunk.
-        chunk = 1 if self.config.device == "cpu" and self.workers is None else self.model.shape.C
-        rows = min(self.config.state_memory // row_bytes, MAX_ROWS, max(1, self.config.max_step_tokens + 1 - chunk))
-        if rows == 0:
-            raise ConfigError(
-                f"state_memory is {self.config.state_memory:,} bytes, but one state row takes {row_bytes:,}: "
-                "give at least that",
-                param="state_memory",
-            )
-        return rows
 
     def _ends(self, stop_token_ids: tuple[int, ...], ignore_eos: bool = False) -> tuple[int, ...]:
         eos = self.model.config.eos_token_id

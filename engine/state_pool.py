@@ -14,11 +14,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import ConfigError
 from lattice_serve.engine.models.lattice import LatticeForCausalLM
 from lattice_serve.kernels.mixer import MixerState, StateLayout
 
 P = TypeVar("P", bound="StatePool")
+
+MAX_ROWS = 256
+"""State rows when only their memory is bounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +125,20 @@ class StatePool:
         assert len(free) + len(held) == self.rows, "a state row is neither free nor held"
         self.check_scrubbed(free & self._unchecked)
         self._unchecked.clear()
+
+
+def row_count(config: EngineConfig, row_bytes: int, multiple: int) -> int:
+    """Rows of so many bytes for an engine that cuts prompts at multiples of so many tokens.
+
+    Raises `ConfigError` where not even one fits.
+    """
+    if config.max_rows is not None:
+        return config.max_rows
+    # Beside all rows but one, a step has room for such a multiple.
+    rows = min(config.state_memory // row_bytes, MAX_ROWS, max(1, config.max_step_tokens + 1 - multiple))
+    if rows == 0:
+        raise ConfigError(
+            f"state_memory is {config.state_memory:,} bytes, but one state row takes {row_bytes:,}: give at least that",
+            param="state_memory",
+        )
+    return rows

@@ -25,7 +25,6 @@ across them in every chunk.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -41,20 +40,18 @@ from lattice_serve.kernels.mixer.triton_parts import (
     ENCODING,
     check_arguments,
     forget_gate,
-    geometry,
     load,
     load_anchor,
     shift_tail,
     silu,
     step_size,
-    tile_width,
     unit_length,
     unit_rows,
 )
+from lattice_serve.kernels.mixer.triton_tiles import tile_lines, tile_options, tile_tokens
+from lattice_serve.kernels.mixer.triton_tokens import mix_tokens, token_options
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
-_TOKENS = 16
-"""Of a tile where C = 1."""
 
 
 @triton.jit
@@ -266,109 +263,24 @@ def _read(
         tl.store(p_e + o_m, tl.sum(tl.where((o_t == b_t - 1)[:, None], e, 0.0), axis=0), mask=in_m)
 
 
-@triton.jit
-def _mix_tokens(
-    p_z: tl.tensor, p_tiles: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_starts: tl.tensor, p_bias: tl.tensor,
-    p_norm: tl.tensor, p_out: tl.tensor,
-    z_stride: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, floor: tl.tensor,
-    eps: tl.tensor,
-    H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, taps: tl.constexpr,
-    line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
-    objective: tl.constexpr, use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr,
-    tile_places: tl.constexpr, tile_size: tl.constexpr, rows: tl.constexpr,
-) -> None:  # fmt: skip
-    """One segment of one head, C = 1: R_t = A (mu - c w) + c h, and y = A' q with A' the columns of R made unit."""
-    i_segment, i_head = tl.program_id(0), tl.program_id(1)
-    start, end = tl.load(p_starts + i_segment), tl.load(p_starts + i_segment + 1)
-    p_state = p_pool + tl.load(p_rows + i_segment) * row_size + o_layer + i_head * head_size
-    o_d, o_m = tl.arange(0, b_d), tl.arange(0, b_m)
-    in_d, in_m = o_d < d, o_m < m
-    o_A, in_A = o_m[:, None] * line_d + o_d[None, :], in_m[:, None] & in_d[None, :]
-    width: tl.constexpr = H * (2 * m + d)
-    norm = load(p_norm + o_d, in_d)
-    A = load_anchor(p_state + o_A, in_A)
-    for i_t in range(start, end):
-        i_tile, i_line = start // rows + 2 * i_segment + (i_t - start) // rows, (i_t - start) % rows
-        p_tile = p_tiles + (i_tile * H + i_head) * tile_size
-        q = tl.load(p_tile + tile_places[0] + i_line * b_m + o_m)
-        k = tl.load(p_tile + tile_places[1] + i_line * b_m + o_m)
-        h = tl.load(p_tile + tile_places[4] + i_line + o_d * b_t)
-        p_gates = p_z + i_t * z_stride + width + H * d + i_head
-        gamma = step_size(p_gates, p_bias + i_head, True)
-        mu = 1.0
-        if use_forget_gate:
-            mu = forget_gate(p_gates + H, p_bias + H + i_head, True, floor)
-        if objective == DECODING:
-            h -= tl.sum(A * k[:, None], axis=0)
-        w = tl.sum(A * h[None, :], axis=1)
-        if objective == ENCODING:
-            k -= w
-        c = gamma * k
-        A = unit_rows(A * (mu - c * w)[:, None] + c[:, None] * h[None, :])
-        y = tl.sum(A * q[:, None], axis=0)
-        y *= tl.rsqrt(tl.sum(y * y, axis=0) / d + eps) * norm
-        y *= silu(load(p_z + i_t * z_stride + width + i_head * d + o_d, in_d))
-        tl.store(p_out + i_t * out_stride + i_head * d + o_d, y, mask=in_d)
-    tl.debug_barrier()
-    tl.store(p_state + o_A, A, mask=in_A)
-    shift_tail(p_z, z_stride, i_head, start, end, p_state + places[6], o_d, o_m, H, d, m, line_d, line_m, taps)
-
-
-def tile_tokens(C: int) -> int:
-    """Tokens of a tile: a chunk, but where that is one token, several."""
-    return C if C > 1 else _TOKENS
-
-
-def tile_rows(C: int) -> int:
-    """Rows b_t of a tile: a tensor core has no smaller product than one of 16."""
-    return max(_TOKENS, triton.next_power_of_2(C))
-
-
-def tile_lines(layout: StateLayout) -> tuple[tuple[int, ...], int]:
-    """Where a tile of one head has its parts, in floats, and its size:
-
-    q | k | c [b_t, b_m] | (M[last] * c)^T [b_m, b_t] | v^T, then h^T [b_d, b_t]
-    log a, from the chunk's start on | gamma | M[last] [b_t] | A^T, the memory that the chunk begins with [b_m, b_d]
-    """
-    s = layout.shape
-    b_d, b_m, b_t = tile_width(s.d), tile_width(s.m), tile_rows(s.C)
-    sizes = (b_t * b_m, b_t * b_m, b_t * b_m, b_t * b_m, b_t * b_d, 4 * b_t, b_m * b_d)
-    *places, size = itertools.accumulate(sizes, initial=0)
-    return tuple(places), size
-
-
-def _options(layout: StateLayout, names: str, **more: Any) -> dict[str, Any]:
-    constants = geometry(layout)
-    places, size = tile_lines(layout)
-    tile = {"b_t": tile_rows(layout.shape.C), "tile_places": places, "tile_size": size}
-    return {name: constants[name] for name in names.split()} | tile | more
-
-
 def prepare_options(layout: StateLayout) -> dict[str, Any]:
     """Constants that `_prepare` is launched with."""
     names = "H d m C taps line_d line_m places head_size use_forget_gate b_d b_m"
-    return _options(layout, names, rows=tile_tokens(layout.shape.C), num_warps=4)
+    return tile_options(layout, names, rows=tile_tokens(layout.shape.C), num_warps=4)
 
 
 def advance_options(layout: StateLayout, precision: str) -> dict[str, Any]:
     """Constants that `_advance` is launched with."""
     s = layout.shape
     names = "H d m C taps line_d line_m places head_size objective b_d b_m"
-    return _options(layout, names, precision=precision, num_warps=4 if s.d * s.m <= 64 * 64 else 8)
+    return tile_options(layout, names, precision=precision, num_warps=4 if s.d * s.m <= 64 * 64 else 8)
 
 
 def read_options(layout: StateLayout, precision: str) -> dict[str, Any]:
     """Constants that `_read` is launched with."""
     s = layout.shape
     names = "H d m C places head_size b_d b_m"
-    return _options(layout, names, precision=precision, num_warps=2 if s.d * s.m <= 64 * 64 else 8)
-
-
-def token_options(layout: StateLayout) -> dict[str, Any]:
-    """Constants that `_mix_tokens` is launched with."""
-    s = layout.shape
-    names = "H d m taps line_d line_m places head_size objective use_forget_gate b_d b_m"
-    return _options(layout, names, rows=tile_tokens(s.C), num_warps=4 if s.d * s.m <= 64 * 64 else 8)
+    return tile_options(layout, names, precision=precision, num_warps=2 if s.d * s.m <= 64 * 64 else 8)
 
 
 def mix_prefill(
@@ -411,7 +323,7 @@ def mix_prefill(
         **prepare_options(layout),
     )  # fmt: skip
     if s.C == 1:
-        _mix_tokens[(n, s.H)](
+        mix_tokens[(n, s.H)](
             z, scratch, pool, rows, starts, weights.gate_bias, weights.norm, out,
             z.stride(0), out.stride(0), layout.row_size, o_layer, s.mu_floor, s.norm_eps,
             **token_options(layout),

@@ -12,12 +12,13 @@ import msgspec
 import pytest
 import torch
 
-from lattice_serve.engine.engine import MAX_ROWS, Engine
+from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.errors import CheckpointError, ConfigError, InvalidParameter, Overloaded
 from lattice_serve.engine.llm import Completion
 from lattice_serve.engine.messages import EngineStats, Pooling, RequestFailed
 from lattice_serve.engine.models.lattice import DenseOps, LatticeForCausalLM
 from lattice_serve.engine.sequence import Status
+from lattice_serve.engine.state_pool import MAX_ROWS
 from lattice_serve.engine.weights import load_model
 from lattice_serve.kernels.decoder import cpu as decoder
 from tests.engine.harness import Visit, assert_idle, complete, drive, live, make_engine, submit

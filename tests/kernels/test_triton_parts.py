@@ -130,7 +130,8 @@ def test_every_part_of_a_split_has_something_to_sum(name: str, itemsize: int, N:
     P = architecture.splits("decode", N, K, itemsize)
     assert 1 <= P <= 4
     assert (P - 1) * part(K, P, itemsize) < K <= P * part(K, P, itemsize)
-    for phase, rows in (("decode", 1), ("decode", 17), ("decode", 500), ("prefill", 1)):
+    cases: list[tuple[Phase, int]] = [("decode", 1), ("decode", 17), ("decode", 500), ("prefill", 1)]
+    for phase, rows in cases:
         assert part(K, P, itemsize) % (architecture.tiles(phase, rows, N).k_bytes // itemsize) == 0
     assert architecture.splits("prefill", N, K, itemsize) == 1
 
