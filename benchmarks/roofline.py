@@ -93,7 +93,7 @@ def decode_step(config: ModelConfig, batch: int, weight_bytes: int = 2) -> Step:
     shape = layout_of(config).shape
     layers, head = matrix_sizes(config)
     mixer = sum(mixer_decode_bytes(shape, slot, 2) for slot in range(shape.C)) / shape.C
-    rows = ARCHITECTURES["sm_90"].tiles("decode", batch, config.vocab_size).b_m
+    rows = ARCHITECTURES["sm_90"].tiles("decode", batch, config.vocab_size, 2).b_m
     tiles = -(-batch // rows) * rows
     state = config.num_hidden_layers * batch * mixer
     return Step((layers + head) * weight_bytes + state + 4 * batch * config.vocab_size, 2 * tiles * (layers + head))

@@ -2,8 +2,8 @@
 
 A product's bits are those of its order of sums: along K within a part, part by part. Into how many parts K is cut
 depends on the weight alone, so a row's bits never depend on how many rows are beside it. The shape of a tile does not
-change them either where an instruction adds up K as its shorter siblings do: seen so on Hopper (H200, 60 shapes of
-tiles), where tiles are chosen by the number of rows. Elsewhere nobody has looked, and decode has one shape.
+change them either where an instruction adds up K as its shorter siblings do: seen so on Hopper in bfloat16 (H200, 60
+shapes of tiles), where tiles are chosen by the number of rows. Elsewhere nobody has looked, and decode has one shape.
 
 The figures of Hopper are the fastest of those tried on an H200. Those of the others were not measured: they follow
 from shared memory, and from the number of processors that decode has to keep loading.
@@ -45,7 +45,10 @@ class Architecture:
     prefill: tuple[Tiles, ...]
     """Large ones first: those that leave no processor idle are taken, or the last."""
 
-    def tiles(self, phase: Phase, rows: int, outputs: int) -> Tiles:
+    def tiles(self, phase: Phase, rows: int, outputs: int, itemsize: int) -> Tiles:
+        """For a product of so many rows and outputs, activations of so many bytes."""
+        if itemsize == 4:  # tensor cores have no part in it, and nobody has looked at its bits
+            return self.prefill[-1] if phase == "prefill" else self.decode[0][1]
         if phase == "prefill":
             busy = (t for t in self.prefill if -(-rows // t.b_m) * -(-outputs // t.b_n) >= self.processors)
             return next(busy, self.prefill[-1])

@@ -129,7 +129,7 @@ def gated_linear(x: Tensor, weight: Tensor, scales: Tensor | None, phase: Phase,
 
 
 def _plan(x: Tensor, weight: Tensor, scales: Tensor | None, phase: Phase, P: int) -> tuple[Tiles, dict[str, Any]]:
-    tiles = architecture(x.device).tiles(phase, len(x), len(weight))
+    tiles = architecture(x.device).tiles(phase, len(x), len(weight), x.element_size())
     # Triton's interpreter takes the bits of a bfloat16 for an integer when it multiplies.
     kind = tl.float32 if x.device.type == "cpu" or x.dtype == torch.float32 else tl.bfloat16
     options = linear_options(tiles, x.shape[1], P, x.element_size())

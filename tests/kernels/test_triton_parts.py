@@ -132,7 +132,7 @@ def test_every_part_of_a_split_has_something_to_sum(name: str, itemsize: int, N:
     assert (P - 1) * part(K, P, itemsize) < K <= P * part(K, P, itemsize)
     cases: list[tuple[Phase, int]] = [("decode", 1), ("decode", 17), ("decode", 500), ("prefill", 1)]
     for phase, rows in cases:
-        assert part(K, P, itemsize) % (architecture.tiles(phase, rows, N).k_bytes // itemsize) == 0
+        assert part(K, P, itemsize) % (architecture.tiles(phase, rows, N, itemsize).k_bytes // itemsize) == 0
     assert architecture.splits("prefill", N, K, itemsize) == 1
 
 
