@@ -83,6 +83,8 @@ class EngineConfig(BaseModel):
     """Next tokens to guess where a text repeats itself, and to check in one step: the same tokens, sooner. 0: none."""
     prefix_cache_memory: int = Field(default=1 << 30, ge=0)
     """Bytes of host memory for states of prompts and answers that may come again. 0: none are kept."""
+    prefix_cache_device_memory: int = Field(default=256 << 20, ge=0)
+    """Bytes of a GPU's memory, besides, for those of them that were used last."""
     threads: int | None = Field(default=None, ge=1)
     """Threads of the matrix products. None: one a core."""
 

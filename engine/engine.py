@@ -21,7 +21,7 @@ from lattice_serve.engine.memory import Memory
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit
 from lattice_serve.engine.pace import Pace
 from lattice_serve.engine.pooled import Pooled
-from lattice_serve.engine.prefix_cache import PrefixCache
+from lattice_serve.engine.prefix_cache import PrefixCache, cache_budgets
 from lattice_serve.engine.processors import available_cpus
 from lattice_serve.engine.runner import Runner, Running
 from lattice_serve.engine.sampler import Sampled, SampleRow, TokenCounts, penalised
@@ -75,7 +75,7 @@ class Engine:
             max_waiting=config.max_waiting,
             multiple=backend.multiple,
         )
-        self.cache = PrefixCache([("cpu", config.prefix_cache_memory)], backend.multiple)
+        self.cache = PrefixCache(cache_budgets(config), backend.multiple)
         self.memory = Memory(self.pool, self.cache, backend.multiple)
         self._pace = Pace(config.step_seconds, config.max_step_tokens)
         self.grammars = Grammars(config.model, self.tokenizer)

@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from torch import Tensor
 
+from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.radix_tree import Ids, Node, RadixTree
 
 FIRST_INTERVAL = 512
@@ -168,6 +169,13 @@ class PrefixCache:
         tree.remove(snapshot.node)
         if not tree.tokens:
             del self._trees[snapshot.salt]
+
+
+def cache_budgets(config: EngineConfig) -> list[tuple[str, int]]:
+    """Where an engine keeps snapshots: on its GPU first, if it has one, then in host memory."""
+    host = [("cpu", config.prefix_cache_memory)]
+    near = config.device != "cpu" and config.prefix_cache_memory and config.prefix_cache_device_memory
+    return [(config.device, config.prefix_cache_device_memory), *host] if near else host
 
 
 def intervals(start: int, end: int) -> list[int]:

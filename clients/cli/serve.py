@@ -61,6 +61,9 @@ def serve(
     prefix_cache_memory: Annotated[
         str | None, typer.Option(help="Memory for states that may come again; 0 keeps none.", show_default="1G")
     ] = None,
+    prefix_cache_device_memory: Annotated[
+        str | None, typer.Option(help="On a GPU: its memory, for those used last.", show_default="256M")
+    ] = None,
     speculative_tokens: Annotated[
         int | None, typer.Option(help="Tokens to guess ahead where a text repeats itself.", show_default="0, none")
     ] = None,
@@ -109,6 +112,9 @@ def serve(
             state_memory=None if state_memory is None else parse_size(state_memory),
             speculative_tokens=speculative_tokens,
             prefix_cache_memory=None if prefix_cache_memory is None else parse_size(prefix_cache_memory),
+            prefix_cache_device_memory=(
+                None if prefix_cache_device_memory is None else parse_size(prefix_cache_device_memory)
+            ),
             max_step_tokens=max_step_tokens,
             step_seconds=step_seconds,
             max_waiting=max_waiting,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.engine.messages import Submit
-from lattice_serve.engine.prefix_cache import PrefixCache, intervals
+from lattice_serve.engine.prefix_cache import PrefixCache, cache_budgets, intervals
 from lattice_serve.engine.sampling import SamplingParams
 from tests.engine.harness import Visit, complete, drive, make_engine, submit
 
@@ -199,3 +201,16 @@ def test_a_request_for_no_tokens_warms_the_cache(cached: Engine) -> None:
         drive(cached, [Visit(warm)])
         assert cached.stats().prompt_tokens_total - before == runs
     assert ask(cached, [*PROMPT, 1, 2]) == (40, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "budgets"),
+    [
+        ({}, [("cpu", 1 << 30)]),
+        ({"device": "cuda:1"}, [("cuda:1", 256 << 20), ("cpu", 1 << 30)]),
+        ({"device": "cuda:1", "prefix_cache_device_memory": 0}, [("cpu", 1 << 30)]),
+        ({"device": "cuda:1", "prefix_cache_memory": 0}, [("cpu", 0)]),
+    ],
+)
+def test_a_gpu_keeps_the_states_used_last(settings: dict[str, Any], budgets: list[tuple[str, int]]) -> None:
+    assert cache_budgets(EngineConfig(model=Path("m"), **settings)) == budgets
