@@ -182,7 +182,7 @@ class Engine:
         self.memory.hold(pieces)
         self._began = time.monotonic()
         self._running = self.runner.launch(pieces) if pieces else None
-        self._steps += 1
+        self._steps += bool(pieces)
         self._step_tokens = sum(piece.tokens for piece in pieces)
         if not self._overlaps:
             self.collect()
