@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lattice_serve.kernels.cpu.vector import build_pairs, build_widened
+from lattice_serve.kernels.cpu.lowering import build_pairs, build_widened
 from lattice_serve.kernels.lanes import LANES
 
 TILE = 16

@@ -11,7 +11,8 @@ import numpy as np
 from numba import njit
 
 from lattice_serve.kernels.cpu.amx import TILE, TILE_BYTES, TILE_K, block, configure, release
-from lattice_serve.kernels.cpu.vector import load, splat, store, tile
+from lattice_serve.kernels.cpu.products import tile
+from lattice_serve.kernels.cpu.vector import load, splat, store
 from lattice_serve.kernels.cpu_features import Products
 from lattice_serve.kernels.lanes import LANES, aligned
 

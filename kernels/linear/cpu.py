@@ -21,7 +21,8 @@ from numba.extending import overload, register_jitable
 from torch import Tensor
 
 from lattice_serve.kernels.cpu.amx import TILE, TILE_BYTES, TILE_K, block, configure, release
-from lattice_serve.kernels.cpu.vector import load, pairs, splat, store, tile, widened
+from lattice_serve.kernels.cpu.products import tile
+from lattice_serve.kernels.cpu.vector import load, pairs, splat, store, widened
 from lattice_serve.kernels.cpu_features import Products
 from lattice_serve.kernels.lanes import LANES, aligned, padded
 from lattice_serve.kernels.linear.activations import activations, fill

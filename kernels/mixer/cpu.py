@@ -22,7 +22,8 @@ from numba import njit
 from torch import Tensor
 
 from lattice_serve.kernels.cpu.math import sigmoid, silu
-from lattice_serve.kernels.cpu.vector import combine, eight_dots, first, fma, load, maximum, splat, sqrt, store, total
+from lattice_serve.kernels.cpu.products import combine, eight_dots
+from lattice_serve.kernels.cpu.vector import first, fma, load, maximum, splat, sqrt, store, total
 from lattice_serve.kernels.cpu_features import vectors
 from lattice_serve.kernels.lanes import LANES
 from lattice_serve.kernels.lattice.state import OBJECTIVES

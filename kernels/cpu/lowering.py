@@ -1,0 +1,115 @@
+"""LLVM's instructions for what the intrinsics of `vector` and `products` have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from lattice_serve.kernels.lanes import LANES
+
+F32, I32 = ir.FloatType(), ir.IntType(32)
+VECTOR, WHOLE = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+ZERO = ir.Constant(VECTOR, [0.0] * LANES)
+
+
+def llvm_function(name: str, arguments: int) -> Any:
+    """LLVM's own function of vectors."""
+
+    def build(builder: Any, *values: Any) -> Any:
+        full = f"llvm.{name}.v{LANES}f32"
+        known = builder.module.globals.get(full)
+        function = known or ir.Function(builder.module, ir.FunctionType(VECTOR, [VECTOR] * arguments), full)
+        return builder.call(function, values)
+
+    return build
+
+
+build_fmuladd = llvm_function("fmuladd", 3)
+
+
+def build_pairs(builder: Any, even: Any, odd: Any) -> Any:
+    """`pairs` in LLVM's language."""
+    low = builder.lshr(builder.bitcast(even, WHOLE), ir.Constant(WHOLE, [16] * LANES))
+    return builder.bitcast(builder.or_(builder.bitcast(odd, WHOLE), low), VECTOR)
+
+
+def build_widened(builder: Any, pointer: Any) -> Any:
+    """`widened` in LLVM's language."""
+    element = pointer.type.pointee
+    if element == F32:
+        return build_read(builder, pointer)
+    values = build_read(builder, pointer, ir.VectorType(element, LANES), align=1)
+    if element.width == 8:
+        return builder.sitofp(builder.sext(values, WHOLE), VECTOR)
+    return builder.bitcast(builder.shl(builder.zext(values, WHOLE), ir.Constant(WHOLE, [16] * LANES)), VECTOR)
+
+
+def checked(array: Any) -> Any:
+    if not (isinstance(array, types.Array) and array.ndim == 1 and array.dtype == types.float32):
+        raise TypeError(f"a vector lies in a float32 array [n], not in {array}")
+    return array
+
+
+def build_pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [offset])
+
+
+def build_read(builder: Any, pointer: Any, typ: Any = VECTOR, align: int = 4) -> Any:
+    return builder.load(builder.bitcast(pointer, typ.as_pointer()), align=align)
+
+
+def build_write(builder: Any, value: Any, pointer: Any, align: int = 4) -> None:
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=align)
+
+
+def build_rounded(builder: Any, v: Any) -> Any:
+    """The bits of the nearest bfloat16, <16 x i16>; a NaN stays one."""
+    one, half, high, nan = (ir.Constant(WHOLE, [n] * LANES) for n in (1, 0x7FFF, 16, 0x7FC00000))
+    bits = builder.bitcast(v, WHOLE)
+    odd = builder.and_(builder.lshr(bits, high), one)
+    nearest = builder.add(bits, builder.add(odd, half))
+    kept = builder.select(builder.fcmp_unordered("uno", v, v), nan, nearest)
+    return builder.trunc(builder.lshr(kept, high), ir.VectorType(ir.IntType(16), LANES))
+
+
+def build_dot_pairs(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """c plus the products of both halves of each lane, bfloat16."""
+    full = "llvm.x86.avx512bf16.dpbf16ps.512"
+    kind = ir.FunctionType(VECTOR, [VECTOR, WHOLE, WHOLE])
+    function = builder.module.globals.get(full) or ir.Function(builder.module, kind, full)
+    return builder.call(function, [c, builder.bitcast(a, WHOLE), builder.bitcast(b, WHOLE)])
+
+
+def build_low(builder: Any, pair: Any) -> Any:
+    return builder.bitcast(builder.shl(pair, ir.Constant(WHOLE, [16] * LANES)), VECTOR)
+
+
+def build_high(builder: Any, pair: Any) -> Any:
+    return builder.bitcast(builder.and_(pair, ir.Constant(WHOLE, [-65536] * LANES)), VECTOR)
+
+
+def build_shuffled(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def build_splat(builder: Any, value: Any) -> Any:
+    """A float32, or the bits of one, in every lane."""
+    value = builder.bitcast(value, F32)
+    undefined = ir.Constant(VECTOR, ir.Undefined)
+    return build_shuffled(
+        builder, builder.insert_element(undefined, value, ir.Constant(I32, 0)), undefined, [0] * LANES
+    )
+
+
+def build_halved(builder: Any, v: Any) -> Any:
+    """Lower and upper half added."""
+    low, high = (build_shuffled(builder, v, v, list(range(first, first + 8))) for first in (0, 8))
+    return builder.fadd(low, high)
+
+
+def build_neighbours(builder: Any, a: Any, b: Any, lanes: int) -> Any:
+    """Sums of neighbours in a and b, one after the other: the first so many."""
+    even, odd = (build_shuffled(builder, a, b, [2 * i + first for i in range(lanes)]) for first in (0, 1))
+    return builder.fadd(even, odd)
