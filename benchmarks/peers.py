@@ -142,7 +142,8 @@ def main() -> None:
                     figures |= over_http([lattice(), "serve", str(options.model), "--port", str(PORT), *more], None)
             elif name == "vllm":
                 program = [str(options.vllm), "serve", str(options.vllm_model), "--port", str(PORT)]
-                figures |= over_http([*program, "--max-model-len", "2048"], None, seconds=600)
+                sizes = ["--max-model-len", "2048", "--gpu-memory-utilization", "0.3"]  # of main memory, on a CPU
+                figures |= over_http([*program, *sizes], None, seconds=600)
             else:
                 figures |= llama_offline(programs, peers[name], options.threads)
                 program = [str(programs / "llama-server"), "-m", str(peers[name]), "-t", str(options.threads)]

@@ -142,9 +142,9 @@ class CpuDecoder:
 
 
 @njit(cache=True)
-def _share(units: int, threads: int) -> int:
-    """Units of an item: a few items a thread, or one for a thread alone."""
-    return units if threads == 1 else -(-units // (4 * threads))
+def _parts(units: int, threads: int) -> int:
+    """Items of all but equally many units: a few a thread, or one for a thread alone."""
+    return min(units, 1 if threads == 1 else 4 * threads)
 
 
 @njit(cache=True)
@@ -158,12 +158,10 @@ def _linear_phase(
     M: int, out: Any, out_row: int, add: bool, scratch: Any,
 ) -> tuple[int, int]:  # fmt: skip
     panels = panel_count(N)
-    share = _share(panels, threads)
-    count = _items(panels, share) if M else 0
+    count = _parts(panels, threads) if M else 0
     while ticket < base + count:
         wait_for(sync, base)
-        first = (ticket - base) * share
-        last = min(first + share, panels)
+        first, last = (ticket - base) * panels // count, (ticket - base + 1) * panels // count
         linear(w, o_w, scales, o_s, N, K, x, M, out, first * PANEL, out_row, add, first, last, scratch)
         ticket = finish(sync)
     return ticket, base + count
@@ -226,12 +224,10 @@ def _work(
             ticket = finish(sync)
         base += by_rows
         panels = panel_count(2 * inner_row)
-        share = _share(panels, threads)
-        count = _items(panels, share)
+        count = _parts(panels, threads)
         while ticket < base + count:
             wait_for(sync, base)
-            first = (ticket - base) * share
-            for panel in range(first, min(first + share, panels)):
+            for panel in range((ticket - base) * panels // count, (ticket - base + 1) * panels // count):
                 linear(
                     w, at[4], scales, at[5], 2 * inner_row, width, normed, M, gate_up, 0, PANEL, False, panel,
                     panel + 1, scratch,
