@@ -174,18 +174,17 @@ class TestServe:
     def test_a_request_that_goes_wrong_fails_alone(self, tiny_model: Path, alone: dict[str, Completion]) -> None:
         engine = make_engine(tiny_model)
         poisoned = threading.Event()
-        step = engine.step
+        launch = engine.launch
 
-        def poison() -> StepOutputs:
-            outputs = step()
+        def poison() -> None:
+            launch()
             if not poisoned.is_set():
                 row = live(engine, "endless").row
                 assert row is not None
                 engine.pool.memory[row].fill_(float("nan"))
                 poisoned.set()
-            return outputs
 
-        engine.step = poison  # type: ignore[method-assign]
+        engine.launch = poison  # type: ignore[method-assign]
         with served(engine) as peer:
             peer.ready()
             results = peer.answers(ENDLESS, *REQUESTS)
