@@ -208,9 +208,10 @@ def test_a_bad_folder_is_said_of_and_leaves_nothing(tmp_path: Path) -> None:
     folder = init_tiny_model(tmp_path / "cut")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    before = children(os.getpid())  # those that other tests have left to end by themselves
     with pytest.raises(CheckpointError, match="cut short"):
         LLM(folder, tensor_parallel_size=2)
-    assert children(os.getpid()) == []
+    assert set(children(os.getpid())) <= set(before)
 
 
 def test_gpus_from_the_first_on_and_no_more_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
