@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import msgspec
+
 from lattice_serve.engine.messages import FinishReason, TokenOutput
 from lattice_serve.engine.sampler import Sampled
 from lattice_serve.engine.sequence import Sequence
@@ -31,24 +33,20 @@ class Taken:
             text, _ = sequence.detokenizer.push(token_id)
         if self.finish_reason is not None and not isinstance(self.stop_reason, str):
             text += sequence.detokenizer.flush()
-        if sequence.emitted:
-            return TokenOutput(
-                request_id=sequence.request_id,
-                token_id=token_id,
-                text=text,
-                finish_reason=self.finish_reason,
-                stop_reason=self.stop_reason,
-                logprob=None if sampled is None else sampled.logprob,
-            )
-        sequence.emitted = True
-        started = sequence.started or sequence.arrived
-        return TokenOutput(
+        output = TokenOutput(
             request_id=sequence.request_id,
             token_id=token_id,
             text=text,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             logprob=None if sampled is None else sampled.logprob,
+        )
+        if sequence.emitted:
+            return output
+        sequence.emitted = True
+        started = sequence.started or sequence.arrived
+        return msgspec.structs.replace(
+            output,
             cached_tokens=sequence.cached_tokens,
             prompt_logprobs=sequence.prompt_logprobs,
             embedding=None if sequence.pooled is None else sequence.pooled.result(),
