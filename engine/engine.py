@@ -162,7 +162,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences or self._taken)
+        """Whether there is a step to run, or something to emit."""
+        return bool(self._sequences or self._taken or self._failures)
 
     def step(self) -> StepOutputs:
         """Schedule, run, sample, advance, emit. At most `max_step_tokens` tokens.

@@ -9,7 +9,7 @@ import pytest
 from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.llm import Completion
 from lattice_serve.engine.messages import RequestFailed
-from tests.engine.harness import assert_idle, complete, make_engine, submit, take_in
+from tests.engine.harness import assert_idle, complete, live, make_engine, submit, take_in
 
 REQUESTS = [
     submit("greedy", range(2, 13), max_tokens=9, temperature=0, ignore_eos=True),
@@ -47,6 +47,26 @@ def test_nothing_is_emitted_before_it_is_collected(overlapping: Engine) -> None:
     overlapping.collect()
     assert len(overlapping.emit().outputs) == 1
     overlapping.abort("greedy")
+    assert_idle(overlapping)
+
+
+def test_who_fails_alone_is_told(overlapping: Engine) -> None:
+    """Though nothing is left to run after it."""
+    request = REQUESTS[0]
+    running, results = {"greedy": Completion(list(request.prompt_ids))}, dict[str, Completion | RequestFailed]()
+    overlapping.submit(request)
+    overlapping.launch()
+    overlapping.collect()
+    row = live(overlapping, "greedy").row
+    assert row is not None
+    overlapping.pool.memory[row].fill_(float("nan"))
+    while overlapping.has_work:
+        overlapping.launch()
+        take_in(overlapping.emit(), running, results)
+        overlapping.collect()
+    failed = results["greedy"]
+    assert isinstance(failed, RequestFailed)
+    assert failed.error == "NumericalError"
     assert_idle(overlapping)
 
 
