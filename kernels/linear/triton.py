@@ -23,22 +23,6 @@ from torch import Tensor
 from lattice_serve.kernels.linear.tiles import Phase, Tiles, architecture, part
 
 
-@triton.jit
-def _weight_sums(
-    p_x: tl.tensor, p_weight: tl.tensor, in_m: tl.tensor, o_n: tl.tensor, in_n: tl.tensor, o_k: tl.tensor,
-    K: tl.constexpr, steps: tl.constexpr, kind: tl.constexpr, b_m: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Sums [b_m, b_n] over `steps` steps of K from o_k [b_k] on, of weight's rows o_n."""
-    p_weight += o_n.to(tl.int64)[None, :] * K + o_k[:, None]
-    sums = tl.zeros((b_m, b_n), dtype=tl.float32)
-    for i_k in range(steps):
-        in_k = o_k + i_k * b_k < K
-        x = tl.load(p_x + i_k * b_k, mask=in_m[:, None] & in_k[None, :], other=0.0)
-        weight = tl.load(p_weight + i_k * b_k, mask=in_n[None, :] & in_k[:, None], other=0)
-        sums = tl.dot(x.to(kind), weight.to(kind), sums, input_precision="ieee")
-    return sums
-
-
 @triton.jit(do_not_specialize=["M"])
 def _linear(
     p_x: tl.tensor, p_weight: tl.tensor, p_scales: tl.tensor, p_out: tl.tensor, M: tl.tensor,
@@ -51,7 +35,13 @@ def _linear(
     o_k = i_part * part + tl.arange(0, b_k)
     in_m, in_n = o_m < M, o_n < N
     p_x += o_m[:, None] * K + o_k[None, :]
-    sums = _weight_sums(p_x, p_weight, in_m, o_n, in_n, o_k, K, part // b_k, kind, b_m, b_n, b_k)
+    p_weight += o_n.to(tl.int64)[None, :] * K + o_k[:, None]
+    sums = tl.zeros((b_m, b_n), dtype=tl.float32)
+    for i_k in range(part // b_k):
+        in_k = o_k + i_k * b_k < K
+        x = tl.load(p_x + i_k * b_k, mask=in_m[:, None] & in_k[None, :], other=0.0)
+        weight = tl.load(p_weight + i_k * b_k, mask=in_n[None, :] & in_k[:, None], other=0)
+        sums = tl.dot(x.to(kind), weight.to(kind), sums, input_precision="ieee")
     if scaled:
         sums *= tl.load(p_scales + o_n, mask=in_n, other=0.0)[None, :]
     p_out += (o_m + i_part * M)[:, None] * N + o_n[None, :]
