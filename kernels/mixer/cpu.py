@@ -3,11 +3,12 @@
 Prefill calls it token after token with the head's state in the first-level cache, decode calls it once. So an output
 has the same bits however a sequence was cut into steps and whatever else is in the batch.
 
-The recurrence is the pending-factor form of `kernels.lattice` (source there), row t of the chunk form:
+The recurrence is the pending-factor form of `kernels.lattice` (source there), row t of the chunk form, relative to a as
+`StateLayout` has it: b, c and e stand for b / a, c / a and e / a^2.
 
-    b <- mu b,  c_s <- mu c_s,  a <- mu a
-    e <- mu^2 e + 2 c (sum_s c_s (h_s . h) - w b) + c^2 (|h|^2 - w^2),  then b <- b + c w
-    y = A (qn (a - b)) + sum_s (c_s . qn) h_s,  qn = q / sqrt(a^2 + e)
+    a <- mu a,  c = gamma k / a
+    e <- e + 2 c (sum_s c_s (h_s . h) - w b) + c^2 (|h|^2 - w^2),  then b <- b + c w
+    y = A (qn (1 - b)) + sum_s (c_s . qn) h_s,  qn = q / sqrt(1 + e)
 
 The anchor is read for h = v - A k, w = A^T h and y, and written once a chunk.
 """
@@ -100,16 +101,6 @@ def _recur(S: Any, o: int, places: Any, d: int, m: int, slot: int, C: int, objec
             store(x, negative + j, -load(x, o_k + j))
         _combine(x, negative, 1, S, o_A, d, m, x, h, d)
     _dots(x, h, S, o_A, d, m, x, w)
-    for j in range(0, m, LANES):
-        key = load(x, o_k + j)
-        if objective == _ENCODING:
-            key = key - load(x, w + j)
-        store(x, c + j, gamma * key)
-    _clear(x, sums, m)
-    _dots(x, h, S, o_h, d, slot, x, factors)
-    for j in range(0, slot * m, LANES):
-        store(S, o_c + j, mu * load(S, o_c + j))
-    _combine(x, factors, 1, S, o_c, m, slot, x, sums, m)
     if slot == 0:
         a = first(mu)
         _clear(S, o_b, m)
@@ -117,19 +108,28 @@ def _recur(S: Any, o: int, places: Any, d: int, m: int, slot: int, C: int, objec
     else:
         a = first(mu) * S[o_a]
     S[o_a] = a
-    size, two, zero, a_ = splat(_dot(x, h, x, h, d)), splat(np.float32(2)), splat(np.float32(0)), splat(a)
+    step = gamma / splat(a)
+    for j in range(0, m, LANES):
+        key = load(x, o_k + j)
+        if objective == _ENCODING:
+            key = key - load(x, w + j)
+        store(x, c + j, step * key)
+    _clear(x, sums, m)
+    _dots(x, h, S, o_h, d, slot, x, factors)
+    _combine(x, factors, 1, S, o_c, m, slot, x, sums, m)
+    size, zero, one, two = splat(_dot(x, h, x, h, d)), splat(np.float32(0)), splat(np.float32(1)), splat(np.float32(2))
     for j in range(0, m, LANES):
         c_j, w_j = load(x, c + j), load(x, w + j)
-        b_j = mu * load(S, o_b + j)
-        e_j = mu * mu * load(S, o_e + j)
+        b_j = load(S, o_b + j)
+        e_j = load(S, o_e + j)
         e_j = e_j + two * c_j * (load(x, sums + j) - w_j * b_j) + c_j * c_j * (size - w_j * w_j)
         e_j = maximum(zero, e_j)
         b_j = fma(c_j, w_j, b_j)
         store(S, o_b + j, b_j)
         store(S, o_e + j, e_j)
-        qn_j = load(x, o_q + j) / sqrt(fma(a_, a_, e_j))
+        qn_j = load(x, o_q + j) / sqrt(one + e_j)
         store(x, qn + j, qn_j)
-        store(x, sums + j, qn_j * (a_ - b_j))
+        store(x, sums + j, qn_j * (one - b_j))
     _clear(x, o_y, d)
     _combine(x, sums, 1, S, o_A, d, m, x, o_y, d)
     _dots(x, qn, S, o_c, m, slot, x, factors)
@@ -144,7 +144,7 @@ def _recur(S: Any, o: int, places: Any, d: int, m: int, slot: int, C: int, objec
             store(S, o_c + slot * m + j, load(x, c + j))
     else:
         for j in range(m):
-            p, c_j = splat(a - S[o_b + j]), splat(x[c + j])
+            p, c_j = splat(np.float32(1) - S[o_b + j]), splat(x[c + j])
             o_j = o_A + j * d
             for i in range(0, d, LANES):
                 store(S, o_j + i, fma(c_j, load(x, h + i), p * load(S, o_j + i)))
@@ -185,16 +185,15 @@ def mix_head(
     slot = position % C
     for t in range(first, last):
         o_z = t * z_row + head * (n + d)
+        ring = (position + t - first) % (taps - 1) if taps > 1 else 0
         for i in range(0, n, LANES):
             now = load(z, o_z + i)
             value = now * load(weights, o_conv + (taps - 1) * n + i)
             for tap in range(taps - 1):
-                before = load(S, tail + tap * n + i)
-                value = fma(before, load(weights, o_conv + tap * n + i), value)
-                if tap > 0:
-                    store(S, tail + (tap - 1) * n + i, before)
+                line = ring + tap if ring + tap < taps - 1 else ring + tap - (taps - 1)
+                value = fma(load(S, tail + line * n + i), load(weights, o_conv + tap * n + i), value)
             if taps > 1:
-                store(S, tail + (taps - 2) * n + i, now)
+                store(S, tail + ring * n + i, now)
             store(x, o_x + i, silu(value))
         _normalize(x, o_q, m)
         _normalize(x, o_k, m)

@@ -3,11 +3,17 @@
 A row is what the state pool hands out, parks, copies and scrubs: saving a conversation is one copy of it. Every head's
 state is contiguous, so that a kernel works on a head with one pointer:
 
-    A^T [m, d] | h [C - 1, d] | c [C - 1, m] | b [m] | e [m] | a [1] | tail [taps - 1, 2 m + d]
+    A^T [m, d] | h [C - 1, d] | c / a [C - 1, m] | b / a [m] | e / a^2 [m] | a [1] | tail [taps - 1, 2 m + d]
 
-with the names of `LatticeState`; `tail` holds the head's own channels q, k, v. d, m and 1 are filled up with zeros to
-whole vectors of `LANES` floats, so each line starts at a multiple of 64 bytes. C - 1 rows are enough: a chunk's last
-token turns them into a new anchor. How many are in use follows from the sequence's position, which is not in the row.
+with the names of `LatticeState`. Only directions of the memory R matter, so it is kept relative to a, the product of
+the chunk's forget gates: R_t / a_t = R_{t-1} / a_{t-1} + Delta_t / a_t, and a gate is nothing but a step gamma / a that
+grows. So a line, once written, stays as it is to the end of the chunk. a is at least 1e-12 (`MixerShape.mu_floor`), and
+float32 has room for its inverse and the square of that.
+
+`tail` is a ring: the inputs q, k, v of the head's own channels at token p lie in its line p % (taps - 1). d, m and 1 are
+filled up with zeros to whole vectors of `LANES` floats, so each line starts at a multiple of 64 bytes. C - 1 rows are
+enough: a chunk's last token turns them into a new anchor. How many are in use follows from the sequence's position,
+which is not in the row.
 """
 
 from __future__ import annotations
@@ -84,11 +90,13 @@ class StateLayout:
         lattice = LatticeState.at_chunk_start(A[:, :m, :d].mT[None].contiguous(), C, position=position)
         used = lattice.pending
         if used:  # what a finished chunk left in the row means nothing
+            decay = a[None, :, 0, :1]
             lattice.h[:, :, :used] = h[None, :, :used, :d]
-            lattice.c[:, :, :used] = c[None, :, :used, :m]
-            lattice.a, lattice.b, lattice.e = a[None, :, 0, 0], b[None, :, 0, :m], e[None, :, 0, :m]
+            lattice.c[:, :, :used] = decay[..., None] * c[None, :, :used, :m]
+            lattice.a, lattice.b = decay[..., 0], decay * b[None, :, 0, :m]
+            lattice.e = decay.square() * e[None, :, 0, :m]
         # [H, taps - 1, q|k|v of the head] -> [1, taps - 1, q of all heads | k | v]
-        parts = tail.split((self.m, self.m, self.d), dim=2)
+        parts = tail.roll(-self._ring(position), dims=1).split((self.m, self.m, self.d), dim=2)
         sizes = (m, m, d)
         joined = [part[..., :size].movedim(0, 1).flatten(1) for part, size in zip(parts, sizes, strict=True)]
         return MixerState(lattice=lattice, tail=torch.cat(joined, dim=1)[None])
@@ -97,16 +105,17 @@ class StateLayout:
         """Write the state of one layer, B = 1, into a row."""
         s, lattice = self.shape, state.lattice
         used = slice(0, s.C - 1)
+        decay = lattice.a[0, :, None]
         parts = state.tail[0].split((s.H * s.m, s.H * s.m, s.H * s.d), dim=1)
         tail = [self.fill(part.unflatten(1, (s.H, -1)).movedim(1, 0)) for part in parts]
         lines = (
             lattice.anchor[0].mT,
             lattice.h[0, :, used],
-            lattice.c[0, :, used],
-            lattice.b[0, :, None],
-            lattice.e[0, :, None],
-            lattice.a[0, :, None, None],
-            torch.cat(tail, dim=2),
+            lattice.c[0, :, used] / decay[..., None],
+            (lattice.b[0] / decay)[:, None],
+            (lattice.e[0] / decay.square())[:, None],
+            decay[..., None],
+            torch.cat(tail, dim=2).roll(self._ring(lattice.position), dims=1),
         )
         block = self.blocks(row, layer)
         block.zero_()
@@ -116,6 +125,10 @@ class StateLayout:
     def fill(self, lines: Tensor) -> Tensor:
         """[..., n] -> [..., padded(n)], zeros behind."""
         return F.pad(lines, (0, -lines.shape[-1] % LANES))
+
+    def _ring(self, position: int) -> int:
+        """The tail's line of a sequence's next input, which is that of the oldest one."""
+        return position % (self.shape.taps - 1) if self.shape.taps > 1 else 0
 
     def _parts(self, blocks: Tensor) -> list[Tensor]:
         """Views [H, lines, width] of blocks [H, head_size]."""

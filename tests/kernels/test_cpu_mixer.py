@@ -165,12 +165,13 @@ def test_what_a_row_does_not_need_has_no_influence(C: int, objective: str) -> No
         if position:
             layer.run(pool, [(0, 0, z[0, :position])])
         state, pending = layer.load(pool[0], position), position % C
-        pool[1:] = layer.rows(2, state)
-        blocks = layout.blocks(pool[2], LAYER)
-        blocks[:, h + pending * layout.d : c] = float("nan")
-        blocks[:, c + pending * layout.m : b] = float("nan")
-        if not pending:
-            blocks[:, b:tail] = float("nan")
+        pool[1:] = pool[0]
+        for row, nothing in ((1, 0.0), (2, float("nan"))):
+            blocks = layout.blocks(pool[row], LAYER)
+            blocks[:, h + pending * layout.d : c] = nothing
+            blocks[:, c + pending * layout.m : b] = nothing
+            if not pending:
+                blocks[:, b:tail] = nothing
         assert same_state(layer.load(pool[2], position), state)
         y, *others = layer.run(pool, [(row, position, z[0, position:]) for row in range(3)])
         assert bool(y.isfinite().all())
@@ -199,7 +200,7 @@ def test_a_copy_of_a_row_continues_like_the_row(C: int, position: int) -> None:
 @pytest.mark.parametrize(("d", "m", "taps"), DIMENSIONS)
 @every_chunk_size
 def test_a_state_comes_back_from_a_row_as_it_was(C: int, d: int, m: int, taps: int) -> None:
-    """Each layer's own, and a tensor of its own."""
+    """Each layer's own, and a tensor of its own; its bits, where nothing is divided."""
     shape = replace(SHAPE, C=C, d=d, m=m, taps=taps)
     z, weights = random_mixer(shape, C + 1, B=LAYERS)
     layout = StateLayout(shape, LAYERS)
@@ -212,7 +213,13 @@ def test_a_state_comes_back_from_a_row_as_it_was(C: int, d: int, m: int, taps: i
             layout.store(row, i, state)
         loaded = [layout.load(row, i, position) for i in range(LAYERS)]
         row.zero_()
-        assert all(map(same_state, loaded, expected))
+        for mine, state in zip(loaded, expected, strict=True):
+            # These lie in the row relative to a: two roundings.
+            for name in ("c", "b", "e"):
+                whole = getattr(state.lattice, name)
+                torch.testing.assert_close(getattr(mine.lattice, name), whole, rtol=5e-7, atol=0)
+                setattr(mine.lattice, name, whole)
+            assert same_state(mine, state)
 
 
 @pytest.mark.parametrize("gate", ["none", "mixed", "floor"])
