@@ -64,39 +64,32 @@ def unit_length(x: tl.tensor, axis: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _last_inputs(
-    p_z: tl.tensor, z_stride: tl.tensor, start: tl.tensor, end: tl.tensor, p_tail: tl.tensor, o_n: tl.tensor,
-    mask: tl.tensor, line: tl.constexpr, taps: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    o_tap = tl.arange(0, triton.next_power_of_2(taps))
-    i_t = end - (taps - 1) + o_tap
-    inside, own = (o_tap < taps - 1)[:, None] & mask[None, :], (i_t >= start)[:, None]
-    now = load(p_z + i_t[:, None] * z_stride + o_n[None, :], inside & own)
-    return now + load(p_tail + (i_t - start + taps - 1)[:, None] * line + o_n[None, :], inside & (own == 0))
+def _keep_inputs(
+    p_z: tl.tensor, z_stride: tl.tensor, i_t: tl.tensor, own: tl.tensor, p_line: tl.tensor, o_n: tl.tensor,
+    in_n: tl.tensor,
+) -> None:  # fmt: skip
+    mask = own[:, None] & in_n[None, :]
+    x = load(p_z + i_t[:, None] * z_stride + o_n[None, :], mask)
+    tl.store(p_line[:, None] + o_n[None, :], x, mask=mask)
 
 
 @triton.jit
-def shift_tail(
-    p_z: tl.tensor, z_stride: tl.tensor, i_head: tl.tensor, start: tl.tensor, end: tl.tensor, p_tail: tl.tensor,
-    o_d: tl.tensor, o_m: tl.tensor, H: tl.constexpr, d: tl.constexpr, m: tl.constexpr,
+def keep_tail(
+    p_z: tl.tensor, z_stride: tl.tensor, i_head: tl.tensor, start: tl.tensor, end: tl.tensor, position: tl.tensor,
+    p_tail: tl.tensor, o_d: tl.tensor, o_m: tl.tensor, H: tl.constexpr, d: tl.constexpr, m: tl.constexpr,
     line_d: tl.constexpr, line_m: tl.constexpr, taps: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The convolution's last inputs, after tokens `start` to `end`, as the new tail: old ones first if these are few.
-
-    Every warp may hold a copy of a line of the state. So all have read it, whatever they need, before one writes.
-    """
-    line: tl.constexpr = 2 * line_m + line_d
-    in_d, in_m = o_d < d, o_m < m
-    p_k, p_v = p_tail + line_m, p_tail + 2 * line_m
-    q = _last_inputs(p_z + i_head * m, z_stride, start, end, p_tail, o_m, in_m, line, taps)
-    k = _last_inputs(p_z + (H + i_head) * m, z_stride, start, end, p_k, o_m, in_m, line, taps)
-    v = _last_inputs(p_z + 2 * H * m + i_head * d, z_stride, start, end, p_v, o_d, in_d, line, taps)
-    tl.debug_barrier()
-    o_tap = tl.arange(0, triton.next_power_of_2(taps))[:, None]
-    o_line, in_line = o_tap * line, o_tap < taps - 1
-    tl.store(p_tail + o_line + o_m[None, :], q, mask=in_line & in_m[None, :])
-    tl.store(p_k + o_line + o_m[None, :], k, mask=in_line & in_m[None, :])
-    tl.store(p_v + o_line + o_d[None, :], v, mask=in_line & in_d[None, :])
+    """The convolution's last inputs of tokens `start` to `end`, the first of which is at `position`, into its tail."""
+    if taps > 1:
+        line: tl.constexpr = 2 * line_m + line_d
+        o_tap = tl.arange(0, triton.next_power_of_2(taps))
+        i_t = end - (taps - 1) + o_tap
+        own = (o_tap < taps - 1) & (i_t >= start)
+        i_line = tl.where(own, (position + i_t - start) % max(taps - 1, 1), 0)
+        p_line, in_d, in_m = p_tail + i_line * line, o_d < d, o_m < m
+        _keep_inputs(p_z + i_head * m, z_stride, i_t, own, p_line, o_m, in_m)
+        _keep_inputs(p_z + (H + i_head) * m, z_stride, i_t, own, p_line + line_m, o_m, in_m)
+        _keep_inputs(p_z + 2 * H * m + i_head * d, z_stride, i_t, own, p_line + 2 * line_m, o_d, in_d)
 
 
 def tile_width(n: int) -> int:

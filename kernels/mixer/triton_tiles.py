@@ -25,14 +25,11 @@ def tile_rows(C: int) -> int:
 
 
 def tile_lines(layout: StateLayout) -> tuple[tuple[int, ...], int]:
-    """Where a tile of one head has its parts, in floats, and its size:
-
-    q | k | c [b_t, b_m] | (M[last] * c)^T [b_m, b_t] | v^T, then h^T [b_d, b_t]
-    log a, from the chunk's start on | gamma | M[last] [b_t] | A^T, the memory that the chunk begins with [b_m, b_d]
-    """
+    """Where a tile of one head has its parts, in elements, and its size: q | k | c [b_t, b_m] | v, then h [b_t, b_d] |
+    A^T, the memory that the chunk begins with [b_m, b_d]."""
     s = layout.shape
     b_d, b_m, b_t = tile_width(s.d), tile_width(s.m), tile_rows(s.C)
-    sizes = (b_t * b_m, b_t * b_m, b_t * b_m, b_t * b_m, b_t * b_d, 4 * b_t, b_m * b_d)
+    sizes = (b_t * b_m, b_t * b_m, b_t * b_m, b_t * b_d, b_m * b_d)
     *places, size = itertools.accumulate(sizes, initial=0)
     return tuple(places), size
 

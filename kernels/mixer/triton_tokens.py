@@ -12,9 +12,9 @@ from lattice_serve.kernels.mixer.triton_parts import (
     DECODING,
     ENCODING,
     forget_gate,
+    keep_tail,
     load,
     load_anchor,
-    shift_tail,
     silu,
     step_size,
     unit_rows,
@@ -24,8 +24,8 @@ from lattice_serve.kernels.mixer.triton_tiles import tile_options, tile_tokens
 
 @triton.jit
 def mix_tokens(
-    p_z: tl.tensor, p_tiles: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_starts: tl.tensor, p_bias: tl.tensor,
-    p_norm: tl.tensor, p_out: tl.tensor,
+    p_z: tl.tensor, p_tiles: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor,
+    p_starts: tl.tensor, p_bias: tl.tensor, p_norm: tl.tensor, p_out: tl.tensor,
     z_stride: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, floor: tl.tensor,
     eps: tl.tensor,
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, taps: tl.constexpr,
@@ -48,7 +48,7 @@ def mix_tokens(
         p_tile = p_tiles + (i_tile * H + i_head) * tile_size
         q = tl.load(p_tile + tile_places[0] + i_line * b_m + o_m)
         k = tl.load(p_tile + tile_places[1] + i_line * b_m + o_m)
-        h = tl.load(p_tile + tile_places[4] + i_line + o_d * b_t)
+        h = tl.load(p_tile + tile_places[3] + i_line * b_d + o_d)
         p_gates = p_z + i_t * z_stride + width + H * d + i_head
         gamma = step_size(p_gates, p_bias + i_head, True)
         mu = 1.0
@@ -65,9 +65,9 @@ def mix_tokens(
         y *= tl.rsqrt(tl.sum(y * y, axis=0) / d + eps) * norm
         y *= silu(load(p_z + i_t * z_stride + width + i_head * d + o_d, in_d))
         tl.store(p_out + i_t * out_stride + i_head * d + o_d, y, mask=in_d)
-    tl.debug_barrier()
     tl.store(p_state + o_A, A, mask=in_A)
-    shift_tail(p_z, z_stride, i_head, start, end, p_state + places[6], o_d, o_m, H, d, m, line_d, line_m, taps)
+    position, p_tail = tl.load(p_positions + i_segment), p_state + places[6]
+    keep_tail(p_z, z_stride, i_head, start, end, position, p_tail, o_d, o_m, H, d, m, line_d, line_m, taps)
 
 
 def token_options(layout: StateLayout) -> dict[str, Any]:
