@@ -80,7 +80,7 @@ def random_weights(shape: MixerShape) -> MixerWeights:
     return MixerWeights(
         conv=normal(shape.conv_width, shape.taps) * 0.5, gate_bias=normal(2 * shape.H),
         norm=1 + 0.1 * normal(shape.d), anchor=normal(shape.H, shape.d, shape.m),
-    )  # fmt: skip
+    ).by_taps()  # fmt: skip
 
 
 def pool_of(layout: StateLayout, weights: MixerWeights, rows: int) -> Tensor:

@@ -58,9 +58,7 @@ def mixer_decode_bytes(shape: MixerShape, slot: int, itemsize: int) -> int:
     H, d, m, C, taps = shape.H, shape.d, shape.m, shape.C, shape.taps
     channels, gates, last = 2 * m + d, 1 + shape.use_forget_gate, slot == C - 1
     read = d * m + (taps - 1) * channels + slot * (d + m) + (2 * m + 1 if slot else 0)
-    written = (taps - 1) * channels + (d * m if last else 0)
-    if not last:
-        written += d + (slot + 1 if shape.use_forget_gate else 1) * m + 2 * m + 1
+    written = (channels if taps > 1 else 0) + (d * m if last else d + 3 * m + 1)
     weights = channels * taps + gates
     activations = channels + d + gates + d
     return H * (4 * (read + written + weights) + itemsize * activations) + 4 * d + 16

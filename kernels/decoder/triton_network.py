@@ -74,7 +74,7 @@ class TritonNetwork:
         self._layers = [
             _Layer(
                 layer.mixer_norm,
-                layer.mixer,
+                layer.mixer.by_taps(),
                 layer.mlp_norm,
                 Matrix.of(layer.in_proj, quantization),
                 Matrix.of(layer.out_proj, quantization),

@@ -3,7 +3,7 @@
 A row is what the state pool hands out, parks, copies and scrubs: saving a conversation is one copy of it. Every head's
 state is contiguous, so that a kernel works on a head with one pointer:
 
-    A^T [m, d] | h [C, d] | c / a [C, m] | b / a [m] | e / a^2 [m] | a [1] | tail [taps - 1, 2 m + d]
+    A^T [m, d] | h [C - 1, d] | c / a [C - 1, m] | b / a [m] | e / a^2 [m] | a [1] | tail [taps - 1, 2 m + d]
 
 with the names of `LatticeState`. Only directions of the memory R matter, so it is kept relative to a, the product of
 the chunk's forget gates: R_t / a_t = R_{t-1} / a_{t-1} + Delta_t / a_t, and a gate is nothing but a step gamma / a that
@@ -11,9 +11,9 @@ grows. So a line, once written, stays as it is to the end of the chunk. a is at 
 float32 has room for its inverse and the square of that.
 
 `tail` is a ring: the inputs q, k, v of the head's own channels at token p lie in its line p % (taps - 1). d, m and 1
-are filled up with zeros to whole vectors of `LANES` floats, so each line starts at a multiple of 64 bytes. Between
-steps C - 1 rows are enough, as a chunk's last token turns them into a new anchor; a kernel may need one more on the way
-there. For C = 1 there are none. How many are in use follows from the sequence's position, which is not in the row.
+are filled up with zeros to whole vectors of `LANES` floats, so each line starts at a multiple of 64 bytes. C - 1 rows
+are enough: a chunk's last token turns them into a new anchor. How many are in use follows from the sequence's position,
+which is not in the row.
 """
 
 from __future__ import annotations
@@ -53,17 +53,12 @@ class StateLayout:
         return 2 * self.m + self.d
 
     @property
-    def rows(self) -> int:
-        """Lines of h and of c."""
-        return self.shape.C if self.shape.C > 1 else 0
-
-    @property
     def offsets(self) -> tuple[int, int, int, int, int, int, int]:
         """Of A^T, h, c, b, e, a and tail in a head's block."""
-        d, m = self.d, self.m
+        d, m, C = self.d, self.m, self.shape.C
         h = m * d
-        c = h + self.rows * d
-        b = c + self.rows * m
+        c = h + (C - 1) * d
+        b = c + (C - 1) * m
         return 0, h, c, b, b + m, b + 2 * m, b + 2 * m + LANES
 
     @property
@@ -137,9 +132,9 @@ class StateLayout:
 
     def _parts(self, blocks: Tensor) -> list[Tensor]:
         """Views [H, lines, width] of blocks [H, head_size]."""
-        taps = self.shape.taps
+        C, taps = self.shape.C, self.shape.taps
         widths = (self.d, self.d, self.m, self.m, self.m, LANES, self.channels)
-        counts = (self.m, self.rows, self.rows, 1, 1, 1, taps - 1)
+        counts = (self.m, C - 1, C - 1, 1, 1, 1, taps - 1)
         sizes = [count * width for count, width in zip(counts, widths, strict=True)]
         parts = blocks.split(sizes, dim=1)
         return [p.view(len(p), count, width) for p, count, width in zip(parts, counts, widths, strict=True)]

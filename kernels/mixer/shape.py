@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -55,3 +55,7 @@ class MixerWeights:
     """[d]"""
     anchor: Tensor
     """[H, d, m], the learned initial memory; its columns are normalised when used."""
+
+    def by_taps(self) -> MixerWeights:
+        """The same with the channels of a tap next to each other in memory, as threads of a GPU read them."""
+        return replace(self, conv=self.conv.mT.contiguous().mT)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,131 +31,136 @@ from lattice_serve.kernels.mixer.triton_parts import (
     forget_gate,
     geometry,
     load,
-    load_anchor,
     silu,
     step_size,
     unit_length,
-    unit_rows,
 )
-
-_RESIDENT = 4
-"""Programs that a multiprocessor runs at once, by their registers."""
 
 
 @triton.jit
 def _convolve(
-    p_z: tl.tensor, p_tail: tl.tensor, p_conv: tl.tensor, o_n: tl.tensor, mask: tl.tensor, inside: tl.tensor,
-    ring: tl.tensor, line: tl.constexpr, taps: tl.constexpr,
+    p_z: tl.tensor, p_tail: tl.tensor, p_conv: tl.tensor, o_n: tl.tensor, mask: tl.tensor, ring: tl.tensor,
+    line: tl.constexpr, taps: tl.constexpr, width: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """SiLU of the convolution of channels o_n, and its input, which belongs into line `ring` of the tail."""
-    x = load(p_z + o_n, inside)
-    y = x * load(p_conv + o_n * taps + taps - 1, mask)
+    x = load(p_z + o_n, mask)
+    y = x * load(p_conv + (taps - 1) * width + o_n, mask)
     for i_tap in tl.static_range(taps - 1):
         i_line = ring + i_tap
         i_line = tl.where(i_line < taps - 1, i_line, i_line - (taps - 1))
-        y += load(p_tail + i_line * line + o_n, inside) * load(p_conv + o_n * taps + i_tap, mask)
+        y += load(p_tail + i_line * line + o_n, mask) * load(p_conv + i_tap * width + o_n, mask)
     return silu(y), x
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
+def _over_d(x: tl.tensor) -> tl.tensor:
+    """Sums over d of a tile [d / 16, n, 16]: first of those that a thread has."""
+    return tl.sum(tl.sum(x, axis=0), axis=1)
+
+
+@triton.jit
+def _unit(R: tl.tensor) -> tl.tensor:
+    """Slots of R [d / 16, m, 16] to norm 1; one of zeros, which only fills a tile, stays one."""
+    square = _over_d(R * R)
+    return R * tl.rsqrt(tl.where(square > 0, square, 1.0))[None, :, None]
+
+
+@triton.jit
 def _mix_token(
     p_z: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor, p_conv: tl.tensor,
     p_bias: tl.tensor, p_norm: tl.tensor, p_out: tl.tensor,
     z_stride: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, floor: tl.tensor,
-    eps: tl.tensor, N: tl.tensor,
+    eps: tl.tensor,
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, taps: tl.constexpr,
     line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
     objective: tl.constexpr, use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_s: tl.constexpr,
-    ahead: tl.constexpr,
 ) -> None:  # fmt: skip
-    i_first, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    o_d, o_m, o_s = tl.arange(0, b_d), tl.arange(0, b_m), tl.arange(0, b_s)
+    i_token, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_row, position = tl.load(p_rows + i_token), tl.load(p_positions + i_token)
+    # Values are [d / 16, 16], tiles of them [d / 16, n, 16]: a thread has a patch of few slots and few values.
+    o_d = tl.arange(0, b_d // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    o_m, o_s = tl.arange(0, b_m), tl.arange(0, b_s)
     in_d, in_m = o_d < d, o_m < m
-    o_A, in_A = o_m[:, None] * line_d + o_d[None, :], in_m[:, None] & in_d[None, :]
-    line: tl.constexpr = 2 * line_m + line_d
-    o_q, o_k, o_v = i_head * m, (H + i_head) * m, 2 * H * m + i_head * d
-    norm = load(p_norm + o_d, in_d)
-    for i_token in tl.range(i_first, N, tl.num_programs(0), num_stages=ahead):
-        i_row = tl.load(p_rows + i_token)
-        position = tl.load(p_positions + i_token)
-        valid = i_row >= 0
-        slot = (position % C).to(tl.int32)
-        p_state = p_pool + i_row * row_size + o_layer + i_head * head_size
-        p_now = p_z + i_token * z_stride
-        A = load_anchor(p_state + o_A, in_A & valid)
-        now_d, now_m = in_d & valid, in_m & valid
-        if C > 1:
-            p_h, p_c = p_state + places[1], p_state + places[2]
-            p_b, p_e, p_a = p_state + places[3], p_state + places[4], p_state + places[5]
-            used = (o_s < slot) & valid
-            pending = valid & (slot > 0)
-            h_old = load(p_h + o_s[:, None] * line_d + o_d[None, :], used[:, None] & in_d[None, :])
-            c_old = load(p_c + o_s[:, None] * line_m + o_m[None, :], used[:, None] & in_m[None, :])
-            a_old = tl.load(p_a, mask=pending, other=1.0).to(tl.float32)
-            b_old, e_old = load(p_b + o_m, in_m & pending), load(p_e + o_m, in_m & pending)
-
-        p_tail = p_state + places[6]
-        ring = (position % max(taps - 1, 1)).to(tl.int32)
-        q, x_q = _convolve(p_now + o_q, p_tail, p_conv + o_q * taps, o_m, in_m, now_m, ring, line, taps)
-        k, x_k = _convolve(p_now + o_k, p_tail + line_m, p_conv + o_k * taps, o_m, in_m, now_m, ring, line, taps)
-        h, x_v = _convolve(p_now + o_v, p_tail + 2 * line_m, p_conv + o_v * taps, o_d, in_d, now_d, ring, line, taps)
-        q, k = unit_length(q, 0), unit_length(k, 0)
-        p_gates = p_now + 2 * H * (m + d) + i_head
-        gamma = step_size(p_gates, p_bias + i_head, valid)
-        a = 1.0
-        if use_forget_gate:
-            a = forget_gate(p_gates + H, p_bias + H + i_head, valid, floor)
-        if C > 1:
-            a *= a_old
-        gamma /= a
-
-        if objective == DECODING:
-            h -= tl.sum(A * k[:, None], axis=0)
-        w = tl.sum(A * h[None, :], axis=1)
-        c = gamma * (k - w) if objective == ENCODING else gamma * k
-        b = c * w
-        e = c * c * (tl.sum(h * h, axis=0) - w * w)
-        if C > 1:
-            sums = tl.sum(c_old * tl.sum(h_old * h[None, :], axis=1)[:, None], axis=0)
-            e += e_old + 2 * c * (sums - w * b_old)
-            b += b_old
-        e = tl.maximum(e, 0.0)
-        qn = q * tl.rsqrt(1 + e)
-        y = tl.sum(A * (qn * (1 - b))[:, None], axis=0) + tl.sum(c * qn, axis=0) * h
-        if C > 1:
-            y += tl.sum(h_old * tl.sum(c_old * qn[None, :], axis=1)[:, None], axis=0)
-
-        y *= tl.rsqrt(tl.sum(y * y, axis=0) / d + eps) * norm
-        y *= silu(load(p_now + H * (2 * m + d) + i_head * d + o_d, now_d))
-        # a row of none has read nothing: y is 0
-        tl.store(p_out + i_token * out_stride + i_head * d + o_d, y, mask=in_d)
-
-        # Every warp may hold a copy of what it replaces here: sums over all of them made y, so all have read.
-        if taps > 1:
-            p_line = p_tail + ring * line
-            tl.store(p_line + o_m, x_q, mask=now_m)
-            tl.store(p_line + line_m + o_m, x_k, mask=now_m)
-            tl.store(p_line + 2 * line_m + o_d, x_v, mask=now_d)
-        if C == 1:
-            tl.store(p_state + o_A, unit_rows(A * (1 - b)[:, None] + c[:, None] * h[None, :]), mask=in_A & valid)
-        else:
-            tl.store(p_h + slot * line_d + o_d, h, mask=now_d)
-            tl.store(p_c + slot * line_m + o_m, c, mask=now_m)
-            tl.store(p_b + o_m, b, mask=now_m)
-            tl.store(p_e + o_m, e, mask=now_m)
-            tl.store(p_a, a, mask=valid)
+    p_y = p_out + i_token * out_stride + i_head * d + o_d
+    if i_row < 0:
+        tl.store(p_y, tl.zeros((b_d // 16, 16), tl.float32), mask=in_d)
+        return
+    slot = (position % C).to(tl.int32)
+    p_state = p_pool + i_row * row_size + o_layer + i_head * head_size
+    p_now = p_z + i_token * z_stride
+    o_A, in_A = o_m[None, :, None] * line_d + o_d[:, None, :], in_m[None, :, None] & in_d[:, None, :]
+    A = load(p_state + o_A, in_A)
+    if p_pool.dtype.element_ty == tl.bfloat16:
+        # Rounded, a slot has not quite norm 1, which the recurrence builds on.
+        A = _unit(A)
     if C > 1:
-        # What this program has just written is in the cache; in the loop above it would have to stay in registers.
-        tl.debug_barrier()
-        for i_token in tl.range(i_first, N, tl.num_programs(0)):
-            i_row = tl.load(p_rows + i_token)
-            if (i_row >= 0) & (tl.load(p_positions + i_token) % C == C - 1):
-                p_state = p_pool + i_row * row_size + o_layer + i_head * head_size
-                R = load_anchor(p_state + o_A, in_A) * (1 - load(p_state + places[3] + o_m, in_m))[:, None]
-                for i_s in range(C):
-                    c_s = load(p_state + places[2] + i_s * line_m + o_m, in_m)
-                    R += c_s[:, None] * load(p_state + places[1] + i_s * line_d + o_d, in_d)[None, :]
-                tl.store(p_state + o_A, unit_rows(R), mask=in_A)
+        p_h, p_c = p_state + places[1], p_state + places[2]
+        p_b, p_e, p_a = p_state + places[3], p_state + places[4], p_state + places[5]
+        used, pending = o_s < slot, slot > 0
+        h_old = load(p_h + o_s[None, :, None] * line_d + o_d[:, None, :], used[None, :, None] & in_d[:, None, :])
+        c_old = load(p_c + o_s[:, None] * line_m + o_m[None, :], used[:, None] & in_m[None, :])
+
+    line: tl.constexpr = 2 * line_m + line_d
+    width: tl.constexpr = H * (2 * m + d)
+    p_tail = p_state + places[6]
+    ring = (position % max(taps - 1, 1)).to(tl.int32)
+    o_q, o_k, o_v = i_head * m, (H + i_head) * m, 2 * H * m + i_head * d
+    q, x_q = _convolve(p_now + o_q, p_tail, p_conv + o_q, o_m, in_m, ring, line, taps, width)
+    k, x_k = _convolve(p_now + o_k, p_tail + line_m, p_conv + o_k, o_m, in_m, ring, line, taps, width)
+    h, x_v = _convolve(p_now + o_v, p_tail + 2 * line_m, p_conv + o_v, o_d, in_d, ring, line, taps, width)
+    q, k = unit_length(q, 0), unit_length(k, 0)
+    p_gates = p_now + 2 * H * (m + d) + i_head
+    gamma = step_size(p_gates, p_bias + i_head, True)
+    a = 1.0
+    if use_forget_gate:
+        a = forget_gate(p_gates + H, p_bias + H + i_head, True, floor)
+    if C > 1:
+        a *= tl.load(p_a, mask=pending, other=1.0).to(tl.float32)
+    gamma /= a
+
+    if objective == DECODING:
+        h -= tl.sum(A * k[None, :, None], axis=1)
+    w = _over_d(A * h[:, None, :])
+    c = gamma * (k - w) if objective == ENCODING else gamma * k
+    b = c * w
+    e = c * c * (tl.sum(h * h) - w * w)
+    if C > 1:
+        b_old = load(p_b + o_m, in_m & pending)
+        sums = tl.sum(c_old * _over_d(h_old * h[:, None, :])[:, None], axis=0)
+        e += load(p_e + o_m, in_m & pending) + 2 * c * (sums - w * b_old)
+        b += b_old
+    e = tl.maximum(e, 0.0)
+    qn = q * tl.rsqrt(1 + e)
+    y = tl.sum(A * (qn * (1 - b))[None, :, None], axis=1) + tl.sum(c * qn, axis=0) * h
+    if C > 1:
+        y += tl.sum(h_old * tl.sum(c_old * qn[None, :], axis=1)[None, :, None], axis=1)
+
+    y *= tl.rsqrt(tl.sum(y * y) / d + eps) * load(p_norm + o_d, in_d)
+    y *= silu(load(p_now + H * (2 * m + d) + i_head * d + o_d, in_d))
+    tl.store(p_y, y, mask=in_d)
+
+    # Every warp may hold a copy of what it replaces here: all have read it before one writes.
+    tl.debug_barrier()
+    if taps > 1:
+        p_line = p_tail + ring * line
+        tl.store(p_line + o_m, x_q, mask=in_m)
+        tl.store(p_line + line_m + o_m, x_k, mask=in_m)
+        tl.store(p_line + 2 * line_m + o_d, x_v, mask=in_d)
+    if C == 1:
+        R = A * (1 - b)[None, :, None] + c[None, :, None] * h[:, None, :]
+        tl.store(p_state + o_A, _unit(R), mask=in_A)
+    elif slot == C - 1:
+        R = A * (1 - b)[None, :, None] + c[None, :, None] * h[:, None, :]
+        for i_s in range(C - 1):
+            c_s, h_s = load(p_c + i_s * line_m + o_m, in_m), load(p_h + i_s * line_d + o_d, in_d)
+            R += c_s[None, :, None] * h_s[:, None, :]
+        tl.store(p_state + o_A, _unit(R), mask=in_A)
+    else:
+        tl.store(p_h + slot * line_d + o_d, h, mask=in_d)
+        tl.store(p_c + slot * line_m + o_m, c, mask=in_m)
+        tl.store(p_b + o_m, b, mask=in_m)
+        tl.store(p_e + o_m, e, mask=in_m)
+        tl.store(p_a, a)
 
 
 def decode_options(layout: StateLayout) -> dict[str, Any]:
@@ -164,14 +168,7 @@ def decode_options(layout: StateLayout) -> dict[str, Any]:
     s = layout.shape
     # As few warps as have the registers for it: what takes time is sums across them.
     num_warps = 2 if s.d * s.m <= 64 * 64 else 4
-    return geometry(layout) | {"b_s": triton.next_power_of_2(s.C), "ahead": 2, "num_warps": num_warps}
-
-
-def _programs(N: int, H: int, device: torch.device) -> int:
-    """For each head: as many as the device runs at once, all with the same number of tokens to a token."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    each = triton.cdiv(N * H, _RESIDENT * multiprocessors)
-    return triton.cdiv(N, each)
+    return geometry(layout) | {"b_s": triton.next_power_of_2(s.C), "num_warps": num_warps}
 
 
 def mix_decode(
@@ -196,9 +193,9 @@ def mix_decode(
         if len(index) != N:
             raise ValueError(f"{name} has {len(index)} entries, z {N} tokens")
     if N:
-        _mix_token[(_programs(N, s.H, z.device), s.H)](
+        _mix_token[(N, s.H)](
             z, pool, rows, positions, weights.conv, weights.gate_bias, weights.norm, out,
-            z.stride(0), out.stride(0), layout.row_size, layer * layout.layer_size, s.mu_floor, s.norm_eps, N,
+            z.stride(0), out.stride(0), layout.row_size, layer * layout.layer_size, s.mu_floor, s.norm_eps,
             **decode_options(layout),
         )  # fmt: skip
     return out

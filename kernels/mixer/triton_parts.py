@@ -130,8 +130,12 @@ def check_arguments(
     shapes = {"conv": (s.conv_width, s.taps), "gate_bias": (2 * s.H,), "norm": (s.d,)}
     for name, shape in shapes.items():
         weight: Tensor = getattr(weights, name)
-        if weight.shape != shape or not weight.is_contiguous():
-            raise ValueError(f"weights.{name} must be contiguous {[*shape]}, not {[*weight.shape]}")
+        in_order = weight.mT if name == "conv" else weight
+        if weight.shape != shape or not in_order.is_contiguous():
+            raise ValueError(
+                f"weights.{name} must be contiguous {[*shape]}, conv as `by_taps` has it, not {[*weight.shape]} of "
+                f"strides {weight.stride()}"
+            )
     for name, index in indices.items():
         if index.dtype != torch.int64 or index.ndim != 1 or not index.is_contiguous():
             raise ValueError(f"{name} must be contiguous int64 [..], not {index.dtype} {[*index.shape]}")

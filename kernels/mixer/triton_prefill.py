@@ -26,6 +26,7 @@ split over programs without sums across them in every chunk.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -56,31 +57,35 @@ PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16")
 
 
 @triton.jit
-def _dot(x: tl.tensor, y: tl.tensor, precision: tl.constexpr, kind: tl.constexpr) -> tl.tensor:
-    """x y, in float32; "bf16" rounds both first and multiplies them as `kind`."""
+def _dot(
+    x: tl.tensor, y: tl.tensor, precision: tl.constexpr, kind: tl.constexpr, more: tl.tensor | None = None
+) -> tl.tensor:  # fmt: skip
+    """x y + more, in float32; "bf16" rounds x and y first and multiplies them as `kind`."""
     if precision == "bf16":
-        product = tl.dot(x.to(tl.bfloat16).to(kind), y.to(tl.bfloat16).to(kind), input_precision="ieee")
+        product = tl.dot(x.to(tl.bfloat16).to(kind), y.to(tl.bfloat16).to(kind), more, input_precision="ieee")
     else:
-        product = tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision=precision)
+        product = tl.dot(x.to(tl.float32), y.to(tl.float32), more, input_precision=precision)
     return product
 
 
 @triton.jit
 def _convolve(
-    p_z: tl.tensor, z_stride: tl.tensor, i_t: tl.tensor, inside: tl.tensor, start: tl.tensor, position: tl.tensor,
-    p_tail: tl.tensor, p_conv: tl.tensor, o_n: tl.tensor, in_n: tl.tensor, line: tl.constexpr, taps: tl.constexpr,
+    p_z: tl.tensor, z_stride: tl.tensor, i_t: tl.tensor, inside: tl.tensor, ring: tl.tensor, p_tail: tl.tensor,
+    p_conv: tl.tensor, begins: tl.tensor, o_n: tl.tensor, in_n: tl.tensor, line: tl.constexpr, taps: tl.constexpr,
+    width: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """SiLU of the convolution [b_t, n] at tokens i_t of a segment whose first, `start`, is at `position`."""
+    """SiLU of the convolution [b_t, n] at tokens i_t of the segment at p_z, whose first token's line is `ring`."""
     x = tl.zeros((i_t.shape[0], o_n.shape[0]), tl.float32)
     mask = inside[:, None] & in_n[None, :]
     for i_tap in tl.static_range(taps):
         i_from = i_t - (taps - 1) + i_tap
-        own = (i_from >= start)[:, None]
-        value = load(p_z + i_from[:, None] * z_stride + o_n[None, :], mask & own)
-        if i_tap < taps - 1:
-            i_line = (position + i_from - start + taps - 1) % (taps - 1)
-            value += load(p_tail + i_line[:, None] * line + o_n[None, :], mask & (own == 0))
-        x += value * load(p_conv + o_n * taps + i_tap, in_n)[None, :]
+        own = (i_from >= 0)[:, None]
+        value = load(p_z + i_from.to(tl.int64)[:, None] * z_stride + o_n[None, :], mask & own)
+        if i_tap < taps - 1:  # noqa: SIM102 -- a constant here, a tensor there
+            if begins:
+                i_line = (ring + i_from + taps - 1) % (taps - 1)
+                value += load(p_tail + i_line[:, None] * line + o_n[None, :], mask & (own == 0))
+        x += value * load(p_conv + i_tap * width + o_n, in_n)[None, :]
     return silu(x)
 
 
@@ -100,11 +105,11 @@ def _segment_of(i_tile: tl.tensor, p_starts: tl.tensor, n: tl.tensor, tile: tl.c
 def _prepare(
     p_z: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor, p_starts: tl.tensor,
     p_conv: tl.tensor, p_bias: tl.tensor, p_tiles: tl.tensor, p_steps: tl.tensor,
-    z_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, floor: tl.tensor, n: tl.tensor,
+    z_units: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, floor: tl.tensor, n: tl.tensor,
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, taps: tl.constexpr,
     line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
     use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr,
-    tile_places: tl.constexpr, tile_size: tl.constexpr, rows: tl.constexpr,
+    tile_places: tl.constexpr, tile_size: tl.constexpr, rows: tl.constexpr, unit: tl.constexpr,
 ) -> None:  # fmt: skip
     """What a tile of one head is before any memory is known, as `tile_places` has it."""
     i_tile, i_head = tl.program_id(0), tl.program_id(1)
@@ -117,15 +122,17 @@ def _prepare(
         return
     o_d, o_m, o_t = tl.arange(0, b_d), tl.arange(0, b_m), tl.arange(0, b_t)
     in_d, in_m = o_d < d, o_m < m
-    i_t = start - pending + i_chunk * rows + o_t.to(tl.int64)
-    now = (o_t < rows) & (i_t >= start) & (i_t < end)
+    i_t = (i_chunk * rows).to(tl.int32) - pending + o_t
+    now = (o_t < rows) & (i_t >= 0) & (i_t < end - start)
     old = (o_t < pending) & (i_chunk == 0)
     p_state = p_pool + tl.load(p_rows + i_segment) * row_size + o_layer + i_head * head_size
     p_tile = p_tiles + (i_tile * H + i_head).to(tl.int64) * tile_size
     o_tm, o_td = o_t[:, None] * b_m + o_m[None, :], o_t[:, None] * b_d + o_d[None, :]
     o_q, o_k, o_v = i_head * m, (H + i_head) * m, 2 * H * m + i_head * d
     width: tl.constexpr = H * (2 * m + d)
-    p_gates = p_z + i_t * z_stride + width + H * d + i_head
+    z_stride = z_units * unit
+    p_z += start * z_stride
+    p_gates = p_z + i_t.to(tl.int64) * z_stride + width + H * d + i_head
     gamma = tl.where(now, step_size(p_gates, p_bias + i_head, now), 0.0)
     log_a = tl.zeros((b_t,), tl.float32)
     if use_forget_gate:
@@ -139,18 +146,19 @@ def _prepare(
     tl.store(p_gates_now + b_t, a)
 
     line: tl.constexpr = 2 * line_m + line_d
-    p_tail = p_state + places[6]
-    q = _convolve(p_z + o_q, z_stride, i_t, now, start, position, p_tail, p_conv + o_q * taps, o_m, in_m, line, taps)
+    begins = i_chunk * rows - pending < taps - 1
+    p_tail, ring = p_state + places[6], (position % max(taps - 1, 1)).to(tl.int32)
+    q = _convolve(p_z + o_q, z_stride, i_t, now, ring, p_tail, p_conv + o_q, begins, o_m, in_m, line, taps, width)
     tl.store(p_tile + tile_places[0] + o_tm, unit_length(q, 1))
     p_tail += line_m
-    k = _convolve(p_z + o_k, z_stride, i_t, now, start, position, p_tail, p_conv + o_k * taps, o_m, in_m, line, taps)
+    k = _convolve(p_z + o_k, z_stride, i_t, now, ring, p_tail, p_conv + o_k, begins, o_m, in_m, line, taps, width)
     k = unit_length(k, 1)
-    tl.store(p_tile + tile_places[1] + o_tm, k)
+    tl.store(p_tile + tile_places[1] + o_tm, -k)
     c = gamma[:, None] * k
     c += load(p_state + places[2] + o_t[:, None] * line_m + o_m[None, :], old[:, None] & in_m[None, :])
     tl.store(p_tile + tile_places[2] + o_tm, c)
     p_tail += line_m
-    v = _convolve(p_z + o_v, z_stride, i_t, now, start, position, p_tail, p_conv + o_v * taps, o_d, in_d, line, taps)
+    v = _convolve(p_z + o_v, z_stride, i_t, now, ring, p_tail, p_conv + o_v, begins, o_d, in_d, line, taps, width)
     v += load(p_state + places[1] + o_t[:, None] * line_d + o_d[None, :], old[:, None] & in_d[None, :])
     tl.store(p_tile + tile_places[3] + o_td, v)
 
@@ -181,12 +189,11 @@ def _advance(
     A = load_anchor(p_state + o_A, in_A)
     for i_chunk in tl.range(0, total // C, num_stages=ahead):
         p_tile = p_first + i_chunk * (H * tile_size)
-        tl.store(p_tile + tile_places[4] + o_md, A)
         v, c = tl.load(p_tile + tile_places[3] + o_td), tl.load(p_tile + tile_places[2] + o_tm)
         if objective == DECODING:
-            k = tl.load(p_tile + tile_places[1] + o_tm)
+            k = tl.load(p_tile + tile_places[1] + o_tm)  # negative
             P = _dot(tl.trans(c), k, precision, kind)
-            N = _dot(tl.trans(c), v, precision, kind) - _dot(P, A, precision, kind)
+            N = _dot(P, A, precision, kind, _dot(tl.trans(c), v, precision, kind))
         elif objective == ENCODING:
             gamma = tl.load(p_steps + (i_first + i_chunk * H) * (2 * b_t) + o_t)
             c -= (gamma[:, None] * _dot(v, tl.trans(A), precision, kind)).to(c.dtype)
@@ -194,6 +201,7 @@ def _advance(
             N = _dot(tl.trans(c), v, precision, kind)
         else:
             N = _dot(tl.trans(c), v, precision, kind)
+        tl.store(p_tile + tile_places[4] + o_md, A)
         A = unit_rows(A * (1 - tl.sum(A * N, axis=1))[:, None] + N)
     used = total % C
     if used > 0:
@@ -203,7 +211,7 @@ def _advance(
         h, c = tl.load(p_tile + tile_places[3] + o_td), tl.load(p_tile + tile_places[2] + o_tm)
         p_now = p_steps + i_tile * (2 * b_t)
         if objective == DECODING:
-            h = h.to(tl.float32) - _dot(tl.load(p_tile + tile_places[1] + o_tm), A, precision, kind)
+            h = _dot(tl.load(p_tile + tile_places[1] + o_tm), A, precision, kind, h.to(tl.float32))
         if objective == ENCODING:
             c -= (tl.load(p_now + o_t)[:, None] * _dot(h, tl.trans(A), precision, kind)).to(c.dtype)
             tl.store(p_tile + tile_places[2] + o_tm, c)
@@ -222,10 +230,10 @@ def _advance(
 def _read(
     p_z: tl.tensor, p_tiles: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor,
     p_starts: tl.tensor, p_norm: tl.tensor, p_out: tl.tensor,
-    z_stride: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, eps: tl.tensor, n: tl.tensor,
+    z_units: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, eps: tl.tensor, n: tl.tensor,
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
     objective: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr, tile_places: tl.constexpr,
-    tile_size: tl.constexpr, precision: tl.constexpr, fine: tl.constexpr, kind: tl.constexpr,
+    tile_size: tl.constexpr, precision: tl.constexpr, fine: tl.constexpr, kind: tl.constexpr, unit: tl.constexpr,
 ) -> None:  # fmt: skip
     """Outputs of one chunk of one head; also e of the state, where the chunk is not finished."""
     i_tile, i_head = tl.program_id(0), tl.program_id(1)
@@ -247,7 +255,7 @@ def _read(
     h = tl.load(p_tile + tile_places[3] + o_t[:, None] * b_d + o_d[None, :])
     A = tl.load(p_tile + tile_places[4] + o_m[:, None] * b_d + o_d[None, :])
     if objective == DECODING:
-        h = h.to(tl.float32) - _dot(tl.load(p_tile + tile_places[1] + o_tm), A, precision, kind)
+        h = _dot(tl.load(p_tile + tile_places[1] + o_tm), A, precision, kind, h.to(tl.float32))
 
     # The diagonals of the sums over tokens before are left out of the products and added as they are.
     below = (o_t[:, None] > o_t[None, :]).to(tl.float32)
@@ -261,10 +269,10 @@ def _read(
     e = tl.maximum(_dot(below, u, fine, kind) + u, 0.0)
     qn = q * tl.rsqrt(1 + e)
     weights = tl.where(o_t[:, None] >= o_t[None, :], _dot(qn, tl.trans(c), fine, kind), 0.0)
-    y = _dot(qn * (1 - b), A, precision, kind) + _dot(weights, h, precision, kind)
+    y = _dot(weights, h, precision, kind, _dot(qn * (1 - b), A, precision, kind))
 
     y *= tl.rsqrt(tl.sum(y * y, axis=1) / d + eps)[:, None] * load(p_norm + o_d, in_d)[None, :]
-    p_gate = p_z + i_t[:, None] * z_stride + H * (2 * m + d)
+    p_gate = p_z + i_t[:, None] * (z_units * unit) + H * (2 * m + d)
     y *= silu(load(p_gate + i_head * d + o_d[None, :], now_d))
     tl.store(p_out + i_t[:, None] * out_stride + i_head * d + o_d[None, :], y, mask=now_d)
     if end - first < C:
@@ -272,10 +280,10 @@ def _read(
         tl.store(p_e + o_m, tl.sum(tl.where((o_t == b_t - 1)[:, None], e, 0.0), axis=0), mask=in_m)
 
 
-def prepare_options(layout: StateLayout) -> dict[str, Any]:
+def prepare_options(layout: StateLayout, unit: int) -> dict[str, Any]:
     """Constants that `_prepare` is launched with."""
     names = "H d m C taps line_d line_m places head_size use_forget_gate b_d b_m"
-    return tile_options(layout, names, rows=tile_tokens(layout.shape.C), num_warps=4)
+    return tile_options(layout, names, rows=tile_tokens(layout.shape.C), unit=unit, num_warps=4)
 
 
 def advance_options(layout: StateLayout, precision: str, kind: tl.dtype) -> dict[str, Any]:
@@ -286,14 +294,14 @@ def advance_options(layout: StateLayout, precision: str, kind: tl.dtype) -> dict
     return tile_options(layout, names, precision=precision, kind=kind, ahead=3, num_warps=num_warps)
 
 
-def read_options(layout: StateLayout, precision: str, kind: tl.dtype) -> dict[str, Any]:
+def read_options(layout: StateLayout, precision: str, kind: tl.dtype, unit: int) -> dict[str, Any]:
     """Constants that `_read` is launched with."""
     s = layout.shape
     names = "H d m C places head_size objective b_d b_m"
-    num_warps = 2 if s.d * s.m <= 64 * 64 else 8
+    num_warps = 1 if s.d * s.m <= 64 * 64 else 8
     # Where e is small beside what it is the difference of, bfloat16 would leave nothing of it.
     fine = precision if precision != "bf16" else "ieee" if torch.version.hip else "tf32"
-    return tile_options(layout, names, precision=precision, fine=fine, kind=kind, num_warps=num_warps)
+    return tile_options(layout, names, precision=precision, fine=fine, kind=kind, unit=unit, num_warps=num_warps)
 
 
 def mix_prefill(
@@ -328,6 +336,8 @@ def mix_prefill(
         return out
     o_layer = layer * layout.layer_size
     tiles = T // tile_tokens(s.C) + 2 * n
+    # Triton by itself sees multiples of 16 alone, and a vector has 8 of bfloat16.
+    unit = math.gcd(z.stride(0), 16)
     rounded = precision == "bf16" and s.C > 1
     # Triton's interpreter takes the bits of a bfloat16 for an integer when it multiplies.
     kind = tl.float32 if z.device.type == "cpu" else tl.bfloat16
@@ -337,8 +347,8 @@ def mix_prefill(
     steps = torch.empty(tiles * s.H, 2 * tile_rows(s.C), device=z.device)
     _prepare[(tiles, s.H)](
         z, pool, rows, positions, starts, weights.conv, weights.gate_bias, scratch, steps,
-        z.stride(0), layout.row_size, o_layer, s.mu_floor, n,
-        **prepare_options(layout),
+        z.stride(0) // unit, layout.row_size, o_layer, s.mu_floor, n,
+        **prepare_options(layout, unit),
     )  # fmt: skip
     if s.C == 1:
         mix_tokens[(n, s.H)](
@@ -353,7 +363,7 @@ def mix_prefill(
     )  # fmt: skip
     _read[(tiles, s.H)](
         z, scratch, pool, rows, positions, starts, weights.norm, out,
-        z.stride(0), out.stride(0), layout.row_size, o_layer, s.norm_eps, n,
-        **read_options(layout, precision, kind),
+        z.stride(0) // unit, out.stride(0), layout.row_size, o_layer, s.norm_eps, n,
+        **read_options(layout, precision, kind, unit),
     )  # fmt: skip
     return out

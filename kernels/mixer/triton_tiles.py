@@ -25,7 +25,7 @@ def tile_rows(C: int) -> int:
 
 
 def tile_lines(layout: StateLayout) -> tuple[tuple[int, ...], int]:
-    """Where a tile of one head has its parts, in elements, and its size: q | k | c [b_t, b_m] | v, then h [b_t, b_d] |
+    """Where a tile of one head has its parts, in elements, and its size: q | -k | c [b_t, b_m] | v [b_t, b_d] |
     A^T, the memory that the chunk begins with [b_m, b_d]."""
     s = layout.shape
     b_d, b_m, b_t = tile_width(s.d), tile_width(s.m), tile_rows(s.C)

@@ -47,7 +47,7 @@ def mix_tokens(
         i_tile, i_line = start // rows + 2 * i_segment + (i_t - start) // rows, (i_t - start) % rows
         p_tile = p_tiles + (i_tile * H + i_head) * tile_size
         q = tl.load(p_tile + tile_places[0] + i_line * b_m + o_m)
-        k = tl.load(p_tile + tile_places[1] + i_line * b_m + o_m)
+        k = -tl.load(p_tile + tile_places[1] + i_line * b_m + o_m)
         h = tl.load(p_tile + tile_places[3] + i_line * b_d + o_d)
         p_gates = p_z + i_t * z_stride + width + H * d + i_head
         gamma = step_size(p_gates, p_bias + i_head, True)

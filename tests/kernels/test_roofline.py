@@ -70,7 +70,7 @@ def test_a_token_moves_what_is_counted(monkeypatch: pytest.MonkeyPatch, C: int, 
     weights = MixerWeights(
         conv=normal(shape.conv_width, taps, seed=1).float(), gate_bias=normal(2 * shape.H, seed=2).float(),
         norm=normal(shape.d, seed=3).float(), anchor=normal(shape.H, shape.d, shape.m, seed=4).float(),
-    )  # fmt: skip
+    ).by_taps()  # fmt: skip
     pool = torch.zeros(1, layout.row_size)
     layout.store(pool[0], 0, MixerState.initial(shape, weights, 1))
     out = torch.empty(1, shape.out_width)

@@ -51,7 +51,7 @@ class Case:
         self.device_weights = MixerWeights(
             conv=self.weights.conv.to(DEVICE), gate_bias=self.weights.gate_bias.to(DEVICE),
             norm=self.weights.norm.to(DEVICE), anchor=self.weights.anchor.to(DEVICE),
-        )  # fmt: skip
+        ).by_taps()  # fmt: skip
 
     def z(self, tokens: int, seed: int) -> Tensor:
         return normal(tokens, self.shape.in_width, seed=100 + seed).float().to(DEVICE)
