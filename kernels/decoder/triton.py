@@ -78,6 +78,7 @@ class TritonDecoder:
                     self._fill([], [], [], n)
                     self._decode[n] = DecodeGraph(self._decode[n], memory)
                 self._check_sizes()
+                self._compile_prefill()
 
     def __call__(
         self, ids: Sequence[int], segments: Segments, wanted: Sequence[int], hidden: Sequence[int] = ()
@@ -127,6 +128,17 @@ class TritonDecoder:
                 f"{self.name}: a token has other bits in a large batch than in a small one: please report it with the "
                 "device's name; in kernels/linear/tiles.py it needs one shape of tiles for decode"
             )
+
+    def _compile_prefill(self) -> None:
+        """Tiles differ by the number of tokens: no prompt is to wait for a compiler."""
+        kept, tokens = self._pool[0].clone(), 0
+        while tokens < self._max_tokens:
+            tokens = min(max(1, 2 * tokens), self._max_tokens)
+            self._network.prefill(
+                self._upload([0] * tokens), Segments.of([(0, 0, tokens)]).to(self._pool.device), self._upload([0]),
+                self._upload([]),
+            )  # fmt: skip
+        self._pool[0].copy_(kept)
 
     def _decoding(self, size: int) -> Callable[[], object]:
         ids, rows, positions = self._inputs[: 3 * size].view(3, size)

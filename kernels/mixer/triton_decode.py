@@ -8,8 +8,10 @@ h = v - A k, w = A^T h and y; it is written at a chunk's last token only.
     pool [rows, row_size]                  float32 or bfloat16, as `StateLayout` has it
     rows, positions [N]                    int64 on the device; a row of -1 is none: its output is zeros
 
-Sums are float32. What bounds it is memory: the anchor, and half of the pending factors on average, for about
-6 m d + 4 (C - 1) (m + d) FLOPs, 1.5 for each byte of a float32 anchor (counted in `benchmarks/roofline.py`).
+Values are [d / b_i, b_i] and tiles of them [d / b_i, n, b_i], whole rows of d or patches: a thread's patch has few
+slots and few values, so what stands for a slot takes few registers. Sums are float32. What bounds it is memory: the
+anchor, and half of the pending factors on average, for about 6 m d + 4 (C - 1) (m + d) FLOPs, 1.5 for each byte of a
+float32 anchor (counted in `benchmarks/roofline.py`).
 Splitting a head over programs would need sums across them (w and the norms run over d), so a batch of few rows leaves
 multiprocessors idle: its step takes the time of one program, which is latency.
 """
@@ -27,6 +29,7 @@ from lattice_serve.kernels.mixer.shape import MixerWeights
 from lattice_serve.kernels.mixer.triton_parts import (
     DECODING,
     ENCODING,
+    INDICES,
     check_arguments,
     forget_gate,
     geometry,
@@ -54,18 +57,18 @@ def _convolve(
 
 @triton.jit
 def _over_d(x: tl.tensor) -> tl.tensor:
-    """Sums over d of a tile [d / 16, n, 16]: first of those that a thread has."""
+    """Sums over d of a tile [d / b_i, n, b_i]: first of those that a thread has."""
     return tl.sum(tl.sum(x, axis=0), axis=1)
 
 
 @triton.jit
 def _unit(R: tl.tensor) -> tl.tensor:
-    """Slots of R [d / 16, m, 16] to norm 1; one of zeros, which only fills a tile, stays one."""
+    """Slots of R [d / b_i, m, b_i] to norm 1; one of zeros, which only fills a tile, stays one."""
     square = _over_d(R * R)
     return R * tl.rsqrt(tl.where(square > 0, square, 1.0))[None, :, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=INDICES)
 def _mix_token(
     p_z: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor, p_conv: tl.tensor,
     p_bias: tl.tensor, p_norm: tl.tensor, p_out: tl.tensor,
@@ -74,16 +77,16 @@ def _mix_token(
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, taps: tl.constexpr,
     line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
     objective: tl.constexpr, use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_s: tl.constexpr,
+    b_i: tl.constexpr,
 ) -> None:  # fmt: skip
     i_token, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_row, position = tl.load(p_rows + i_token), tl.load(p_positions + i_token)
-    # Values are [d / 16, 16], tiles of them [d / 16, n, 16]: a thread has a patch of few slots and few values.
-    o_d = tl.arange(0, b_d // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    o_d = tl.arange(0, b_d // b_i)[:, None] * b_i + tl.arange(0, b_i)[None, :]
     o_m, o_s = tl.arange(0, b_m), tl.arange(0, b_s)
     in_d, in_m = o_d < d, o_m < m
     p_y = p_out + i_token * out_stride + i_head * d + o_d
     if i_row < 0:
-        tl.store(p_y, tl.zeros((b_d // 16, 16), tl.float32), mask=in_d)
+        tl.store(p_y, tl.zeros((b_d // b_i, b_i), tl.float32), mask=in_d)
         return
     slot = (position % C).to(tl.int32)
     p_state = p_pool + i_row * row_size + o_layer + i_head * head_size
@@ -166,9 +169,11 @@ def _mix_token(
 def decode_options(layout: StateLayout) -> dict[str, Any]:
     """Constants that `_mix_token` is launched with."""
     s = layout.shape
+    constants = geometry(layout) | {"b_s": triton.next_power_of_2(s.C)}
     # As few warps as have the registers for it: what takes time is sums across them.
-    num_warps = 2 if s.d * s.m <= 64 * 64 else 4
-    return geometry(layout) | {"b_s": triton.next_power_of_2(s.C), "num_warps": num_warps}
+    if s.d * s.m <= 64 * 64:
+        return constants | {"b_i": 16, "num_warps": 2}
+    return constants | {"b_i": constants["b_d"], "num_warps": 4}
 
 
 def mix_decode(

@@ -15,6 +15,8 @@ from lattice_serve.kernels.mixer.shape import L2_EPS, MixerWeights
 
 DECODING = tl.constexpr(OBJECTIVES.index("decoding"))
 ENCODING = tl.constexpr(OBJECTIVES.index("encoding"))
+INDICES = ["p_rows", "p_positions", "p_starts"]
+"""Arguments that lie behind one another: where depends on their number, which must not compile a kernel anew."""
 _L2_EPS = tl.constexpr(L2_EPS)
 
 

@@ -40,6 +40,7 @@ from lattice_serve.kernels.mixer.shape import MixerWeights
 from lattice_serve.kernels.mixer.triton_parts import (
     DECODING,
     ENCODING,
+    INDICES,
     check_arguments,
     forget_gate,
     keep_tail,
@@ -101,7 +102,7 @@ def _segment_of(i_tile: tl.tensor, p_starts: tl.tensor, n: tl.tensor, tile: tl.c
     return low
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=INDICES)
 def _prepare(
     p_z: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor, p_starts: tl.tensor,
     p_conv: tl.tensor, p_bias: tl.tensor, p_tiles: tl.tensor, p_steps: tl.tensor,
@@ -163,7 +164,7 @@ def _prepare(
     tl.store(p_tile + tile_places[3] + o_td, v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=INDICES)
 def _advance(
     p_z: tl.tensor, p_tiles: tl.tensor, p_steps: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor,
     p_positions: tl.tensor, p_starts: tl.tensor, z_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor,
@@ -189,6 +190,7 @@ def _advance(
     A = load_anchor(p_state + o_A, in_A)
     for i_chunk in tl.range(0, total // C, num_stages=ahead):
         p_tile = p_first + i_chunk * (H * tile_size)
+        tl.store(p_tile + tile_places[4] + o_md, A)
         v, c = tl.load(p_tile + tile_places[3] + o_td), tl.load(p_tile + tile_places[2] + o_tm)
         if objective == DECODING:
             k = tl.load(p_tile + tile_places[1] + o_tm)  # negative
@@ -201,7 +203,6 @@ def _advance(
             N = _dot(tl.trans(c), v, precision, kind)
         else:
             N = _dot(tl.trans(c), v, precision, kind)
-        tl.store(p_tile + tile_places[4] + o_md, A)
         A = unit_rows(A * (1 - tl.sum(A * N, axis=1))[:, None] + N)
     used = total % C
     if used > 0:
@@ -226,7 +227,7 @@ def _advance(
     keep_tail(p_z, z_stride, i_head, start, end, position, p_tail, o_d, o_m, H, d, m, line_d, line_m, taps)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=INDICES)
 def _read(
     p_z: tl.tensor, p_tiles: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor,
     p_starts: tl.tensor, p_norm: tl.tensor, p_out: tl.tensor,
@@ -319,12 +320,14 @@ def mix_prefill(
 
     H, in the layout, may be a share of the model's. `precision` is that of the products (C > 1): "bf16" rounds to 7
     bits, in the tiles already, "tf32" to 10, "tf32x3" is close to float32 by three such products, "ieee" is float32,
-    with tensor cores on AMD only. The default is bf16 for activations of bfloat16, else tf32x3, on AMD ieee.
+    with tensor cores on AMD only. The default is bf16 for activations of bfloat16, else tf32x3 or ieee.
     Returns `out` [T, out_width]. Raises ValueError, naming what does not fit; what `segments` hold is on the device and
     is not looked at.
     """
     if precision is None:
-        precision = "bf16" if z.dtype == torch.bfloat16 else "ieee" if torch.version.hip else "tf32x3"
+        # In "encoding" c is a difference itself, and three products of tf32 leave too little of it.
+        ieee = bool(torch.version.hip) or layout.shape.objective == "encoding"
+        precision = "bf16" if z.dtype == torch.bfloat16 else "ieee" if ieee else "tf32x3"
     rows, positions, starts = segments.rows, segments.positions, segments.starts
     check_arguments(z, pool, layer, weights, layout, out, rows=rows, positions=positions, starts=starts)
     if not len(rows) == len(positions) == len(starts) - 1:

@@ -11,6 +11,7 @@ from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.triton_parts import (
     DECODING,
     ENCODING,
+    INDICES,
     forget_gate,
     keep_tail,
     load,
@@ -22,7 +23,7 @@ from lattice_serve.kernels.mixer.triton_parts import (
 from lattice_serve.kernels.mixer.triton_tiles import tile_options, tile_tokens
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=INDICES)
 def mix_tokens(
     p_z: tl.tensor, p_tiles: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor,
     p_starts: tl.tensor, p_bias: tl.tensor, p_norm: tl.tensor, p_out: tl.tensor,
