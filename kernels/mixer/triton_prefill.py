@@ -48,6 +48,7 @@ from lattice_serve.kernels.mixer.triton_parts import (
     load_anchor,
     silu,
     step_size,
+    tile_width,
     unit_length,
     unit_rows,
 )
@@ -283,15 +284,19 @@ def _read(
 
 def prepare_options(layout: StateLayout, unit: int) -> dict[str, Any]:
     """Constants that `_prepare` is launched with."""
+    s = layout.shape
     names = "H d m C taps line_d line_m places head_size use_forget_gate b_d b_m"
-    return tile_options(layout, names, rows=tile_tokens(layout.shape.C), unit=unit, num_warps=4)
+    # So many lanes that each has a whole vector of bfloat16 of a tile.
+    vectors = tile_rows(s.C) * min(tile_width(s.d), tile_width(s.m)) // 8
+    num_warps = min(4, max(1, vectors // (64 if torch.version.hip else 32)))
+    return tile_options(layout, names, rows=tile_tokens(s.C), unit=unit, num_warps=num_warps)
 
 
 def advance_options(layout: StateLayout, precision: str, kind: tl.dtype) -> dict[str, Any]:
     """Constants that `_advance` is launched with."""
     s = layout.shape
     names = "H d m C taps line_d line_m places head_size objective b_d b_m"
-    num_warps = 4 if s.d * s.m <= 64 * 64 else 8
+    num_warps = 2 if s.d * s.m <= 32 * 32 else 4 if s.d * s.m <= 64 * 64 and precision == "bf16" else 8
     return tile_options(layout, names, precision=precision, kind=kind, ahead=3, num_warps=num_warps)
 
 
@@ -299,7 +304,7 @@ def read_options(layout: StateLayout, precision: str, kind: tl.dtype, unit: int)
     """Constants that `_read` is launched with."""
     s = layout.shape
     names = "H d m C places head_size objective b_d b_m"
-    num_warps = 1 if s.d * s.m <= 64 * 64 else 8
+    num_warps = 2 if s.d * s.m <= 64 * 64 and precision == "bf16" else 4
     # Where e is small beside what it is the difference of, bfloat16 would leave nothing of it.
     fine = precision if precision != "bf16" else "ieee" if torch.version.hip else "tf32"
     return tile_options(layout, names, precision=precision, fine=fine, kind=kind, unit=unit, num_warps=num_warps)
