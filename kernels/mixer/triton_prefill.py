@@ -136,12 +136,10 @@ def _prepare(
     p_z += start * z_stride
     p_gates = p_z + i_t.to(tl.int64) * z_stride + width + H * d + i_head
     gamma = tl.where(now, step_size(p_gates, p_bias + i_head, now), 0.0)
-    log_a = tl.zeros((b_t,), tl.float32)
-    if use_forget_gate:
-        log_mu = tl.where(now, tl.log(forget_gate(p_gates + H, p_bias + H + i_head, now, floor)), 0.0)
-        log_a += tl.cumsum(log_mu, 0)
     a_old = tl.load(p_state + places[5], mask=(pending > 0) & (i_chunk == 0), other=1.0).to(tl.float32)
-    a = a_old * tl.exp(log_a)
+    a = a_old + tl.zeros((b_t,), tl.float32)
+    if use_forget_gate:
+        a *= tl.cumprod(tl.where(now, forget_gate(p_gates + H, p_bias + H + i_head, now, floor), 1.0), 0)
     gamma /= a
     p_gates_now = p_steps + (i_tile * H + i_head) * (2 * b_t) + o_t
     tl.store(p_gates_now, gamma)
@@ -325,14 +323,12 @@ def mix_prefill(
 
     H, in the layout, may be a share of the model's. `precision` is that of the products (C > 1): "bf16" rounds to 7
     bits, in the tiles already, "tf32" to 10, "tf32x3" is close to float32 by three such products, "ieee" is float32,
-    with tensor cores on AMD only. The default is bf16 for activations of bfloat16, else tf32x3 or ieee.
+    with tensor cores on AMD only. The default is bf16 for activations of bfloat16, else tf32x3, on AMD ieee.
     Returns `out` [T, out_width]. Raises ValueError, naming what does not fit; what `segments` hold is on the device and
     is not looked at.
     """
     if precision is None:
-        # In "encoding" c is a difference itself, and three products of tf32 leave too little of it.
-        ieee = bool(torch.version.hip) or layout.shape.objective == "encoding"
-        precision = "bf16" if z.dtype == torch.bfloat16 else "ieee" if ieee else "tf32x3"
+        precision = "bf16" if z.dtype == torch.bfloat16 else "ieee" if torch.version.hip else "tf32x3"
     rows, positions, starts = segments.rows, segments.positions, segments.starts
     check_arguments(z, pool, layer, weights, layout, out, rows=rows, positions=positions, starts=starts)
     if not len(rows) == len(positions) == len(starts) - 1:
