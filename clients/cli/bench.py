@@ -67,9 +67,7 @@ def offline(
         llm = LLM(model, max_rows=max(*batches, GATE_PROMPTS), prefix_cache_memory=0, **settings)
         progress.update(task, advance=1, description="the machine's limits")
         config = ModelConfig.load(resolve_model(model))
-        stored = config.torch_dtype if dtype is None or dtype is Dtype.auto else dtype.value
-        products = available_products()[0] if stored == "bfloat16" else "float32"
-        ceilings = Ceilings.measure(threads or available_cpus(), products)
+        ceilings = Ceilings.measure(threads or available_cpus(), available_products(llm.info.dtype)[0])
         work = Work.of(config, BITS[llm.info.dtype])
         runner = OfflineBench(llm, repeats=repeats, work=work, ceilings=ceilings)
         progress.update(task, advance=1, description="check")
