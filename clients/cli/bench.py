@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lattice_serve.clients.cli.options import Dtype, DtypeOption, ModelArgument, QuantizationOption, ThreadsOption
+from lattice_serve.clients.cli.options import DtypeOption, ModelArgument, QuantizationOption, ThreadsOption
 
 if TYPE_CHECKING:
     from lattice_serve.clients.bench_http import Goal, Load, LoadReport

@@ -58,6 +58,14 @@ def build_write(builder: Any, value: Any, pointer: Any, align: int = 4) -> None:
     builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=align)
 
 
+def build_prefetch(builder: Any, pointer: Any) -> None:
+    """Ask for the cache line there; where there is no memory, nothing happens."""
+    full = "llvm.prefetch.p0i8"
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+    function = builder.module.globals.get(full) or ir.Function(builder.module, kind, full)
+    builder.call(function, [pointer, I32(0), I32(3), I32(1)])  # to be read, into the first cache, data
+
+
 def build_rounded(builder: Any, v: Any) -> Any:
     """The bits of the nearest bfloat16, <16 x i16>; a NaN stays one."""
     one, half, high, nan = (ir.Constant(WHOLE, [n] * LANES) for n in (1, 0x7FFF, 16, 0x7FC00000))

@@ -5,7 +5,7 @@ The type says which that is, so that kernels are compiled for it:
     float32 [rows, padded(K)]                    fused multiply-adds
     uint32 [rows, padded(K) / 2]                 VDPBF16PS: the bits of two bfloat16, even k in the lower half
     uint16 [ceil(rows / 16), ceil(K / 32), 16, 32]     AMX: tiles, the bits of bfloat16
-    `ByteTiles`, `ByteVectors`                   AMX with int8, AVX512_VNNI: whole numbers of two bytes and a scale a row
+    `ByteTiles`, `ByteVectors`                   AMX of int8, AVX512_VNNI: whole numbers of two bytes, a scale a row
 
 Where there is no k any more there are zeros.
 """

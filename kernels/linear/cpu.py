@@ -5,8 +5,8 @@ number of threads. Weights are packed once into strips of 16 outputs, k by k, th
 are multiplied at the speed of memory, many at that of the processor's multipliers. Sums are float32.
 
 What multiplies follows from how the activations lie (`kernels.linear.activations`): float32 by fused multiply-adds
-with weights that are widened on the way; bfloat16 by VDPBF16PS, in pairs of k, or by AMX, 32 of k at once; whole numbers
-by AMX or vectors of bytes with weights of int8 (`kernels.linear.int8`).
+with weights that are widened on the way; bfloat16 by VDPBF16PS, in pairs of k, or by AMX, 32 of k at once; whole
+numbers with weights of int8 by AMX or by vectors of bytes (`kernels.linear.int8`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from lattice_serve.kernels.cpu.products import tile
 from lattice_serve.kernels.cpu.vector import load, splat, store
 from lattice_serve.kernels.cpu_features import Products, Stored, available_products
 from lattice_serve.kernels.lanes import LANES, aligned, padded
-from lattice_serve.kernels.linear import int8
 from lattice_serve.kernels.linear.activations import ByteTiles, activations, fill
+from lattice_serve.kernels.linear.int8 import FEW, LARGEST_K, by_tiles_of_bytes, by_vectors_of_bytes
 from lattice_serve.kernels.linear.quantize import quantize
 
 PANEL = 64
@@ -62,7 +62,7 @@ class PackedWeight:
 
         Raises ValueError where K is so large that sums of whole numbers might not fit.
         """
-        if weight.shape[1] > int8.LARGEST_K:
+        if weight.shape[1] > LARGEST_K:
             raise ValueError(f"a matrix of {weight.shape[1]} inputs is too wide for int8: leave quantization out")
         whole, scales = quantize(weight)
         filled = torch.zeros(padded(len(weight)))
@@ -125,7 +125,7 @@ def panel_count(N: int) -> int:
 
 @njit(cache=True)
 def _emit(sums: Any, o_sums: int, row: int, column: int, n: int, to: Any) -> None:
-    """n sums to their place in a panel."""
+    """n sums to their place in a row, the first of the panels at its start."""
     scales, o_s, out, o_out, out_row, add = to
     o = o_out + row * out_row + column
     for j in range(0, n, LANES):
@@ -156,12 +156,12 @@ def _rows(rows: int, x: Any, o_x: int, x_row: int, w: Any, o_w: int, K: int, sum
 
 @njit(cache=True)
 def _by_vectors(
-    w: Any, o_w: int, size: int, strips: int, steps: int, x: Any, x_row: int, M: int, sums: Any, to: Any
+    w: Any, o_w: int, size: int, strips: int, steps: int, x: Any, x_row: int, M: int, sums: Any, column: int, to: Any
 ) -> None:
-    """A panel of strips that are `size` apart, in so many steps along x_row."""
+    """A panel of strips that are `size` apart, in so many steps along x_row; column: of its first output."""
     if M == 1 and strips == _STRIPS:
         tile(1, 4, x, 0, 0, w, o_w, LANES, size, steps, sums, 0, 0)
-        _emit(sums, 0, 0, 0, PANEL, to)
+        _emit(sums, 0, 0, column, PANEL, to)
         return
     for s in range(strips):
         i = 0
@@ -170,14 +170,15 @@ def _by_vectors(
             rows = -(-(M - i) // -(-(M - i) // _ROWS))
             _rows(rows, x, i * x_row, x_row, w, o_w + s * size, steps, sums)
             for r in range(rows):
-                _emit(sums, r * LANES, i + r, s * LANES, LANES, to)
+                _emit(sums, r * LANES, i + r, column + s * LANES, LANES, to)
             i += rows
 
 
 @njit(cache=True)
-def _by_tiles(w: int, size: int, strips: int, steps: int, x: int, M: int, to: Any) -> None:
-    """A panel of strips that are `size` bytes apart, worked out where it goes to; x and w are addresses."""
-    _, _, out, o_out, out_row, add = to
+def _by_tiles(
+    w: int, size: int, strips: int, steps: int, x: int, M: int, out: int, out_row: int, add: bool
+) -> None:  # fmt: skip
+    """A panel of strips that are `size` bytes apart, worked out where it goes to; w, x and out are addresses."""
     i = 0
     while i < M:
         rows, height = min(M - i, TILE), 1
@@ -188,7 +189,7 @@ def _by_tiles(w: int, size: int, strips: int, steps: int, x: int, M: int, to: An
             configure(min(rows, TILE))
         at, x_next = x + i // TILE * steps * TILE_BYTES, steps * TILE_BYTES
         for s in range(0, strips, width):
-            place, next_row = out.ctypes.data + 4 * (o_out + i * out_row + s * LANES), 4 * out_row
+            place, next_row = out + 4 * (i * out_row + s * LANES), 4 * out_row
             if height == 2:
                 block(2, 2, 0, at, x_next, w + s * size, size, steps, add, place, next_row)
             elif width == _STRIPS:
@@ -199,37 +200,83 @@ def _by_tiles(w: int, size: int, strips: int, steps: int, x: int, M: int, to: An
     release()
 
 
-def _panel(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
-    """A panel of strips by what multiplies activations such as x; in compiled code only."""
+@njit(cache=True)
+def _strips_of(panel: int, N: int) -> int:
+    return min(_STRIPS, padded(N) // LANES - panel * _STRIPS)
+
+
+def _panels(
+    w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
+) -> None:  # fmt: skip
+    """Panels by what multiplies activations such as x; in compiled code only.
+
+    What is looked up in arrays is looked up once for all of them: at one row a panel takes but a microsecond.
+    """
     raise NotImplementedError
 
 
-@overload(_panel, strict=False)
-def _panel_of(w: Any, o_w: Any, strips: Any, K: Any, x: Any, M: Any, scratch: Any, to: Any) -> Any:
-    def by_float32(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
-        _by_vectors(w, o_w, _strip_size(K, w), strips, K, x, padded(K), M, scratch, to)
+@overload(_panels, strict=False)
+def _panels_of(
+    w: Any, o_w: Any, N: Any, K: Any, x: Any, M: Any, first: Any, last: Any, scratch: Any, to: Any
+) -> Any:  # fmt: skip
+    def by_float32(
+        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
+    ) -> None:  # fmt: skip
+        size = _strip_size(K, w)
+        for panel in range(first, last):
+            at, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
+            _by_vectors(w, at, size, strips, K, x, padded(K), M, scratch, panel * PANEL, to)
 
-    def by_float32_of_int8(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
+    def by_float32_of_int8(
+        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
+    ) -> None:  # fmt: skip
         fours, size, steps = w.view(np.int32), _strip_size(K, w) // 4, -(-K // 4) * 4
-        _by_vectors(fours, o_w // 4, size, strips, steps, x, padded(K), M, scratch, to)
+        for panel in range(first, last):
+            at, strips = o_w // 4 + panel * _STRIPS * size, _strips_of(panel, N)
+            _by_vectors(fours, at, size, strips, steps, x, padded(K), M, scratch, panel * PANEL, to)
 
-    def by_pairs(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
-        _by_vectors(w, o_w, _strip_size(K, w), strips, (K + 1) // 2, x, padded(K) // 2, M, scratch, to)
+    def by_pairs(
+        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
+    ) -> None:  # fmt: skip
+        size = _strip_size(K, w)
+        for panel in range(first, last):
+            at, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
+            _by_vectors(w, at, size, strips, (K + 1) // 2, x, padded(K) // 2, M, scratch, panel * PANEL, to)
 
-    def by_tiles(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
-        at, size, steps = w.ctypes.data + 4 * o_w, 4 * _strip_size(K, w), -(-K // TILE_K)
-        if K % TILE_K > 0:
-            _fill_tiles(w, o_w, strips, K, scratch, _SUMS)
-            at, size = scratch.ctypes.data + 4 * _SUMS, 4 * _filled_size(K)
-        _by_tiles(at, size, strips, steps, x.ctypes.data, M, to)
+    def by_tiles(
+        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
+    ) -> None:  # fmt: skip
+        _, _, out, o_out, out_row, add = to
+        size, steps, place = _strip_size(K, w), -(-K // TILE_K), out.ctypes.data + 4 * o_out
+        weights, filled, rows = w.ctypes.data, scratch.ctypes.data + 4 * _SUMS, x.ctypes.data
+        for panel in range(first, last):
+            o, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
+            at, bytes_ = weights + 4 * o, 4 * size
+            if K % TILE_K > 0:
+                _fill_tiles(w, o, strips, K, scratch, _SUMS)
+                at, bytes_ = filled, 4 * _filled_size(K)
+            _by_tiles(at, bytes_, strips, steps, rows, M, place + 4 * panel * PANEL, out_row, add)
 
-    def by_byte_tiles(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
-        at, size, steps = w.ctypes.data + o_w, _strip_size(K, w), -(-K // BYTE_TILE_K)
-        int8.by_tiles(at, size, strips, steps, x, M, scratch.view(np.int32), to)
+    def by_byte_tiles(
+        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
+    ) -> None:  # fmt: skip
+        size, steps, sums, weights = _strip_size(K, w), -(-K // BYTE_TILE_K), scratch.view(np.int32), w.ctypes.data
+        lines, offsets = x.lines.ctypes.data, x.offsets.ctypes.data
+        for panel in range(first, last):
+            at, strips = weights + o_w + panel * _STRIPS * size, _strips_of(panel, N)
+            if M <= FEW:
+                by_vectors_of_bytes(at, size, strips, steps, lines, offsets, x.scales, M, sums, panel * PANEL, to)
+            else:
+                by_tiles_of_bytes(at, size, strips, steps, lines, x.scales, M, sums, panel * PANEL, to)
 
-    def by_byte_vectors(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
-        at, size, steps = w.ctypes.data + o_w, _strip_size(K, w), -(-K // BYTE_TILE_K)
-        int8.by_vectors(at, size, strips, steps, x, M, scratch.view(np.int32), to)
+    def by_byte_vectors(
+        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
+    ) -> None:  # fmt: skip
+        size, steps, sums, weights = _strip_size(K, w), -(-K // BYTE_TILE_K), scratch.view(np.int32), w.ctypes.data
+        lines, offsets = x.lines.ctypes.data, x.offsets.ctypes.data
+        for panel in range(first, last):
+            at, strips = weights + o_w + panel * _STRIPS * size, _strips_of(panel, N)
+            by_vectors_of_bytes(at, size, strips, steps, lines, offsets, x.scales, M, sums, panel * PANEL, to)
 
     if isinstance(x, types.BaseTuple):
         return by_byte_tiles if x.instance_class is ByteTiles else by_byte_vectors
@@ -281,9 +328,4 @@ def linear(
     outputs begins at o_out of out, out_row on; scratch: `scratch_size` floats on a cache line. All arrays are [..].
     Outputs beyond N up to `padded(N)` become 0.
     """
-    size = _strip_size(K, w)
-    for panel in range(first, last):
-        begin = panel * PANEL
-        strips = min(PANEL, padded(N) - begin) // LANES
-        to = (scales, o_s + begin, out, o_out + begin - first * PANEL, out_row, add)
-        _panel(w, o_w + begin // LANES * size, strips, K, x, M, scratch, to)
+    _panels(w, o_w, N, K, x, M, first, last, scratch, (scales, o_s, out, o_out - first * PANEL, out_row, add))

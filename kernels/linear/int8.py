@@ -23,17 +23,17 @@ LARGEST_K = 65536
 """Of more products of bytes a sum might not fit int32."""
 _STRIPS = 4
 """Of a whole panel."""
-_FEW = 1
+FEW = 1
 """Rows that vectors multiply sooner than tiles: they read ahead while they wait for memory."""
 
 
 @njit(cache=True)
-def _emit(sums: Any, line: int, first: int, scales_of: Any, rows: int, column: int, to: Any) -> None:
-    """Sums of so many rows from `first` on, lines of so many outputs, to their place in a panel."""
+def _emit(sums: Any, line: int, first: int, row_scales: Any, rows: int, column: int, to: Any) -> None:
+    """Sums of so many rows from `first` on, lines of so many outputs, to where they go to."""
     scales, o_s, out, o_out, out_row, add = to
     for r in range(rows):
         high, low, o = 2 * r * line, (2 * r + 1) * line, o_out + (first + r) * out_row + column
-        scale = splat(scales_of[first + r])
+        scale = splat(row_scales[first + r])
         for j in range(0, line, LANES):
             value = fma(splat(np.float32(256)), widened(sums, high + j), widened(sums, low + j))
             value = value * scale * load(scales, o_s + column + j)
@@ -43,40 +43,45 @@ def _emit(sums: Any, line: int, first: int, scales_of: Any, rows: int, column: i
 
 
 @njit(cache=True)
-def by_vectors(w: int, size: int, strips: int, steps: int, x: Any, M: int, sums: Any, to: Any) -> None:
-    """A panel of strips that are `size` bytes apart, in so many tiles each; w: address; sums: int32 [1024]."""
+def by_vectors_of_bytes(
+    w: int, size: int, strips: int, steps: int, x: int, offsets: int, row_scales: Any, M: int, sums: Any, column: int,
+    to: Any,
+) -> None:  # fmt: skip
+    """A panel of strips that are `size` bytes apart, in so many tiles each; column: of its first output.
+
+    w, x and offsets are addresses, the last two of fields of the activations. sums: int32 [1024], to be used.
+    """
     lines, place = 2 * M, sums.ctypes.data
     i = 0
     while i < lines:
         # Groups of lines that go into a tile; of the last one some may be nobody's, and are left where they are.
         group = 2 if lines - i == 2 else 4 if lines - i == 4 else 8
         width = 1 if strips < _STRIPS else _STRIPS if group == 2 else 2
-        at = x.lines.ctypes.data + i // TILE * steps * TILE_BYTES + i % TILE * 4 * LANES
-        offsets, next_line = x.offsets.ctypes.data + 4 * i, 4 * width * LANES
+        at = x + i // TILE * steps * TILE_BYTES + i % TILE * 4 * LANES
+        offset, next_line = offsets + 4 * i, 4 * width * LANES
         for s in range(0, strips, width):
             o_w = w + s * size
             if group == 2 and width == _STRIPS:
-                dots(2, 4, at, o_w, size, steps, offsets, place, next_line)
+                dots(2, 4, at, o_w, size, steps, offset, place, next_line)
             elif group == 2:
-                dots(2, 1, at, o_w, size, steps, offsets, place, next_line)
+                dots(2, 1, at, o_w, size, steps, offset, place, next_line)
             elif group == 4 and width == 2:
-                dots(4, 2, at, o_w, size, steps, offsets, place, next_line)
+                dots(4, 2, at, o_w, size, steps, offset, place, next_line)
             elif group == 4:
-                dots(4, 1, at, o_w, size, steps, offsets, place, next_line)
+                dots(4, 1, at, o_w, size, steps, offset, place, next_line)
             elif width == 2:
-                dots(8, 2, at, o_w, size, steps, offsets, place, next_line)
+                dots(8, 2, at, o_w, size, steps, offset, place, next_line)
             else:
-                dots(8, 1, at, o_w, size, steps, offsets, place, next_line)
-            _emit(sums, width * LANES, i // 2, x.scales, min(group, lines - i) // 2, s * LANES, to)
+                dots(8, 1, at, o_w, size, steps, offset, place, next_line)
+            _emit(sums, width * LANES, i // 2, row_scales, min(group, lines - i) // 2, column + s * LANES, to)
         i += group
 
 
 @njit(cache=True)
-def by_tiles(w: int, size: int, strips: int, steps: int, x: Any, M: int, sums: Any, to: Any) -> None:
+def by_tiles_of_bytes(
+    w: int, size: int, strips: int, steps: int, x: int, row_scales: Any, M: int, sums: Any, column: int, to: Any
+) -> None:
     """The same by the matrix unit, which has the same sums."""
-    if M <= _FEW:
-        by_vectors(w, size, strips, steps, x, M, sums, to)
-        return
     lines, place = 2 * M, sums.ctypes.data
     i = 0
     while i < lines:
@@ -86,7 +91,7 @@ def by_tiles(w: int, size: int, strips: int, steps: int, x: Any, M: int, sums: A
         width = _STRIPS // height if strips == _STRIPS else 1
         if i == 0 or group < TILE:
             configure(min(group, TILE))
-        at, next_tile = x.lines.ctypes.data + i // TILE * steps * TILE_BYTES, steps * TILE_BYTES
+        at, next_tile = x + i // TILE * steps * TILE_BYTES, steps * TILE_BYTES
         for s in range(0, strips, width):
             o_w, next_line = w + s * size, 4 * width * LANES
             if height == 2:
@@ -95,6 +100,6 @@ def by_tiles(w: int, size: int, strips: int, steps: int, x: Any, M: int, sums: A
                 block(1, 4, 1, at, next_tile, o_w, size, steps, False, place, next_line)
             else:
                 block(1, 1, 1, at, next_tile, o_w, size, steps, False, place, next_line)
-            _emit(sums, width * LANES, i // 2, x.scales, group // 2, s * LANES, to)
+            _emit(sums, width * LANES, i // 2, row_scales, group // 2, column + s * LANES, to)
         i += group
     release()
