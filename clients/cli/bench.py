@@ -67,8 +67,9 @@ def offline(
         llm = LLM(model, max_rows=max(*batches, GATE_PROMPTS), prefix_cache_memory=0, **settings)
         progress.update(task, advance=1, description="the machine's limits")
         config = ModelConfig.load(resolve_model(model))
-        ceilings = Ceilings.measure(threads or available_cpus(), available_products(llm.info.dtype)[0])
         work = Work.of(config, BITS[llm.info.dtype])
+        products = available_products(llm.info.dtype)[0]
+        ceilings = Ceilings.measure(threads or available_cpus(), products, work.weight_bytes)
         runner = OfflineBench(llm, repeats=repeats, work=work, ceilings=ceilings)
         progress.update(task, advance=1, description="check")
         runner.check()

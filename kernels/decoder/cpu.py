@@ -64,7 +64,10 @@ class CpuDecoder:
         V, hidden = weights.head.shape
         intermediate = weights.layers[0].down_proj.shape[1]
         stored: Stored = quantization or ("float32" if weights.head.dtype == torch.float32 else "bfloat16")
-        products = products or available_products(stored)[0]
+        available = available_products(stored)
+        products = products or available[0]
+        if products not in available:
+            raise ValueError(f"products: {stored} is multiplied here by {', '.join(available)}, not {products}")
         pack = Packer(quantization)
         table = []
         for layer in weights.layers:
