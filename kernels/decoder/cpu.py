@@ -34,6 +34,8 @@ from lattice_serve.kernels.swiglu.cpu import swiglu
 
 _ROWS = 8
 """Rows of an item that works row by row."""
+_GATES_UPS = 8
+"""Panels of gates and ups that are worked out before SwiGLU takes them, times rows, where these are few."""
 _NAMES: dict[Products, str] = {
     "amx_int8": "int8 by AMX, ",
     "avx512_vnni": "int8 by VPDPBUSD, ",
@@ -108,7 +110,7 @@ class CpuDecoder:
             hidden, block.out_width, intermediate, hidden))  # fmt: skip
         self._logits, self._final = logits.reshape(max_tokens, -1), final.reshape(max_tokens, -1)
         self._hidden_size = hidden
-        gate_up = aligned(threads * max_tokens * PANEL, np.float32).reshape(threads, -1)
+        gate_up = aligned(threads * max(max_tokens, _GATES_UPS) * PANEL, np.float32).reshape(threads, -1)
         need = padded(max(block.scratch_size, *map(scratch_size, (hidden, block.out_width, intermediate))))
         self.nbytes = sum(array.nbytes for array in (strips, scales, small))
         self._products = sum(matrix.numel() for layer in weights.layers for matrix in (
@@ -150,8 +152,13 @@ class CpuDecoder:
 
 @njit(cache=True)
 def _parts(units: int, threads: int) -> int:
-    """Items of all but equally many units: a few a thread, or one for a thread alone."""
-    return min(units, 1 if threads == 1 else 4 * threads)
+    """Items of equally many units where it can be, else nearly so: a few a thread, or one for a thread alone."""
+    if threads == 1:
+        return min(units, 1)
+    for count in range(4 * threads, threads, -threads):
+        if units % count == 0:
+            return min(units, count)
+    return min(units, 4 * threads)
 
 
 @njit(cache=True)
@@ -198,6 +205,7 @@ def _work(
     row_size, layer_size, head_size = sizes[0], sizes[1], sizes[2]
     H = dims[0]
     scratch, gate_up = scratches[thread], gates_ups[thread]
+    together = max(1, _GATES_UPS // M)
     by_rows = _items(M, _ROWS)
     base = 0
     ticket = take(sync)
@@ -247,14 +255,19 @@ def _work(
         count = _parts(panels, threads)
         while ticket < base + count:
             wait_for(sync, base)
-            for panel in range((ticket - base) * panels // count, (ticket - base + 1) * panels // count):
+            first, last = (ticket - base) * panels // count, (ticket - base + 1) * panels // count
+            while first < last:
+                end = min(first + together, last)
                 linear(
-                    w, at[4], scales, at[5], 2 * inner_row, width, normed, M, gate_up, 0, PANEL, False, panel,
-                    panel + 1, scratch,
+                    w, at[4], scales, at[5], 2 * inner_row, width, normed, M, gate_up, 0, together * PANEL, False,
+                    first, end, scratch,
                 )  # fmt: skip
-                k = panel * PANEL // 2
-                for t in range(M):
-                    swiglu(gate_up, t * PANEL, min(PANEL // 2, inner - k), act, t, inner, k)
+                for panel in range(first, end):
+                    k = panel * PANEL // 2
+                    for t in range(M):
+                        place = (t * together + panel - first) * PANEL
+                        swiglu(gate_up, place, min(PANEL // 2, inner - k), act, t, inner, k)
+                first = end
             ticket = finish(sync)
         base += count
         ticket, base = _settle_phase(sync, ticket, base, act, M, inner)
