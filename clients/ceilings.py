@@ -62,11 +62,12 @@ class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
     float32_flops_per_second: float
 
     @classmethod
-    def measure(cls, threads: int, products: Products) -> Ceilings:
+    def measure(cls, threads: int, products: Products, size: int) -> Ceilings:
+        """size: bytes that a step reads."""
         from lattice_serve.kernels.cpu import limits
 
         return cls(
-            bytes_per_second=limits.bandwidth(threads),
+            bytes_per_second=limits.bandwidth(threads, size),
             flops_per_second=limits.flops(threads, products),
             float32_flops_per_second=limits.flops(threads, "float32"),
         )

@@ -10,9 +10,22 @@ from typing import Literal, TypeAlias
 
 import llvmlite.binding as llvm
 
-Products: TypeAlias = Literal["amx", "avx512_bf16", "float32"]
-"""What multiplies with bfloat16 weights: tiles of bfloat16, vectors of pairs of bfloat16, or fused multiply-adds of
-float32 after widening them."""
+Products: TypeAlias = Literal["amx_int8", "avx512_vnni", "amx", "avx512_bf16", "float32"]
+"""What multiplies: tiles of int8, vectors of fours of int8, tiles of bfloat16, vectors of pairs of bfloat16, or fused
+multiply-adds of float32 after widening weights that are none."""
+
+Stored: TypeAlias = Literal["float32", "bfloat16", "int8"]
+"""What a matrix is kept as."""
+
+_NEEDED: dict[Stored, dict[Products, tuple[str, ...]]] = {
+    "float32": {},
+    "bfloat16": {"amx": ("avx512f", "amx-tile", "amx-bf16"), "avx512_bf16": ("avx512f", "avx512bf16")},
+    "int8": {
+        "amx_int8": ("avx512f", "avx512vnni", "amx-tile", "amx-int8"),  # few rows are left to vectors
+        "avx512_vnni": ("avx512f", "avx512vnni"),
+    },
+}
+"""As LLVM names them; the fastest first."""
 
 _BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """As Linux names them on x86-64, the first two, and on arm64."""
@@ -32,15 +45,14 @@ def vectors() -> str:
 
 
 @cache
-def available_products() -> tuple[Products, ...]:
-    """All that this processor has and the system lets this process use, the fastest first."""
+def available_products(stored: Stored) -> tuple[Products, ...]:
+    """All that this processor has for such weights and the system lets this process use, the fastest first."""
     features = llvm.get_host_cpu_features()
-    found: list[Products] = ["float32"]
-    if features.get("avx512f") and features.get("avx512bf16"):
-        found.insert(0, "avx512_bf16")
-    if features.get("avx512f") and features.get("amx-tile") and features.get("amx-bf16") and _may_use_tiles():
-        found.insert(0, "amx")
-    return tuple(found)
+    found: list[Products] = []
+    for products, needed in _NEEDED[stored].items():
+        if all(map(features.get, needed)) and ("amx-tile" not in needed or _may_use_tiles()):
+            found.append(products)
+    return *found, "float32"
 
 
 def _may_use_tiles() -> bool:

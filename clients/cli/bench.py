@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lattice_serve.clients.cli.options import Dtype, DtypeOption, ModelArgument, QuantizationOption, ThreadsOption
+from lattice_serve.clients.cli.options import DtypeOption, ModelArgument, QuantizationOption, ThreadsOption
 
 if TYPE_CHECKING:
     from lattice_serve.clients.bench_http import Goal, Load, LoadReport
@@ -67,10 +67,9 @@ def offline(
         llm = LLM(model, max_rows=max(*batches, GATE_PROMPTS), prefix_cache_memory=0, **settings)
         progress.update(task, advance=1, description="the machine's limits")
         config = ModelConfig.load(resolve_model(model))
-        stored = config.torch_dtype if dtype is None or dtype is Dtype.auto else dtype.value
-        products = available_products()[0] if stored == "bfloat16" else "float32"
-        ceilings = Ceilings.measure(threads or available_cpus(), products)
         work = Work.of(config, BITS[llm.info.dtype])
+        products = available_products(llm.info.dtype)[0]
+        ceilings = Ceilings.measure(threads or available_cpus(), products, work.weight_bytes)
         runner = OfflineBench(llm, repeats=repeats, work=work, ceilings=ceilings)
         progress.update(task, advance=1, description="check")
         runner.check()

@@ -1,6 +1,6 @@
-"""The matrix unit of x86 (AMX) in Numba kernels: eight tile registers of 16 lines of 64 bytes, and one product of them.
+"""The matrix unit of x86 (AMX) in Numba kernels: eight tile registers of 16 lines of 64 bytes, and products of them.
 
-An output's sum is worked out in one order, 32 of k at a time, whatever the height of the tiles is.
+An output's sum is worked out in one order, a line of k at a time, whatever the height of the tiles is.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lattice_serve.kernels.cpu.lowering import build_pairs, build_widened
 from lattice_serve.kernels.lanes import LANES
 
 TILE = 16
-"""Lines of a tile, and float32 or pairs of bfloat16 of a line."""
+"""Lines of a tile, and float32, int32, pairs of bfloat16 or fours of int8 of a line."""
 TILE_K = 2 * TILE
 """What a line holds of bfloat16."""
+BYTE_TILE_K = 4 * TILE
+"""What a line holds of int8."""
 TILE_BYTES = 4 * TILE * TILE
 
 _FIRST, _LAST = 4, 7
@@ -75,15 +76,16 @@ def block(
     """Sums of `rows` tiles of activations (1, or 2 where all have 16 lines) with `strips` strips of weights.
 
     rows and strips, at most four in product, are literals. x, w and out are addresses, multiples of 64. Tile after tile
-    of activations, each of 32 k, begins at x, those of the second 16 rows x_next bytes on; pairs of k of 16 outputs
-    begin at w, those of the next 16 w_next bytes on. The float32 sums of a row of activations go to out, side by side,
-    those of the next out_next bytes on; if add is true they begin with what is there.
-    Where `whole`, a literal, is 1, the weights are int8, k by k, and become tiles of bfloat16 on the way.
+    of activations, each of a line of k, begins at x, those of the second 16 rows x_next bytes on; tiles of weights for
+    16 outputs, pairs or fours of k in a line, begin at w, those of the next 16 w_next bytes on. The sums of a row of
+    activations go to out, side by side, those of the next out_next bytes on; if add is true they begin with what is
+    there. Where `whole`, a literal, is 1, activations and weights are int8 and sums int32, else bfloat16 and float32.
     """
     literals = (rows, strips, whole)
     if not all(isinstance(number, types.IntegerLiteral) for number in literals):
         raise TypeError("rows, strips and whole of a block must be literals")
     R, S, int8 = (number.literal_value for number in literals)
+    product = "tdpbssd" if int8 else "tdpbf16ps"
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         x, x_next, w, w_next, steps, add, out, out_next = values[3:]
@@ -92,8 +94,6 @@ def block(
         activations = [_BYTE(_FIRST + r) for r in range(R)]
         free = [_BYTE(register) for register in range(_FIRST + R, _LAST + 1)]
         line = _LONG(4 * LANES)
-        wide = cgutils.alloca_once(builder, _BYTE, size=_LONG(len(free) * TILE_BYTES))
-        wide.align = 4 * LANES
 
         def memory(address: Any, *more: Any) -> Any:
             for offset in more:
@@ -101,20 +101,6 @@ def block(
             return builder.inttoptr(address, _MEMORY)
 
         places = {(r, s): memory(out, builder.mul(out_next, _LONG(r * TILE)), _LONG(s * 4 * LANES)) for r, s in cells}
-
-        def weight_tile(s: int, step: Any) -> Any:
-            strip = builder.add(w, builder.mul(w_next, _LONG(s)))
-            if not int8:
-                return memory(strip, builder.mul(step, _LONG(TILE_BYTES)))
-            tile = builder.gep(wide, [_LONG(s % len(free) * TILE_BYTES)])
-            strip = memory(strip, builder.mul(step, _LONG(TILE_BYTES // 2)))
-            for pair in range(TILE):
-                k = [builder.gep(strip, [_LONG((2 * pair + half) * LANES)]) for half in range(2)]
-                bits = build_pairs(builder, *(build_widened(builder, place) for place in k))
-                to = builder.gep(tile, [_LONG(pair * 4 * LANES)])
-                builder.store(bits, builder.bitcast(to, bits.type.as_pointer()), align=4 * LANES)
-            return tile
-
         with builder.if_else(add) as (then, otherwise):
             with then:
                 for cell in cells:
@@ -128,9 +114,9 @@ def block(
                 _call(builder, "tileloadd64", activations[r], memory(x, builder.mul(x_next, _LONG(r)), at), line)
             for s in range(S):
                 weights = free[s % len(free)]
-                _call(builder, "tileloadd64", weights, weight_tile(s, loop.index), line)
+                _call(builder, "tileloadd64", weights, memory(w, builder.mul(w_next, _LONG(s)), at), line)
                 for r in range(R):
-                    _call(builder, "tdpbf16ps", sums[r, s], activations[r], weights)
+                    _call(builder, product, sums[r, s], activations[r], weights)
         for cell in cells:
             _call(builder, "tilestored64", sums[cell], places[cell], out_next)
         return context.get_dummy_value()

@@ -10,32 +10,44 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from lattice_serve.kernels.cpu.amx import TILE, TILE_BYTES, TILE_K, block, configure, release
+from lattice_serve.kernels.cpu.amx import BYTE_TILE_K, TILE, TILE_BYTES, TILE_K, block, configure, release
 from lattice_serve.kernels.cpu.products import tile
 from lattice_serve.kernels.cpu.vector import load, splat, store
+from lattice_serve.kernels.cpu.vnni import dots
 from lattice_serve.kernels.cpu_features import Products
 from lattice_serve.kernels.lanes import LANES, aligned
 
-_BUFFER_BYTES = 256 << 20
-"""Far more than any cache holds."""
+_STREAMS = 4
+"""Places that a thread reads at in turn: more bytes a second than at one."""
 _K = 256
 """Depth of the tile that is run over and over: its operands stay in the first cache."""
 _TILES = 4000
-_PASSES = 5
+_PASSES, _ROUNDS = 5, 8
+"""Rounds of a pass are long enough together for the system to give each thread a processor of its own."""
 
 
-def bandwidth(threads: int) -> float:
-    """Bytes a second that so many threads read from memory together: the best of a few passes."""
-    buffer = aligned(_BUFFER_BYTES // 4, np.float32)
+def bandwidth(threads: int, size: int) -> float:
+    """Bytes a second that so many threads read together, over and over, of so many bytes: the best of a few passes.
+
+    How much of them stays in the last cache is the machine's affair, and that of its neighbours.
+    """
+    streams = threads * _STREAMS
+    share = max(1, size // streams // (8 * LANES)) * 2 * LANES
+    buffer = aligned(streams * share, np.float32)
     buffer.fill(1)  # zeros that nobody has written are one page
-    share = len(buffer) // threads // (8 * LANES) * 8 * LANES
     outs = [np.empty(LANES, dtype=np.float32) for _ in range(threads)]
-    seconds = _best(threads, lambda thread: _read(buffer, thread * share, share, outs[thread]))
-    return 4 * share * threads / seconds
+    seconds = _best(threads, lambda thread: _read(buffer, thread * _STREAMS * share, share, outs[thread]))
+    return buffer.nbytes / seconds
 
 
 def flops(threads: int, products: Products) -> float:
     """Operations a second (a multiply-add is two) of the tiles that such products are made of."""
+    if products in ("amx_int8", "avx512_vnni"):  # two lines of bytes are a row
+        lines, run = (2 * TILE, _byte_blocks) if products == "amx_int8" else (8, _dots)
+        bytes_ = [[aligned(2 * TILE * _K, np.int8) for _ in range(2)] for _ in range(threads)]
+        sums = [aligned(4 * TILE * LANES, np.int32) for _ in range(threads)]
+        seconds = _best(threads, lambda thread: run(*bytes_[thread], sums[thread]))
+        return 2.0 * (lines // 2) * 2 * LANES * _K * _TILES * threads / seconds
     if products == "amx":
         xs = [aligned(2 * TILE * _K, np.uint16) for _ in range(threads)]
         ws = [aligned(2 * LANES * _K // 2, np.uint32) for _ in range(threads)]
@@ -51,28 +63,33 @@ def flops(threads: int, products: Products) -> float:
 
 def _best(threads: int, work: Callable[[int], Any]) -> float:
     """Seconds that `work` takes on all threads at once; the first pass compiles it, and does not count."""
+
+    def rounds(thread: int) -> None:
+        for _ in range(_ROUNDS):
+            work(thread)
+
     work(0)
     taken = []
     for _ in range(_PASSES):
-        team = [threading.Thread(target=work, args=(thread,)) for thread in range(threads)]
+        team = [threading.Thread(target=rounds, args=(thread,)) for thread in range(threads)]
         began = perf_counter()
         for member in team:
             member.start()
         for member in team:
             member.join()
-        taken.append(perf_counter() - began)
+        taken.append((perf_counter() - began) / _ROUNDS)
     return min(taken)
 
 
 @njit(nogil=True, cache=True)
 def _read(buffer: Any, first: int, count: int, out: Any) -> None:
-    """The sum of a part of the buffer, eight vectors at a time, so that no sum waits for another."""
+    """The sum of `_STREAMS` parts of the buffer, two vectors of each at a time, so that no sum waits for another."""
     a = b = c = d = e = f = g = h = splat(np.float32(0))
-    for i in range(first, first + count, 8 * LANES):
+    for i in range(first, first + count, 2 * LANES):
         a, b = a + load(buffer, i), b + load(buffer, i + LANES)
-        c, d = c + load(buffer, i + 2 * LANES), d + load(buffer, i + 3 * LANES)
-        e, f = e + load(buffer, i + 4 * LANES), f + load(buffer, i + 5 * LANES)
-        g, h = g + load(buffer, i + 6 * LANES), h + load(buffer, i + 7 * LANES)
+        c, d = c + load(buffer, i + count), d + load(buffer, i + count + LANES)
+        e, f = e + load(buffer, i + 2 * count), f + load(buffer, i + 2 * count + LANES)
+        g, h = g + load(buffer, i + 3 * count), h + load(buffer, i + 3 * count + LANES)
     store(out, 0, ((a + b) + (c + d)) + ((e + f) + (g + h)))
 
 
@@ -89,3 +106,19 @@ def _blocks(x: Any, w: Any, out: Any) -> None:
     for _ in range(_TILES):
         block(2, 2, 0, x.ctypes.data, size, w.ctypes.data, size, _K // TILE_K, False, out.ctypes.data, row)
     release()
+
+
+@njit(nogil=True, cache=True)
+def _byte_blocks(x: Any, w: Any, sums: Any) -> None:
+    configure(TILE)
+    size, row = _K // BYTE_TILE_K * TILE_BYTES, 2 * 4 * LANES
+    for _ in range(_TILES):
+        block(2, 2, 1, x.ctypes.data, size, w.ctypes.data, size, _K // BYTE_TILE_K, False, sums.ctypes.data, row)
+    release()
+
+
+@njit(nogil=True, cache=True)
+def _dots(x: Any, w: Any, sums: Any) -> None:
+    size, row, offsets = _K // BYTE_TILE_K * TILE_BYTES, 2 * 4 * LANES, np.zeros(8, dtype=np.int32)
+    for _ in range(_TILES):
+        dots(8, 2, x.ctypes.data, w.ctypes.data, size, _K // BYTE_TILE_K, offsets.ctypes.data, sums.ctypes.data, row)

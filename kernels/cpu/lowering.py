@@ -29,20 +29,14 @@ def llvm_function(name: str, arguments: int) -> Any:
 build_fmuladd = llvm_function("fmuladd", 3)
 
 
-def build_pairs(builder: Any, even: Any, odd: Any) -> Any:
-    """`pairs` in LLVM's language."""
-    low = builder.lshr(builder.bitcast(even, WHOLE), ir.Constant(WHOLE, [16] * LANES))
-    return builder.bitcast(builder.or_(builder.bitcast(odd, WHOLE), low), VECTOR)
-
-
 def build_widened(builder: Any, pointer: Any) -> Any:
     """`widened` in LLVM's language."""
     element = pointer.type.pointee
     if element == F32:
         return build_read(builder, pointer)
     values = build_read(builder, pointer, ir.VectorType(element, LANES), align=1)
-    if element.width == 8:
-        return builder.sitofp(builder.sext(values, WHOLE), VECTOR)
+    if element.width == 32:
+        return builder.sitofp(values, VECTOR)
     return builder.bitcast(builder.shl(builder.zext(values, WHOLE), ir.Constant(WHOLE, [16] * LANES)), VECTOR)
 
 
@@ -64,6 +58,14 @@ def build_write(builder: Any, value: Any, pointer: Any, align: int = 4) -> None:
     builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=align)
 
 
+def build_prefetch(builder: Any, pointer: Any) -> None:
+    """Ask for the cache line there; where there is no memory, nothing happens."""
+    full = "llvm.prefetch.p0i8"
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+    function = builder.module.globals.get(full) or ir.Function(builder.module, kind, full)
+    builder.call(function, [pointer, I32(0), I32(3), I32(1)])  # to be read, into the first cache, data
+
+
 def build_rounded(builder: Any, v: Any) -> Any:
     """The bits of the nearest bfloat16, <16 x i16>; a NaN stays one."""
     one, half, high, nan = (ir.Constant(WHOLE, [n] * LANES) for n in (1, 0x7FFF, 16, 0x7FC00000))
@@ -80,6 +82,20 @@ def build_dot_pairs(builder: Any, a: Any, b: Any, c: Any) -> Any:
     kind = ir.FunctionType(VECTOR, [VECTOR, WHOLE, WHOLE])
     function = builder.module.globals.get(full) or ir.Function(builder.module, kind, full)
     return builder.call(function, [c, builder.bitcast(a, WHOLE), builder.bitcast(b, WHOLE)])
+
+
+def build_byte(builder: Any, fours: Any, place: int) -> Any:
+    """Bytes of one place, 0 to 3, of <16 x i32> of four signed bytes each, as float32."""
+    high = builder.shl(fours, ir.Constant(WHOLE, [24 - 8 * place] * LANES))
+    return builder.sitofp(builder.ashr(high, ir.Constant(WHOLE, [24] * LANES)), VECTOR)
+
+
+def build_dot_bytes(builder: Any, unsigned: Any, signed: Any, c: Any) -> Any:
+    """c plus the products of the four bytes of each lane, all <16 x i32>."""
+    full = "llvm.x86.avx512.vpdpbusd.512"
+    kind = ir.FunctionType(WHOLE, [WHOLE] * 3)
+    function = builder.module.globals.get(full) or ir.Function(builder.module, kind, full)
+    return builder.call(function, [c, unsigned, signed])
 
 
 def build_low(builder: Any, pair: Any) -> Any:

@@ -12,6 +12,7 @@ from lattice_serve.kernels.cpu.lowering import (
     VECTOR,
     WHOLE,
     ZERO,
+    build_byte,
     build_dot_pairs,
     build_fmuladd,
     build_halved,
@@ -21,7 +22,6 @@ from lattice_serve.kernels.cpu.lowering import (
     build_pointer,
     build_read,
     build_splat,
-    build_widened,
     build_write,
     checked,
 )
@@ -113,9 +113,11 @@ def tile(
 
     For r < rows and j < 16 vectors, literals both. One accumulator an output, and fused multiply-adds in the order of
     k: how many rows and vectors a tile has changes no bit.
-    x and out are float32 [..]. Vector v of w_k begins at o_w + v w_vector + k w_step where w is float32 or int8 [..];
-    where it is uint32, it is half of what begins at o_w + v w_vector + (k // 2) w_step: the bits of two bfloat16, for
-    even k in the lower half. So two steps of k lie in one element, and it takes one operation to widen either.
+    x and out are float32 [..]. Vector v of w_k begins at o_w + v w_vector + k w_step where w is float32 [..]; where it
+    is uint32, it is half of what begins at o_w + v w_vector + (k // 2) w_step: the bits of two bfloat16, for even k in
+    the lower half. So two steps of k lie in one element, and it takes one operation to widen either. Where it is int32,
+    it is a quarter of what begins at o_w + v w_vector + (k // 4) w_step, a signed byte, the lowest for the first k; K
+    is a multiple of four.
     Where x is uint32, too, k counts pairs, and VDPBF16PS multiplies and adds up both of one at once.
     """
     literals = (rows, vectors)
@@ -148,8 +150,8 @@ def tile(
                     place = sums[r, v]
                     builder.store(multiply(builder, factors[r], weights[v], builder.load(place)), place)
 
-        def both_of(k: Any) -> list[Any]:
-            at = builder.mul(builder.lshr(k, index(1)), w_step)
+        def bits_of(k: Any, in_one: int) -> list[Any]:
+            at = builder.mul(builder.udiv(k, index(in_one)), w_step)
             return [build_read(builder, builder.gep(vector, [at]), WHOLE) for vector in w_vectors]
 
         for cell in cells:
@@ -157,16 +159,20 @@ def tile(
         if signature.args[5].dtype == types.uint32 and not paired:
             even = builder.and_(K, index(-2))
             with cgutils.for_range_slice(builder, index(0), even, index(2), index) as (k, _):
-                both = both_of(k)
+                both = bits_of(k, 2)
                 step(k, [build_low(builder, pair) for pair in both])
                 step(builder.add(k, index(1)), [build_high(builder, pair) for pair in both])
             with builder.if_then(builder.icmp_signed("<", even, K)):
-                step(even, [build_low(builder, pair) for pair in both_of(even)])
+                step(even, [build_low(builder, pair) for pair in bits_of(even, 2)])
+        elif signature.args[5].dtype == types.int32:
+            with cgutils.for_range_slice(builder, index(0), K, index(4), index) as (k, _):
+                fours = bits_of(k, 4)
+                for place in range(4):
+                    step(builder.add(k, index(place)), [build_byte(builder, four, place) for four in fours])
         else:
             with cgutils.for_range(builder, K, intp=index) as loop:
                 at = builder.mul(loop.index, w_step)
-                weights = [builder.gep(vector, [at]) for vector in w_vectors]
-                step(loop.index, [(build_read if paired else build_widened)(builder, place) for place in weights])
+                step(loop.index, [build_read(builder, builder.gep(vector, [at])) for vector in w_vectors])
         for cell in cells:
             build_write(builder, builder.load(sums[cell]), places[cell])
         return context.get_dummy_value()

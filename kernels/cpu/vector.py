@@ -16,13 +16,13 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, lower_builtin, register_model, type_callable
 
 from lattice_serve.kernels.cpu.lowering import (
+    F32,
     I32,
     VECTOR,
     WHOLE,
     build_fmuladd,
     build_halved,
     build_neighbours,
-    build_pairs,
     build_pointer,
     build_read,
     build_rounded,
@@ -93,6 +93,12 @@ def floor(typingctx: Any, a: Any) -> Any:
 
 
 @intrinsic
+def nearest(typingctx: Any, a: Any) -> Any:
+    """The nearest whole number, the even one on a tie."""
+    return _elementwise(llvm_function("rint", 1), 1)
+
+
+@intrinsic
 def maximum(typingctx: Any, a: Any, b: Any) -> Any:
     """The larger; b where either is NaN."""
     return _elementwise(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b), 2)
@@ -108,6 +114,22 @@ def minimum(typingctx: Any, a: Any, b: Any) -> Any:
 def unless_nan(typingctx: Any, value: Any, x: Any) -> Any:
     """value, but x where x is NaN."""
     return _elementwise(lambda builder, value, x: builder.select(builder.fcmp_unordered("uno", x, x), x, value), 2)
+
+
+def _build_size(builder: Any, v: Any) -> Any:
+    """The bits of |v|: whole numbers that are in the order of what they stand for, with NaN beyond all."""
+    return builder.and_(builder.bitcast(v, WHOLE), ir.Constant(WHOLE, [0x7FFFFFFF] * LANES))
+
+
+@intrinsic
+def larger(typingctx: Any, a: Any, b: Any) -> Any:
+    """The larger of |a| and |b|; NaN where either is."""
+
+    def build(builder: Any, a: Any, b: Any) -> Any:
+        a, b = _build_size(builder, a), _build_size(builder, b)
+        return builder.bitcast(builder.select(builder.icmp_signed(">", a, b), a, b), VECTOR)
+
+    return _elementwise(build, 2)
 
 
 @intrinsic
@@ -169,9 +191,18 @@ def store_bf16(typingctx: Any, array: Any, offset: Any, value: Any) -> Any:
 
 
 @intrinsic
-def pairs(typingctx: Any, even: Any, odd: Any) -> Any:
-    """The bits of two vectors of whole bfloat16 in one: those of even in the lower halves."""
-    return _elementwise(build_pairs, 2)
+def store_int8(typingctx: Any, array: Any, offset: Any, value: Any) -> Any:
+    """Write a vector of whole numbers from -128 to 127 to elements `offset` to `offset + 16` of an int8 array [n]."""
+    if array.dtype != types.int8:
+        raise TypeError(f"int8 lie in an int8 array, not in {array}")
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        array, offset, value = values
+        whole = builder.trunc(builder.fptosi(value, WHOLE), ir.VectorType(ir.IntType(8), LANES))
+        build_write(builder, whole, build_pointer(context, builder, signature.args[0], array, offset), 1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, _vector), codegen
 
 
 @intrinsic
@@ -188,6 +219,19 @@ def total(typingctx: Any, v: Any) -> Any:
 
 
 @intrinsic
+def largest(typingctx: Any, v: Any) -> Any:
+    """The largest of the lanes without their signs; NaN where one is."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        full = f"llvm.vector.reduce.smax.v{LANES}i32"
+        known = builder.module.globals.get(full)
+        function = known or ir.Function(builder.module, ir.FunctionType(I32, [WHOLE]), full)
+        return builder.bitcast(builder.call(function, [_build_size(builder, values[0])]), F32)
+
+    return types.float32(_vector), codegen
+
+
+@intrinsic
 def first(typingctx: Any, v: Any) -> Any:
     """The first lane."""
 
@@ -199,7 +243,7 @@ def first(typingctx: Any, v: Any) -> Any:
 
 @intrinsic
 def widened(typingctx: Any, w: Any, offset: Any) -> Any:
-    """Elements `offset` to `offset + 16` of w [..] as float32: float32, int8, or uint16 with the bits of bfloat16."""
+    """Elements `offset` to `offset + 16` of w [..] as float32: float32, int32, or uint16 with the bits of bfloat16."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         return build_widened(builder, build_pointer(context, builder, signature.args[0], *values))

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from lattice_serve.kernels.cpu.team import Team, enter, finish, leave, take, wait_for
 from lattice_serve.kernels.cpu.vector import store, widened
-from lattice_serve.kernels.cpu_features import Products, available_products, vectors
+from lattice_serve.kernels.cpu_features import Products, Stored, available_products, vectors
 from lattice_serve.kernels.decoder.weights import DecoderWeights, Packer
 from lattice_serve.kernels.lanes import LANES, aligned, padded
-from lattice_serve.kernels.linear.activations import activations
+from lattice_serve.kernels.linear.activations import activations, has_to_settle, settle
 from lattice_serve.kernels.linear.cpu import PANEL, linear, panel_count, scratch_size
 from lattice_serve.kernels.mixer.block import MixerBlock
 from lattice_serve.kernels.mixer.cpu import mix_head
@@ -34,7 +34,15 @@ from lattice_serve.kernels.swiglu.cpu import swiglu
 
 _ROWS = 8
 """Rows of an item that works row by row."""
-_NAMES: dict[Products, str] = {"amx": "bfloat16 by AMX, ", "avx512_bf16": "bfloat16 by VDPBF16PS, ", "float32": ""}
+_GATES_UPS = 8
+"""Panels of gates and ups that are worked out before SwiGLU takes them, times rows, where these are few."""
+_NAMES: dict[Products, str] = {
+    "amx_int8": "int8 by AMX, ",
+    "avx512_vnni": "int8 by VPDPBUSD, ",
+    "amx": "bfloat16 by AMX, ",
+    "avx512_bf16": "bfloat16 by VDPBF16PS, ",
+    "float32": "",
+}
 
 
 class CpuDecoder:
@@ -49,18 +57,19 @@ class CpuDecoder:
     ) -> None:  # fmt: skip
         """pool: [rows, row_size] float32, the state rows; they are read and written in place, always.
 
-        products: what multiplies with matrices of bfloat16, the fastest there is unless given; those of float32 are
-        multiplied in float32. Raises ValueError for what this processor does not have.
+        products: what multiplies with matrices as they are stored, the fastest there is unless given. Raises ValueError
+        for what this processor does not have.
         Steps of fewer multiply-adds than `parallel_from` (a fifth of a millisecond) are one thread's: they are not
         worth the meeting of several.
         """
         block = MixerBlock(layout)
         V, hidden = weights.head.shape
         intermediate = weights.layers[0].down_proj.shape[1]
-        if weights.head.dtype == torch.float32:
-            products = "float32"
-        elif products is None:
-            products = available_products()[0]
+        stored: Stored = quantization or ("float32" if weights.head.dtype == torch.float32 else "bfloat16")
+        available = available_products(stored)
+        products = products or available[0]
+        if products not in available:
+            raise ValueError(f"products: {stored} is multiplied here by {', '.join(available)}, not {products}")
         pack = Packer(quantization)
         table = []
         for layer in weights.layers:
@@ -74,16 +83,16 @@ class CpuDecoder:
                 gate_up.flatten(0, 2),
                 layer.down_proj,
             )
-            lines = (layer.mixer_norm.float().numpy(), block.small(layer.mixer), layer.mlp_norm.float().numpy())
+            vectors_ = (layer.mixer_norm.float().numpy(), block.small(layer.mixer), layer.mlp_norm.float().numpy())
             places = [place for matrix in matrices for place in pack.matrix(matrix)]
-            table.append(places + [pack.vector(line) for line in lines])
+            table.append(places + [pack.vector(each) for each in vectors_])
         ends = (*pack.matrix(weights.head), pack.vector(weights.norm.float().numpy()))
         strips, scales, small = pack.arrays()
-        stored = weights.embedding.detach().contiguous()
+        lines = weights.embedding.detach().contiguous()
         if hidden % LANES:
-            stored = F.pad(stored, (0, padded(hidden) - hidden))
-        self._embedding = stored  # keeps alive what the array below shows
-        embedding = (stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored).numpy().reshape(-1)
+            lines = F.pad(lines, (0, padded(hidden) - hidden))
+        self._embedding = lines  # keeps alive what the array below shows
+        embedding = (lines.view(torch.uint16) if lines.dtype == torch.bfloat16 else lines).numpy().reshape(-1)
         widths = (hidden, block.in_width, block.out_width, intermediate, V)
         self._parallel_from = parallel_from
         self.name = f"{vectors()}, {_NAMES[products]}{threads} {'thread' if threads == 1 else 'threads'}"
@@ -101,7 +110,7 @@ class CpuDecoder:
             hidden, block.out_width, intermediate, hidden))  # fmt: skip
         self._logits, self._final = logits.reshape(max_tokens, -1), final.reshape(max_tokens, -1)
         self._hidden_size = hidden
-        gate_up = aligned(threads * max_tokens * PANEL, np.float32).reshape(threads, -1)
+        gate_up = aligned(threads * max(max_tokens, _GATES_UPS) * PANEL, np.float32).reshape(threads, -1)
         need = padded(max(block.scratch_size, *map(scratch_size, (hidden, block.out_width, intermediate))))
         self.nbytes = sum(array.nbytes for array in (strips, scales, small))
         self._products = sum(matrix.numel() for layer in weights.layers for matrix in (
@@ -143,8 +152,13 @@ class CpuDecoder:
 
 @njit(cache=True)
 def _parts(units: int, threads: int) -> int:
-    """Items of all but equally many units: a few a thread, or one for a thread alone."""
-    return min(units, 1 if threads == 1 else 4 * threads)
+    """Items of equally many units where it can be, else nearly so: a few a thread, or one for a thread alone."""
+    if threads == 1:
+        return min(units, 1)
+    for count in range(4 * threads, threads, -threads):
+        if units % count == 0:
+            return min(units, count)
+    return min(units, 4 * threads)
 
 
 @njit(cache=True)
@@ -167,6 +181,18 @@ def _linear_phase(
     return ticket, base + count
 
 
+@njit(cache=True)
+def _settle_phase(sync: Any, ticket: int, base: int, x: Any, M: int, K: int) -> tuple[int, int]:
+    count = _items(M, _ROWS) if has_to_settle(x) else 0
+    while ticket < base + count:
+        wait_for(sync, base)
+        first = (ticket - base) * _ROWS
+        for t in range(first, min(first + _ROWS, M)):
+            settle(x, t, K)
+        ticket = finish(sync)
+    return ticket, base + count
+
+
 @njit(nogil=True, cache=True)
 def _work(
     thread: int, sync: Any, step: Any, ids: Any, segments: Any, wanted: Any, S: Any, sizes: Any, places: Any, dims: Any,
@@ -179,6 +205,7 @@ def _work(
     row_size, layer_size, head_size = sizes[0], sizes[1], sizes[2]
     H = dims[0]
     scratch, gate_up = scratches[thread], gates_ups[thread]
+    together = max(1, _GATES_UPS // M)
     by_rows = _items(M, _ROWS)
     base = 0
     ticket = take(sync)
@@ -213,6 +240,7 @@ def _work(
                 )  # fmt: skip
             ticket = finish(sync)
         base += count
+        ticket, base = _settle_phase(sync, ticket, base, mixed, M, y_width)
         ticket, base = _linear_phase(
             sync, ticket, base, threads, w, at[2], scales, at[3], width, y_width, mixed, M, x, row, True, scratch
         )
@@ -227,16 +255,22 @@ def _work(
         count = _parts(panels, threads)
         while ticket < base + count:
             wait_for(sync, base)
-            for panel in range((ticket - base) * panels // count, (ticket - base + 1) * panels // count):
+            first, last = (ticket - base) * panels // count, (ticket - base + 1) * panels // count
+            while first < last:
+                end = min(first + together, last)
                 linear(
-                    w, at[4], scales, at[5], 2 * inner_row, width, normed, M, gate_up, 0, PANEL, False, panel,
-                    panel + 1, scratch,
+                    w, at[4], scales, at[5], 2 * inner_row, width, normed, M, gate_up, 0, together * PANEL, False,
+                    first, end, scratch,
                 )  # fmt: skip
-                k = panel * PANEL // 2
-                for t in range(M):
-                    swiglu(gate_up, t * PANEL, min(PANEL // 2, inner - k), act, t, inner, k)
+                for panel in range(first, end):
+                    k = panel * PANEL // 2
+                    for t in range(M):
+                        place = (t * together + panel - first) * PANEL
+                        swiglu(gate_up, place, min(PANEL // 2, inner - k), act, t, inner, k)
+                first = end
             ticket = finish(sync)
         base += count
+        ticket, base = _settle_phase(sync, ticket, base, act, M, inner)
         ticket, base = _linear_phase(
             sync, ticket, base, threads, w, at[6], scales, at[7], width, inner, act, M, x, row, True, scratch
         )

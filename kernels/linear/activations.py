@@ -1,47 +1,100 @@
 """How the rows that a weight is multiplied with lie in memory: as the unit that multiplies wants to read them.
 
-The type of the array says which that is, so that kernels are compiled for it:
+The type says which that is, so that kernels are compiled for it:
 
     float32 [rows, padded(K)]                    fused multiply-adds
     uint32 [rows, padded(K) / 2]                 VDPBF16PS: the bits of two bfloat16, even k in the lower half
     uint16 [ceil(rows / 16), ceil(K / 32), 16, 32]     AMX: tiles, the bits of bfloat16
+    `ByteTiles`, `ByteVectors`                   AMX of int8, AVX512_VNNI: whole numbers of two bytes, a scale a row
 
 Where there is no k any more there are zeros.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from lattice_serve.kernels.cpu.amx import TILE, TILE_K
-from lattice_serve.kernels.cpu.vector import load, store, store_bf16
-from lattice_serve.kernels.cpu_features import Products, available_products
+from lattice_serve.kernels.cpu.amx import BYTE_TILE_K, TILE, TILE_K
+from lattice_serve.kernels.cpu.vector import (
+    floor,
+    fma,
+    larger,
+    largest,
+    load,
+    maximum,
+    minimum,
+    nearest,
+    splat,
+    store,
+    store_bf16,
+    store_int8,
+    total,
+)
+from lattice_serve.kernels.cpu_features import Products
 from lattice_serve.kernels.lanes import LANES, aligned, padded
 
-_TYPES = {"float32": (np.float32, 1), "avx512_bf16": (np.uint32, 2), "amx": (np.uint16, 1)}
+_STEPS = 32639
+"""The largest whole number whose higher byte, 256 times as much, is not beyond 127 when the lower is -128 to 127."""
+_NEXT_BYTE, _HALF_BYTE = np.float32(1 / 256), np.float32(128)
+_LEAST = np.float32(2**-100)
+"""A row none of whose values is larger counts as zeros: its steps would be too small for float32."""
+
+
+class ByteTiles(NamedTuple):
+    """Rows of whole numbers, each the largest |x| / 32639 wide, for the matrix unit and for vectors beside it."""
+
+    rows: Any
+    """float32 [rows, padded(K)]: what is put, before a row is whole and can be settled."""
+    lines: Any
+    """int8 [ceil(2 rows / 16), ceil(K / 64), 16, 64]: two lines a row, the higher bytes and the lower, signed both."""
+    offsets: Any
+    """int32 [2 rows]: 128 times the sum of each line."""
+    scales: Any
+    """float32 [rows]: how wide a whole number is. Not finite where the row is not."""
+
+
+class ByteVectors(NamedTuple):
+    """The same, where vectors are all that multiplies."""
+
+    rows: Any
+    lines: Any
+    offsets: Any
+    scales: Any
 
 
 def activations(products: Products, rows: int, K: int) -> Any:
-    """Room for so many rows of K, flat, zeros. Raises ValueError for what this processor does not have."""
-    if products not in available_products():
-        raise ValueError(f"products: this processor has {', '.join(available_products())}, not {products}")
-    dtype, halves = _TYPES[products]
+    """Room for so many rows of K, zeros."""
     if products == "amx":
-        return aligned(-(-rows // TILE) * TILE * -(-K // TILE_K) * TILE_K, dtype)
-    return aligned(rows * padded(K) // halves, dtype)
+        return aligned(-(-rows // TILE) * TILE * -(-K // TILE_K) * TILE_K, np.uint16)
+    if products == "avx512_bf16":
+        return aligned(rows * padded(K) // 2, np.uint32)
+    plain = aligned(rows * padded(K), np.float32)
+    if products == "float32":
+        return plain
+    lines = -(-2 * rows // TILE) * TILE
+    kind = ByteTiles if products == "amx_int8" else ByteVectors
+    return kind(
+        plain, aligned(lines * -(-K // BYTE_TILE_K) * BYTE_TILE_K, np.int8), aligned(lines, np.int32),
+        aligned(rows, np.float32),
+    )  # fmt: skip
 
 
 def put(x: Any, row: int, K: int, k: int, value: Any) -> None:
-    """Write a vector to k to k + 16, k a multiple of 16, of a row of activations of K; in compiled code only."""
+    """Write a vector to k to k + 16, k a multiple of 16, of a row of activations of K; in compiled code only.
+
+    A row of whole numbers has to be settled then.
+    """
     raise NotImplementedError
 
 
 @overload(put, strict=False)
 def _put(x: Any, row: Any, K: Any, k: Any, value: Any) -> Any:
+    if isinstance(x, types.BaseTuple):
+        return lambda x, row, K, k, value: store(x.rows, row * padded(K) + k, value)
     if x.dtype == types.float32:
         return lambda x, row, K, k, value: store(x, row * padded(K) + k, value)
     if x.dtype == types.uint32:
@@ -54,9 +107,59 @@ def _put(x: Any, row: Any, K: Any, k: Any, value: Any) -> Any:
     return tiled
 
 
+def has_to_settle(x: Any) -> bool:
+    """Whether such activations are good only after `settle`; in compiled code only."""
+    raise NotImplementedError
+
+
+@overload(has_to_settle, strict=False)
+def _has_to_settle(x: Any) -> Any:
+    settles = isinstance(x, types.BaseTuple)
+    return lambda x: settles
+
+
+def settle(x: Any, row: int, K: int) -> None:
+    """Make what was put into a row of K ready to be multiplied; in compiled code only."""
+    raise NotImplementedError
+
+
+@overload(settle, strict=False)
+def _settle(x: Any, row: Any, K: Any) -> Any:
+    if isinstance(x, types.BaseTuple):
+        return lambda x, row, K: _round(x.rows, x.lines, x.offsets, x.scales, row, K)
+    return lambda x, row, K: None
+
+
+@njit(cache=True)
+def _round(rows: Any, lines: Any, offsets: Any, scales: Any, row: int, K: int) -> None:
+    begin, end, limit = row * padded(K), padded(K), splat(np.float32(_STEPS))
+    most = splat(np.float32(0))
+    for k in range(0, end, LANES):
+        most = larger(most, load(rows, begin + k))
+    peak = largest(most)
+    scale = steps = np.float32(0)
+    if not peak < _LEAST:  # NaN is not
+        scale, steps = peak / np.float32(_STEPS), np.float32(_STEPS) / peak
+    scales[row] = scale
+    high_sums = low_sums = splat(np.float32(0))
+    tile, line = 2 * row // TILE * -(-K // BYTE_TILE_K), 2 * row % TILE
+    for k in range(0, end, LANES):
+        # Held in bounds for the sake of what is not finite: it may be any number, as the scale is not finite either.
+        value = maximum(minimum(nearest(load(rows, begin + k) * splat(steps)), limit), -limit)
+        high = floor((value + splat(_HALF_BYTE)) * splat(_NEXT_BYTE))
+        low = fma(high, splat(np.float32(-256)), value)
+        o = ((tile + k // BYTE_TILE_K) * TILE + line) * BYTE_TILE_K + k % BYTE_TILE_K
+        store_int8(lines, o, high)
+        store_int8(lines, o + BYTE_TILE_K, low)
+        high_sums, low_sums = high_sums + high, low_sums + low
+    offsets[2 * row] = 128 * np.int32(total(high_sums))
+    offsets[2 * row + 1] = 128 * np.int32(total(low_sums))
+
+
 @njit(cache=True)
 def fill(rows: Any, M: int, K: int, x: Any) -> None:
     """Write rows, float32 [M padded(K)], to activations."""
     for row in range(M):
         for k in range(0, K, LANES):
             put(x, row, K, k, load(rows, row * padded(K) + k))
+        settle(x, row, K)

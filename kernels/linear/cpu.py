@@ -5,8 +5,8 @@ number of threads. Weights are packed once into strips of 16 outputs, k by k, th
 are multiplied at the speed of memory, many at that of the processor's multipliers. Sums are float32.
 
 What multiplies follows from how the activations lie (`kernels.linear.activations`): float32 by fused multiply-adds
-with weights that are widened on the way; bfloat16 by VDPBF16PS, in pairs of k, or by AMX, 32 of k at once. These want
-weights of bfloat16: int8 are widened, exactly, strip by strip into memory that stays in the second-level cache.
+with weights that are widened on the way; bfloat16 by VDPBF16PS, in pairs of k, or by AMX, 32 of k at once; whole
+numbers with weights of int8 by AMX or by vectors of bytes (`kernels.linear.int8`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from numba import njit, types
 from numba.extending import overload, register_jitable
 from torch import Tensor
 
-from lattice_serve.kernels.cpu.amx import TILE, TILE_BYTES, TILE_K, block, configure, release
+from lattice_serve.kernels.cpu.amx import BYTE_TILE_K, TILE, TILE_BYTES, TILE_K, block, configure, release
 from lattice_serve.kernels.cpu.products import tile
-from lattice_serve.kernels.cpu.vector import load, pairs, splat, store, widened
-from lattice_serve.kernels.cpu_features import Products
+from lattice_serve.kernels.cpu.vector import load, splat, store
+from lattice_serve.kernels.cpu_features import Products, Stored, available_products
 from lattice_serve.kernels.lanes import LANES, aligned, padded
-from lattice_serve.kernels.linear.activations import activations, fill
+from lattice_serve.kernels.linear.activations import ByteTiles, activations, fill
+from lattice_serve.kernels.linear.int8 import FEW, LARGEST_K, by_tiles_of_bytes, by_vectors_of_bytes
 from lattice_serve.kernels.linear.quantize import quantize
 
 PANEL = 64
@@ -44,7 +45,8 @@ class PackedWeight:
     N: int
     K: int
     strips: Any
-    """float32 or int8 [padded(N) K], or uint32 [padded(N) (K + 1) // 2] with the bits of two bfloat16."""
+    """float32 [padded(N) K], or uint32 [padded(N) (K + 1) // 2] with the bits of two bfloat16, or int8, fours of k of
+    16 outputs in turn, with zeros to the end of the last tile."""
     scales: Any
     """float32 [padded(N)], one an output, where the strips are int8; else [0]."""
 
@@ -56,12 +58,22 @@ class PackedWeight:
 
     @classmethod
     def quantized(cls, weight: Tensor) -> PackedWeight:
-        """weight [N, K] as int8 with a scale for each output; see `linear.quantize`."""
+        """weight [N, K] as int8 with a scale for each output; see `linear.quantize`.
+
+        Raises ValueError where K is so large that sums of whole numbers might not fit.
+        """
+        if weight.shape[1] > LARGEST_K:
+            raise ValueError(f"a matrix of {weight.shape[1]} inputs is too wide for int8: leave quantization out")
         whole, scales = quantize(weight)
         filled = torch.zeros(padded(len(weight)))
         filled[: len(weight)] = scales
         N, K = weight.shape
         return cls(N, K, _pack(whole), filled.numpy())
+
+    @property
+    def stored(self) -> Stored:
+        kinds: dict[str, Stored] = {"float32": "float32", "uint32": "bfloat16", "int8": "int8"}
+        return kinds[self.strips.dtype.name]
 
     @property
     def nbytes(self) -> int:
@@ -70,12 +82,13 @@ class PackedWeight:
     def __call__(self, x: Tensor, products: Products = "float32") -> Tensor:
         """x [M, K] float32 and contiguous -> [M, N] float32. Raises ValueError when it is not.
 
-        Unless products are of float32, x is rounded to bfloat16, and weights must not be float32.
+        Unless products are of float32, x is rounded: to bfloat16, or to whole numbers of two bytes. The weight must be
+        what they multiply.
         """
         if x.ndim != 2 or x.shape[1] != self.K or x.dtype != torch.float32 or not x.is_contiguous():
             raise ValueError(f"x must be contiguous float32 [M, {self.K}], not {x.dtype} {tuple(x.shape)}")
-        if products != "float32" and self.strips.dtype == np.float32:
-            raise ValueError(f"weights are float32: {products} multiplies bfloat16 and int8")
+        if products not in (available := available_products(self.stored)):
+            raise ValueError(f"weights of {self.stored} are multiplied here by {', '.join(available)}, not {products}")
         M, N = len(x), padded(self.N)
         rows, out = np.zeros((M, padded(self.K)), dtype=np.float32), aligned(M * N, np.float32)
         rows[:, : self.K] = x.numpy()
@@ -90,18 +103,19 @@ class PackedWeight:
 
 def scratch_size(K: int) -> int:
     """Floats that `linear` wants of its thread, on a cache line."""
-    return _SUMS + _STRIPS * _widened_size(K)
+    return _SUMS + _STRIPS * _filled_size(K)
 
 
 def _pack(weight: Tensor) -> Any:
     N, K = weight.shape
-    halves = 2 if weight.dtype == torch.bfloat16 else 1
-    whole = weight.detach().new_zeros(padded(N), -(-K // halves) * halves)
-    whole[:N, :K] = weight.detach()
-    view = whole.view(-1, LANES, whole.shape[1] // halves, halves).movedim(1, 2)
-    strips = torch.from_numpy(aligned(whole.numel() * whole.itemsize, np.uint8)).view(whole.dtype)
+    # k that lie side by side for each output, and what K is filled up to.
+    together, whole = {torch.bfloat16: (2, 2), torch.int8: (4, BYTE_TILE_K)}.get(weight.dtype, (1, 1))
+    filled = weight.detach().new_zeros(padded(N), -(-K // whole) * whole)
+    filled[:N, :K] = weight.detach()
+    view = filled.view(-1, LANES, filled.shape[1] // together, together).movedim(1, 2)
+    strips = torch.from_numpy(aligned(filled.numel() * filled.itemsize, np.uint8)).view(filled.dtype)
     strips.view(view.shape).copy_(view)
-    return strips.view(torch.uint32).numpy() if halves == 2 else strips.numpy()
+    return strips.view(torch.uint32).numpy() if weight.dtype == torch.bfloat16 else strips.numpy()
 
 
 @njit(cache=True)
@@ -111,7 +125,7 @@ def panel_count(N: int) -> int:
 
 @njit(cache=True)
 def _emit(sums: Any, o_sums: int, row: int, column: int, n: int, to: Any) -> None:
-    """n sums to their place in a panel."""
+    """n sums to their place in a row, the first of the panels at its start."""
     scales, o_s, out, o_out, out_row, add = to
     o = o_out + row * out_row + column
     for j in range(0, n, LANES):
@@ -142,12 +156,12 @@ def _rows(rows: int, x: Any, o_x: int, x_row: int, w: Any, o_w: int, K: int, sum
 
 @njit(cache=True)
 def _by_vectors(
-    w: Any, o_w: int, size: int, strips: int, steps: int, x: Any, x_row: int, M: int, sums: Any, to: Any
+    w: Any, o_w: int, size: int, strips: int, steps: int, x: Any, x_row: int, M: int, sums: Any, column: int, to: Any
 ) -> None:
-    """A panel of strips that are `size` apart, in so many steps along x_row."""
+    """A panel of strips that are `size` apart, in so many steps along x_row; column: of its first output."""
     if M == 1 and strips == _STRIPS:
         tile(1, 4, x, 0, 0, w, o_w, LANES, size, steps, sums, 0, 0)
-        _emit(sums, 0, 0, 0, PANEL, to)
+        _emit(sums, 0, 0, column, PANEL, to)
         return
     for s in range(strips):
         i = 0
@@ -156,18 +170,15 @@ def _by_vectors(
             rows = -(-(M - i) // -(-(M - i) // _ROWS))
             _rows(rows, x, i * x_row, x_row, w, o_w + s * size, steps, sums)
             for r in range(rows):
-                _emit(sums, r * LANES, i + r, s * LANES, LANES, to)
+                _emit(sums, r * LANES, i + r, column + s * LANES, LANES, to)
             i += rows
 
 
 @njit(cache=True)
-def _by_tiles(w: int, size: int, whole: bool, strips: int, steps: int, x: int, M: int, sums: Any, to: Any) -> None:
-    """A panel of strips that are `size` bytes apart, of int8 if whole; x and w are addresses.
-
-    Sums that are not scaled are worked out where they go to.
-    """
-    scales, _, out, o_out, out_row, add = to
-    scaled = len(scales) > 0
+def _by_tiles(
+    w: int, size: int, strips: int, steps: int, x: int, M: int, out: int, out_row: int, add: bool
+) -> None:  # fmt: skip
+    """A panel of strips that are `size` bytes apart, worked out where it goes to; w, x and out are addresses."""
     i = 0
     while i < M:
         rows, height = min(M - i, TILE), 1
@@ -178,116 +189,132 @@ def _by_tiles(w: int, size: int, whole: bool, strips: int, steps: int, x: int, M
             configure(min(rows, TILE))
         at, x_next = x + i // TILE * steps * TILE_BYTES, steps * TILE_BYTES
         for s in range(0, strips, width):
-            place, next_row = out.ctypes.data + 4 * (o_out + i * out_row + s * LANES), 4 * out_row
-            if scaled:
-                place, next_row = sums.ctypes.data, 4 * width * LANES
-            begins, o_w = add and not scaled, w + s * size
-            if whole and height == 2:
-                block(2, 2, 1, at, x_next, o_w, size, steps, begins, place, next_row)
-            elif whole and width == _STRIPS:
-                block(1, 4, 1, at, x_next, o_w, size, steps, begins, place, next_row)
-            elif whole:
-                block(1, 1, 1, at, x_next, o_w, size, steps, begins, place, next_row)
-            elif height == 2:
-                block(2, 2, 0, at, x_next, o_w, size, steps, begins, place, next_row)
+            place, next_row = out + 4 * (i * out_row + s * LANES), 4 * out_row
+            if height == 2:
+                block(2, 2, 0, at, x_next, w + s * size, size, steps, add, place, next_row)
             elif width == _STRIPS:
-                block(1, 4, 0, at, x_next, o_w, size, steps, begins, place, next_row)
+                block(1, 4, 0, at, x_next, w + s * size, size, steps, add, place, next_row)
             else:
-                block(1, 1, 0, at, x_next, o_w, size, steps, begins, place, next_row)
-            if scaled:
-                for r in range(rows):
-                    _emit(sums, r * width * LANES, i + r, s * LANES, width * LANES, to)
+                block(1, 1, 0, at, x_next, w + s * size, size, steps, add, place, next_row)
         i += rows
     release()
 
 
-def _panel(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
-    """A panel of strips by what multiplies activations such as x; in compiled code only."""
+@njit(cache=True)
+def _strips_of(panel: int, N: int) -> int:
+    return min(_STRIPS, padded(N) // LANES - panel * _STRIPS)
+
+
+def _panels(
+    w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
+) -> None:  # fmt: skip
+    """Panels by what multiplies activations such as x; in compiled code only.
+
+    What is looked up in arrays is looked up once for all of them: at one row a panel takes but a microsecond.
+    """
     raise NotImplementedError
 
 
-@overload(_panel, strict=False)
-def _panel_of(w: Any, o_w: Any, strips: Any, K: Any, x: Any, M: Any, scratch: Any, to: Any) -> Any:
-    def by_float32(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
-        _by_vectors(w, o_w, _strip_size(K, w), strips, K, x, padded(K), M, scratch, to)
+@overload(_panels, strict=False)
+def _panels_of(
+    w: Any, o_w: Any, N: Any, K: Any, x: Any, M: Any, first: Any, last: Any, scratch: Any, to: Any
+) -> Any:  # fmt: skip
+    def by_float32(
+        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
+    ) -> None:  # fmt: skip
+        size = _strip_size(K, w)
+        for panel in range(first, last):
+            at, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
+            _by_vectors(w, at, size, strips, K, x, padded(K), M, scratch, panel * PANEL, to)
 
-    def by_pairs(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
-        _by_vectors(w, o_w, _strip_size(K, w), strips, (K + 1) // 2, x, padded(K) // 2, M, scratch, to)
+    def by_float32_of_int8(
+        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
+    ) -> None:  # fmt: skip
+        fours, size, steps = w.view(np.int32), _strip_size(K, w) // 4, -(-K // 4) * 4
+        for panel in range(first, last):
+            at, strips = o_w // 4 + panel * _STRIPS * size, _strips_of(panel, N)
+            _by_vectors(fours, at, size, strips, steps, x, padded(K), M, scratch, panel * PANEL, to)
 
-    def by_pairs_of_int8(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
-        _widen(w, o_w, strips, K, scratch, _SUMS)
-        wide, size = scratch.view(np.uint32), _widened_size(K)
-        _by_vectors(wide, _SUMS, size, strips, (K + 1) // 2, x, padded(K) // 2, M, scratch, to)
+    def by_pairs(
+        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
+    ) -> None:  # fmt: skip
+        size = _strip_size(K, w)
+        for panel in range(first, last):
+            at, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
+            _by_vectors(w, at, size, strips, (K + 1) // 2, x, padded(K) // 2, M, scratch, panel * PANEL, to)
 
-    def by_tiles(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
-        at, size, steps = w.ctypes.data + 4 * o_w, 4 * _strip_size(K, w), -(-K // TILE_K)
-        if K % TILE_K > 0:
-            _widen(w, o_w, strips, K, scratch, _SUMS)
-            at, size = scratch.ctypes.data + 4 * _SUMS, 4 * _widened_size(K)
-        _by_tiles(at, size, False, strips, steps, x.ctypes.data, M, scratch, to)
+    def by_tiles(
+        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
+    ) -> None:  # fmt: skip
+        _, _, out, o_out, out_row, add = to
+        size, steps, place = _strip_size(K, w), -(-K // TILE_K), out.ctypes.data + 4 * o_out
+        weights, filled, rows = w.ctypes.data, scratch.ctypes.data + 4 * _SUMS, x.ctypes.data
+        for panel in range(first, last):
+            o, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
+            at, bytes_ = weights + 4 * o, 4 * size
+            if K % TILE_K > 0:
+                _fill_tiles(w, o, strips, K, scratch, _SUMS)
+                at, bytes_ = filled, 4 * _filled_size(K)
+            _by_tiles(at, bytes_, strips, steps, rows, M, place + 4 * panel * PANEL, out_row, add)
 
-    def by_tiles_of_int8(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
-        # Few rows wait for memory, which must not wait for them: each tile is widened as it comes. Many share it.
-        at, size, whole, steps = w.ctypes.data + o_w, _strip_size(K, w), M <= 2 * TILE, -(-K // TILE_K)
-        if M > 2 * TILE or K % TILE_K > 0:
-            _widen(w, o_w, strips, K, scratch, _SUMS)
-            at, size, whole = scratch.ctypes.data + 4 * _SUMS, 4 * _widened_size(K), False
-        _by_tiles(at, size, whole, strips, steps, x.ctypes.data, M, scratch, to)
+    def by_byte_tiles(
+        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
+    ) -> None:  # fmt: skip
+        size, steps, sums, weights = _strip_size(K, w), -(-K // BYTE_TILE_K), scratch.view(np.int32), w.ctypes.data
+        lines, offsets = x.lines.ctypes.data, x.offsets.ctypes.data
+        for panel in range(first, last):
+            at, strips = weights + o_w + panel * _STRIPS * size, _strips_of(panel, N)
+            if M <= FEW:
+                by_vectors_of_bytes(at, size, strips, steps, lines, offsets, x.scales, M, sums, panel * PANEL, to)
+            else:
+                by_tiles_of_bytes(at, size, strips, steps, lines, x.scales, M, sums, panel * PANEL, to)
 
+    def by_byte_vectors(
+        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
+    ) -> None:  # fmt: skip
+        size, steps, sums, weights = _strip_size(K, w), -(-K // BYTE_TILE_K), scratch.view(np.int32), w.ctypes.data
+        lines, offsets = x.lines.ctypes.data, x.offsets.ctypes.data
+        for panel in range(first, last):
+            at, strips = weights + o_w + panel * _STRIPS * size, _strips_of(panel, N)
+            by_vectors_of_bytes(at, size, strips, steps, lines, offsets, x.scales, M, sums, panel * PANEL, to)
+
+    if isinstance(x, types.BaseTuple):
+        return by_byte_tiles if x.instance_class is ByteTiles else by_byte_vectors
     if x.dtype == types.float32:
-        return by_float32
-    if x.dtype == types.uint32:
-        return by_pairs if w.dtype == types.uint32 else by_pairs_of_int8
-    return by_tiles if w.dtype == types.uint32 else by_tiles_of_int8
+        return by_float32_of_int8 if w.dtype == types.int8 else by_float32
+    return by_pairs if x.dtype == types.uint32 else by_tiles
 
 
 def _strip_size(K: int, w: Any) -> int:
-    """Elements of one strip."""
-    return LANES * (-(-K // 2) if w.dtype == np.uint32 else K)
+    """Elements of one strip; in compiled code only."""
+    raise NotImplementedError
 
 
 @overload(_strip_size, strict=False)
 def _strip_size_of(K: Any, w: Any) -> Any:
     if w.dtype == types.uint32:
         return lambda K, w: LANES * ((K + 1) // 2)
+    if w.dtype == types.int8:
+        return lambda K, w: LANES * (-(-K // BYTE_TILE_K) * BYTE_TILE_K)
     return lambda K, w: LANES * K
 
 
 @register_jitable
-def _widened_size(K: int) -> int:
+def _filled_size(K: int) -> int:
     """Floats of a strip of bfloat16, in pairs and with zeros to the end of the last tile."""
     return -(-K // TILE_K) * TILE * TILE
 
 
-def _widen(w: Any, o_w: int, strips: int, K: int, out: Any, o_out: int) -> None:
-    """Strips of int8 or bfloat16 to strips of bfloat16, `_widened_size` apart; in compiled code only."""
-    raise NotImplementedError
-
-
-@overload(_widen, strict=False)
-def _widen_of(w: Any, o_w: Any, strips: Any, K: Any, out: Any, o_out: Any) -> Any:
-    zero = np.float32(0)
-
-    def of_bfloat16(w: Any, o_w: int, strips: int, K: int, out: Any, o_out: int) -> None:
-        size, bits = _strip_size(K, w), w.view(np.float32)
-        for s in range(strips):
-            o, to = o_w + s * size, o_out + s * _widened_size(K)
-            for i in range(0, size, LANES):
-                store(out, to + i, load(bits, o + i))
-            for i in range(size, _widened_size(K), LANES):
-                store(out, to + i, splat(zero))
-
-    def of_int8(w: Any, o_w: int, strips: int, K: int, out: Any, o_out: int) -> None:
-        for s in range(strips):
-            o, to = o_w + s * _strip_size(K, w), o_out + s * _widened_size(K)
-            for k in range(0, K - 1, 2):
-                store(out, to + k // 2 * LANES, pairs(widened(w, o + k * LANES), widened(w, o + (k + 1) * LANES)))
-            if K % 2 == 1:
-                store(out, to + K // 2 * LANES, pairs(widened(w, o + (K - 1) * LANES), splat(zero)))
-            for i in range((K + 1) // 2 * LANES, _widened_size(K), LANES):
-                store(out, to + i, splat(zero))
-
-    return of_bfloat16 if w.dtype == types.uint32 else of_int8
+@njit(cache=True)
+def _fill_tiles(w: Any, o_w: int, strips: int, K: int, out: Any, o_out: int) -> None:
+    """Strips of bfloat16 to strips that are `_filled_size` apart."""
+    size, bits = _strip_size(K, w), w.view(np.float32)
+    for s in range(strips):
+        o, to = o_w + s * size, o_out + s * _filled_size(K)
+        for i in range(0, size, LANES):
+            store(out, to + i, load(bits, o + i))
+        for i in range(size, _filled_size(K), LANES):
+            store(out, to + i, splat(np.float32(0)))
 
 
 @njit(cache=True)
@@ -301,9 +328,4 @@ def linear(
     outputs begins at o_out of out, out_row on; scratch: `scratch_size` floats on a cache line. All arrays are [..].
     Outputs beyond N up to `padded(N)` become 0.
     """
-    size = _strip_size(K, w)
-    for panel in range(first, last):
-        begin = panel * PANEL
-        strips = min(PANEL, padded(N) - begin) // LANES
-        to = (scales, o_s + begin, out, o_out + begin - first * PANEL, out_row, add)
-        _panel(w, o_w + begin // LANES * size, strips, K, x, M, scratch, to)
+    _panels(w, o_w, N, K, x, M, first, last, scratch, (scales, o_s, out, o_out - first * PANEL, out_row, add))

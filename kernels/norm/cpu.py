@@ -9,7 +9,7 @@ from numba import njit
 
 from lattice_serve.kernels.cpu.vector import fma, load, splat, total
 from lattice_serve.kernels.lanes import LANES
-from lattice_serve.kernels.linear.activations import put
+from lattice_serve.kernels.linear.activations import put, settle
 
 
 @njit(cache=True)
@@ -25,3 +25,4 @@ def rms_norm(x: Any, o_x: int, n: int, weight: Any, o_weight: int, eps: float, o
     scale = splat(np.float32(1) / np.sqrt(total(squares) / np.float32(n) + eps))
     for i in range(0, n, LANES):
         put(out, row, n, i, load(x, o_x + i) * scale * load(weight, o_weight + i))
+    settle(out, row, n)

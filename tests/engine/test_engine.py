@@ -47,7 +47,7 @@ def reference(tiny_model: Path) -> LatticeForCausalLM:
 @pytest.fixture(scope="module")
 def exact_engine(tiny_model: Path) -> Engine:
     """One that rounds no activation, whatever this processor multiplies with."""
-    with patch.object(decoder, "available_products", lambda: ("float32",)):
+    with patch.object(decoder, "available_products", lambda _: ("float32",)):
         return make_engine(tiny_model)
 
 

@@ -158,10 +158,18 @@ def test_any_split_of_a_prompt(tiny_model: Path, max_step_tokens: int, dtype: st
     check(tiny_model, [Visit(request)], dtype, max_rows=1, max_step_tokens=max_step_tokens)
 
 
-@pytest.mark.parametrize("products", available_products())
-def test_any_split_and_batch_by_all_that_multiplies_here(tiny_model: Path, products: Products) -> None:
-    with patch.object(decoder, "available_products", lambda: (products,)):
-        engines = [make_engine(tiny_model, max_rows=rows, max_step_tokens=n) for rows, n in ((1, 512), (4, 7), (2, 33))]
+@pytest.mark.parametrize(
+    ("quantization", "products"),
+    [(None, each) for each in available_products("bfloat16")] + [("int8", each) for each in available_products("int8")],
+)
+def test_any_split_and_batch_by_all_that_multiplies_here(
+    tiny_model: Path, quantization: str | None, products: Products
+) -> None:
+    with patch.object(decoder, "available_products", lambda _: (products,)):
+        engines = [
+            make_engine(tiny_model, max_rows=rows, max_step_tokens=n, quantization=quantization)
+            for rows, n in ((1, 512), (4, 7), (2, 33))
+        ]
     crowd = requests(LENGTHS)
     expected = {request.request_id: complete(engines[0], request) for request in crowd}
     for engine in engines[1:]:

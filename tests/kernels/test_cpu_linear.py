@@ -6,13 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 from lattice_serve.kernels.cpu_features import Products, available_products
 from lattice_serve.kernels.linear import RowInvariantLinear
 from lattice_serve.kernels.linear.cpu import PackedWeight
+from lattice_serve.kernels.linear.int8 import LARGEST_K
 from lattice_serve.kernels.linear.invariant import BLOCK
+from lattice_serve.kernels.linear.quantize import quantize
 from tests.kernels.harness import same_bits
 from tests.kernels.naive import error, normal
 
@@ -21,7 +25,8 @@ Linear = Callable[[Tensor, Tensor], Tensor]
 ROWS = 70
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 every_product = pytest.mark.parametrize(
-    ("dtype", "products"), [(torch.float32, "float32"), *((torch.bfloat16, each) for each in available_products())]
+    ("dtype", "products"),
+    [(torch.float32, "float32"), *((torch.bfloat16, each) for each in available_products("bfloat16"))],
 )
 """A dtype of weights, and what multiplies with them."""
 every_size = pytest.mark.parametrize(
@@ -57,7 +62,7 @@ def test_any_number_of_rows_gives_each_the_same_bits(N: int, K: int, dtype: torc
         assert same_bits(product(x.roll(rows, dims=0), products), y.roll(rows, dims=0)), rows
 
 
-@pytest.mark.parametrize("products", available_products())
+@pytest.mark.parametrize("products", available_products("bfloat16"))
 def test_activations_are_rounded_to_bfloat16_as_torch_does(products: Products) -> None:
     x, weight = random_product(33, 40, torch.bfloat16)
     x[0, :4] = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, -(1 + 2.0**-8), 3.4e38])
@@ -65,9 +70,18 @@ def test_activations_are_rounded_to_bfloat16_as_torch_does(products: Products) -
     assert (products == "float32") ^ same_bits(product(x, products), product(x.bfloat16().float(), products))
 
 
-def test_bfloat16_does_not_multiply_weights_of_float32() -> None:
-    with pytest.raises(ValueError, match="weights are float32"):
-        PackedWeight.of(torch.ones(5, 8))(torch.ones(2, 8), "amx")
+@pytest.mark.parametrize(
+    ("weight", "products"),
+    [
+        (PackedWeight.of(torch.ones(5, 8)), "amx"),
+        (PackedWeight.of(torch.ones(5, 8).bfloat16()), "avx512_vnni"),
+        (PackedWeight.quantized(torch.ones(5, 8)), "avx512_bf16"),
+    ],
+    ids=["float32", "bfloat16", "int8"],
+)
+def test_weights_are_multiplied_by_what_is_for_them(weight: PackedWeight, products: Products) -> None:
+    with pytest.raises(ValueError, match=rf"weights of {weight.stored} are multiplied here by .*, not {products}"):
+        weight(torch.ones(2, 8), products)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -119,18 +133,98 @@ def test_a_weight_is_packed_as_a_copy_without_waste(dtype: torch.dtype, K: int) 
     assert PackedWeight.of(weight[:255]).nbytes >= 255 * K * weight.itemsize
 
 
-@pytest.mark.parametrize("products", available_products())
+@pytest.mark.parametrize("products", available_products("int8"))
 @every_size
 def test_int8_is_near_and_as_exact_in_its_rows(N: int, K: int, products: Products) -> None:
-    """Each weight is off by half of its output's scale at most, which is the largest weight / 127."""
-    x, weight = random_product(N, K, torch.bfloat16, products)
+    """Each weight is off by half of its output's scale at most, which is the largest weight / 127.
+
+    Where activations are rounded, each is off by half of the row's largest / 32639.
+    """
+    x, weight = random_product(N, K, torch.bfloat16)
     product = PackedWeight.quantized(weight)
     y = product(x, products)
     half = weight.double().abs().amax(dim=1) / 254
     bound = x.double().abs().sum(dim=1, keepdim=True) * half * (1 + 1e-5) + 1e-6
+    if products != "float32":
+        bound += x.double().abs().amax(dim=1, keepdim=True) / 65278 * (weight.double().abs().sum(dim=1) + K * half)
     assert bool(((y - x.double() @ weight.double().T).abs() <= bound).all())
     for rows in range(ROWS + 1):
         assert same_bits(product(x[:rows], products), y[:rows]), rows
+        assert same_bits(product(x.roll(rows, dims=0), products), y.roll(rows, dims=0)), rows
+
+
+WHOLE = [each for each in available_products("int8") if each != "float32"]
+every_whole = pytest.mark.parametrize("products", WHOLE)
+"""Products of whole numbers, which are exact but for their scales."""
+
+
+def whole_product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What they are, of x as rounded to its steps; and how far float32 may be off in scaling both bytes' sums."""
+    bytes_, scales = quantize(weight)
+    peak = x.abs().amax(dim=1, keepdim=True)
+    # As one division: torch would multiply with a reciprocal.
+    inverse = torch.full_like(peak, 32639) / peak
+    wholes = (x * torch.where(peak >= 2.0**-100, inverse, 0)).round().long()
+    high = (wholes + 128).div(256, rounding_mode="floor")
+    steps = torch.where(peak >= 2.0**-100, peak / 32639, 0).double() * scales.double()
+    sums = [part @ bytes_.long().T for part in (high, wholes - 256 * high)]
+    return (256 * sums[0] + sums[1]) * steps, 2.0**-21 * (256 * sums[0].abs() + sums[1].abs()) * steps
+
+
+@every_whole
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_whole_numbers_are_multiplied_exactly(products: Products, data: st.DataObject) -> None:
+    M, N, K = (data.draw(st.integers(1, most), label=label) for most, label in ((40, "M"), (200, "N"), (200, "K")))
+    x, weight = normal(M, K, seed=data.draw(st.integers(0, 99))).float(), normal(N, K, seed=1).float()
+    for row in range(M):  # of any size, outliers among them, and of extremes alone
+        x[row] *= 10.0 ** (row % 7 * 4 - 12)
+        x[row, row % K] *= 1000.0 if row % 3 == 0 else 1.0
+        if row % 5 == 4:
+            x[row] = x[row].sign()
+    weight[0] = weight[0].sign()
+    weight[N // 2] = 0
+    y = PackedWeight.quantized(weight)(x, products)
+    expected, bound = whole_product(x, weight)
+    assert bool(((y - expected).abs() <= bound).all())
+    assert all(same_bits(PackedWeight.quantized(weight)(x, each), y) for each in WHOLE)
+
+
+@every_whole
+def test_the_largest_sums_fit(products: Products) -> None:
+    x, weight = torch.ones(3, LARGEST_K), torch.ones(2, LARGEST_K)
+    x[1] = -x[1]
+    x[2] = 127 / 32639 * torch.ones(LARGEST_K)  # the largest lower byte
+    x[2, 0] = 1
+    y = PackedWeight.quantized(weight)(x, products)
+    assert y[:, 0].tolist() == pytest.approx([LARGEST_K, -LARGEST_K, 1 + 127 / 32639 * (LARGEST_K - 1)], rel=1e-6)
+
+
+def test_a_matrix_whose_sums_might_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"{LARGEST_K + 1} inputs is too wide for int8"):
+        PackedWeight.quantized(torch.ones(1, LARGEST_K + 1))
+
+
+@every_whole
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_of_whole_numbers_that_is_not_finite_stays_alone(products: Products, bad: float) -> None:
+    x, weight = random_product(45, 70, torch.bfloat16)
+    product = PackedWeight.quantized(weight)
+    y = product(x, products)
+    broken = x.clone()
+    broken[12, 66] = bad
+    mine, rows = product(broken, products), torch.arange(ROWS) != 12
+    assert same_bits(mine[rows], y[rows])
+    assert not bool(mine[12].isfinite().any())
+
+
+@every_whole
+def test_rows_of_nothing_are_zero(products: Products) -> None:
+    x = normal(5, 33).float()
+    x[1], x[3] = 0, 1e-31 * x[3]
+    y = PackedWeight.quantized(normal(20, 33, seed=1).float())(x, products)
+    assert not y[[1, 3]].any()
+    assert bool(y[[0, 2, 4]].all())
 
 
 def test_int8_of_an_output_without_weights_is_zero() -> None:

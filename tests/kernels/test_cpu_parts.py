@@ -18,10 +18,9 @@ from lattice_serve.kernels import cpu_features
 from lattice_serve.kernels import rms_norm as reference_norm
 from lattice_serve.kernels import swiglu as reference_swiglu
 from lattice_serve.kernels.cpu.math import exp, sigmoid, silu
-from lattice_serve.kernels.cpu.vector import load, store
-from lattice_serve.kernels.cpu_features import has_bf16
+from lattice_serve.kernels.cpu.vector import larger, largest, load, store
+from lattice_serve.kernels.cpu_features import Stored, has_bf16
 from lattice_serve.kernels.lanes import LANES, padded
-from lattice_serve.kernels.linear import activations
 from lattice_serve.kernels.norm.cpu import rms_norm
 from lattice_serve.kernels.swiglu.cpu import swiglu
 from tests.kernels.harness import bands, poison
@@ -156,30 +155,41 @@ def test_what_is_not_finite(function: Function, at_minus: float, at_plus: float)
 
 @pytest.mark.parametrize("allowed", [True, False])
 @pytest.mark.parametrize(
-    ("features", "expected"),
+    ("stored", "features", "expected"),
     [
-        ((), ["float32"]),
-        (("avx2", "avx512f"), ["float32"]),
-        (("avx512f", "avx512bf16"), ["avx512_bf16", "float32"]),
-        (("avx512bf16", "amx-tile", "amx-bf16"), ["float32"]),
-        (("avx512f", "amx-tile", "amx-int8"), ["float32"]),
-        (("avx512f", "avx512bf16", "amx-tile", "amx-bf16"), ["amx", "avx512_bf16", "float32"]),
+        ("bfloat16", (), ["float32"]),
+        ("bfloat16", ("avx2", "avx512f"), ["float32"]),
+        ("bfloat16", ("avx512f", "avx512bf16"), ["avx512_bf16", "float32"]),
+        ("bfloat16", ("avx512bf16", "amx-tile", "amx-bf16"), ["float32"]),
+        ("bfloat16", ("avx512f", "avx512vnni", "amx-tile", "amx-int8"), ["float32"]),
+        ("bfloat16", ("avx512f", "avx512bf16", "amx-tile", "amx-bf16"), ["amx", "avx512_bf16", "float32"]),
+        ("int8", ("avx512f", "avx512bf16", "amx-tile", "amx-bf16"), ["float32"]),
+        ("int8", ("avx512f", "avx512vnni"), ["avx512_vnni", "float32"]),
+        ("int8", ("avxvnni", "avx512vnni"), ["float32"]),
+        ("int8", ("avx512f", "avx512vnni", "amx-tile", "amx-int8"), ["amx_int8", "avx512_vnni", "float32"]),
+        ("float32", ("avx512f", "avx512vnni", "avx512bf16", "amx-tile", "amx-int8", "amx-bf16"), ["float32"]),
     ],
 )
 def test_available_products(
-    features: tuple[str, ...], expected: list[str], allowed: bool, monkeypatch: pytest.MonkeyPatch
+    stored: Stored, features: tuple[str, ...], expected: list[str], allowed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """AMX is what the system must allow, too."""
     monkeypatch.setattr("llvmlite.binding.get_host_cpu_features", lambda: dict.fromkeys(features, True))
     monkeypatch.setattr(cpu_features, "_may_use_tiles", lambda: allowed)
-    found = cpu_features.available_products.__wrapped__()
-    assert list(found) == [each for each in expected if allowed or each != "amx"]
+    found = cpu_features.available_products.__wrapped__(stored)
+    assert list(found) == [each for each in expected if allowed or not each.startswith("amx")]
 
 
-def test_products_that_this_processor_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "available_products", lambda: ("float32",))
-    with pytest.raises(ValueError, match="this processor has float32, not amx"):
-        activations.activations("amx", 1, 1)
+@pytest.mark.parametrize("bad", [0.0, 1e-38, float("inf"), float("nan"), -float("inf")])
+def test_largest_of_a_vector(bad: float) -> None:
+    """Without signs, and NaN beyond infinity, wherever it is."""
+
+    run = njit(lambda x, y: largest(larger(load(x, 0), load(y, 0))))
+    rng = np.random.default_rng(0)
+    for place in range(2 * LANES):
+        x = -rng.random(2 * LANES, dtype=np.float32)
+        x[place] = bad
+        np.testing.assert_equal(np.float32(run(x[:LANES], x[LANES:])), np.abs(x).max())
 
 
 @pytest.mark.parametrize(

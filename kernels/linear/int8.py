@@ -1,0 +1,105 @@
+"""Panels of a packed int8 weight by whole numbers: tiles of the matrix unit for many rows, vectors for few.
+
+A row of activations is two lines of bytes (`kernels.linear.activations`), each multiplied with the weight as it is:
+
+    y = (256 high + low) row_scale weight_scale + what was there
+
+high and low are int32 and exact, so it makes no difference what worked them out, and in which order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from lattice_serve.kernels.cpu.amx import TILE, TILE_BYTES, block, configure, release
+from lattice_serve.kernels.cpu.vector import fma, load, splat, store, widened
+from lattice_serve.kernels.cpu.vnni import dots
+from lattice_serve.kernels.lanes import LANES
+
+LARGEST_K = 65536
+"""Of more products of bytes a sum might not fit int32."""
+_STRIPS = 4
+"""Of a whole panel."""
+FEW = 1
+"""Rows that vectors multiply sooner than tiles: they read ahead while they wait for memory."""
+
+
+@njit(cache=True)
+def _emit(sums: Any, line: int, first: int, row_scales: Any, rows: int, column: int, to: Any) -> None:
+    """Sums of so many rows from `first` on, lines of so many outputs, to where they go to."""
+    scales, o_s, out, o_out, out_row, add = to
+    for r in range(rows):
+        high, low, o = 2 * r * line, (2 * r + 1) * line, o_out + (first + r) * out_row + column
+        scale = splat(row_scales[first + r])
+        for j in range(0, line, LANES):
+            value = fma(splat(np.float32(256)), widened(sums, high + j), widened(sums, low + j))
+            value = value * scale * load(scales, o_s + column + j)
+            if add:
+                value = load(out, o + j) + value
+            store(out, o + j, value)
+
+
+@njit(cache=True)
+def by_vectors_of_bytes(
+    w: int, size: int, strips: int, steps: int, x: int, offsets: int, row_scales: Any, M: int, sums: Any, column: int,
+    to: Any,
+) -> None:  # fmt: skip
+    """A panel of strips that are `size` bytes apart, in so many tiles each; column: of its first output.
+
+    w, x and offsets are addresses, the last two of fields of the activations. sums: int32 [1024], to be used.
+    """
+    lines, place = 2 * M, sums.ctypes.data
+    i = 0
+    while i < lines:
+        # Groups of lines that go into a tile; of the last one some may be nobody's, and are left where they are.
+        group = 2 if lines - i == 2 else 4 if lines - i == 4 else 8
+        width = 1 if strips < _STRIPS else _STRIPS if group == 2 else 2
+        at = x + i // TILE * steps * TILE_BYTES + i % TILE * 4 * LANES
+        offset, next_line = offsets + 4 * i, 4 * width * LANES
+        for s in range(0, strips, width):
+            o_w = w + s * size
+            if group == 2 and width == _STRIPS:
+                dots(2, 4, at, o_w, size, steps, offset, place, next_line)
+            elif group == 2:
+                dots(2, 1, at, o_w, size, steps, offset, place, next_line)
+            elif group == 4 and width == 2:
+                dots(4, 2, at, o_w, size, steps, offset, place, next_line)
+            elif group == 4:
+                dots(4, 1, at, o_w, size, steps, offset, place, next_line)
+            elif width == 2:
+                dots(8, 2, at, o_w, size, steps, offset, place, next_line)
+            else:
+                dots(8, 1, at, o_w, size, steps, offset, place, next_line)
+            _emit(sums, width * LANES, i // 2, row_scales, min(group, lines - i) // 2, column + s * LANES, to)
+        i += group
+
+
+@njit(cache=True)
+def by_tiles_of_bytes(
+    w: int, size: int, strips: int, steps: int, x: int, row_scales: Any, M: int, sums: Any, column: int, to: Any
+) -> None:
+    """The same by the matrix unit, which has the same sums."""
+    lines, place = 2 * M, sums.ctypes.data
+    i = 0
+    while i < lines:
+        group, height = min(lines - i, TILE), 1
+        if lines - i >= 2 * TILE and strips == _STRIPS:
+            group, height = 2 * TILE, 2
+        width = _STRIPS // height if strips == _STRIPS else 1
+        if i == 0 or group < TILE:
+            configure(min(group, TILE))
+        at, next_tile = x + i // TILE * steps * TILE_BYTES, steps * TILE_BYTES
+        for s in range(0, strips, width):
+            o_w, next_line = w + s * size, 4 * width * LANES
+            if height == 2:
+                block(2, 2, 1, at, next_tile, o_w, size, steps, False, place, next_line)
+            elif width == _STRIPS:
+                block(1, 4, 1, at, next_tile, o_w, size, steps, False, place, next_line)
+            else:
+                block(1, 1, 1, at, next_tile, o_w, size, steps, False, place, next_line)
+            _emit(sums, width * LANES, i // 2, row_scales, group // 2, column + s * LANES, to)
+        i += group
+    release()
