@@ -54,6 +54,20 @@ def _put(x: Any, row: Any, K: Any, k: Any, value: Any) -> Any:
     return tiled
 
 
+def rows_from(x: Any, row: int, K: int) -> Any:
+    """Activations of K from a row on, a multiple of 16; in compiled code only."""
+    raise NotImplementedError
+
+
+@overload(rows_from, strict=False)
+def _rows_from(x: Any, row: Any, K: Any) -> Any:
+    if x.dtype == types.float32:
+        return lambda x, row, K: x[row * padded(K) :]
+    if x.dtype == types.uint32:
+        return lambda x, row, K: x[row * padded(K) // 2 :]
+    return lambda x, row, K: x[row * -(-K // TILE_K) * TILE_K :]
+
+
 @njit(cache=True)
 def fill(rows: Any, M: int, K: int, x: Any) -> None:
     """Write rows, float32 [M padded(K)], to activations."""

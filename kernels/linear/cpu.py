@@ -35,6 +35,9 @@ _ROWS = 6
 """Rows of a tile of one vector: 12 sums in the 16 registers of AVX2."""
 _SUMS = 4 * TILE * TILE
 """Floats of the sums of a block of tiles, or of the few rows of vectors."""
+_DEPTH = 8
+"""Tiles of a strip that are multiplied with all of many rows before the next ones are: those of a panel and of two
+tiles of rows stay in the first-level cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,36 +171,40 @@ def _by_tiles(w: int, size: int, whole: bool, strips: int, steps: int, x: int, M
     """
     scales, _, out, o_out, out_row, add = to
     scaled = len(scales) > 0
-    i = 0
-    while i < M:
-        rows, height = min(M - i, TILE), 1
-        if M - i >= 2 * TILE and strips == _STRIPS:
-            rows, height = 2 * TILE, 2
-        width = _STRIPS // height if strips == _STRIPS else 1
-        if i == 0 or rows < TILE:
-            configure(min(rows, TILE))
-        at, x_next = x + i // TILE * steps * TILE_BYTES, steps * TILE_BYTES
-        for s in range(0, strips, width):
-            place, next_row = out.ctypes.data + 4 * (o_out + i * out_row + s * LANES), 4 * out_row
-            if scaled:
-                place, next_row = sums.ctypes.data, 4 * width * LANES
-            begins, o_w = add and not scaled, w + s * size
-            if whole and height == 2:
-                block(2, 2, 1, at, x_next, o_w, size, steps, begins, place, next_row)
-            elif whole and width == _STRIPS:
-                block(1, 4, 1, at, x_next, o_w, size, steps, begins, place, next_row)
-            elif whole:
-                block(1, 1, 1, at, x_next, o_w, size, steps, begins, place, next_row)
-            elif height == 2:
-                block(2, 2, 0, at, x_next, o_w, size, steps, begins, place, next_row)
-            elif width == _STRIPS:
-                block(1, 4, 0, at, x_next, o_w, size, steps, begins, place, next_row)
-            else:
-                block(1, 1, 0, at, x_next, o_w, size, steps, begins, place, next_row)
-            if scaled:
-                for r in range(rows):
-                    _emit(sums, r * width * LANES, i + r, s * LANES, width * LANES, to)
-        i += rows
+    # What is scaled, or whole, is added up at once: few rows, or sums that have no place yet.
+    depth = steps if scaled or whole or M < 4 * TILE else _DEPTH
+    for k in range(0, steps, depth):
+        count, o_x, o_k = min(depth, steps - k), x + k * TILE_BYTES, w + k * TILE_BYTES
+        i = 0
+        while i < M:
+            rows, height = min(M - i, TILE), 1
+            if M - i >= 2 * TILE and strips == _STRIPS:
+                rows, height = 2 * TILE, 2
+            width = _STRIPS // height if strips == _STRIPS else 1
+            if i == 0 or rows < TILE:
+                configure(min(rows, TILE))
+            at, x_next = o_x + i // TILE * steps * TILE_BYTES, steps * TILE_BYTES
+            for s in range(0, strips, width):
+                place, next_row = out.ctypes.data + 4 * (o_out + i * out_row + s * LANES), 4 * out_row
+                if scaled:
+                    place, next_row = sums.ctypes.data, 4 * width * LANES
+                begins, o_w = k > 0 or (add and not scaled), o_k + s * size
+                if whole and height == 2:
+                    block(2, 2, 1, at, x_next, o_w, size, count, begins, place, next_row)
+                elif whole and width == _STRIPS:
+                    block(1, 4, 1, at, x_next, o_w, size, count, begins, place, next_row)
+                elif whole:
+                    block(1, 1, 1, at, x_next, o_w, size, count, begins, place, next_row)
+                elif height == 2:
+                    block(2, 2, 0, at, x_next, o_w, size, count, begins, place, next_row)
+                elif width == _STRIPS:
+                    block(1, 4, 0, at, x_next, o_w, size, count, begins, place, next_row)
+                else:
+                    block(1, 1, 0, at, x_next, o_w, size, count, begins, place, next_row)
+                if scaled:
+                    for r in range(rows):
+                        _emit(sums, r * width * LANES, i + r, s * LANES, width * LANES, to)
+            i += rows
     release()
 
 
@@ -209,10 +216,10 @@ def _panel(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, 
 @overload(_panel, strict=False)
 def _panel_of(w: Any, o_w: Any, strips: Any, K: Any, x: Any, M: Any, scratch: Any, to: Any) -> Any:
     def by_float32(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
-        _by_vectors(w, o_w, _strip_size(K, w), strips, K, x, padded(K), M, scratch, to)
+        _by_vectors(w, o_w, strip_size(K, w), strips, K, x, padded(K), M, scratch, to)
 
     def by_pairs(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
-        _by_vectors(w, o_w, _strip_size(K, w), strips, (K + 1) // 2, x, padded(K) // 2, M, scratch, to)
+        _by_vectors(w, o_w, strip_size(K, w), strips, (K + 1) // 2, x, padded(K) // 2, M, scratch, to)
 
     def by_pairs_of_int8(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
         _widen(w, o_w, strips, K, scratch, _SUMS)
@@ -220,7 +227,7 @@ def _panel_of(w: Any, o_w: Any, strips: Any, K: Any, x: Any, M: Any, scratch: An
         _by_vectors(wide, _SUMS, size, strips, (K + 1) // 2, x, padded(K) // 2, M, scratch, to)
 
     def by_tiles(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
-        at, size, steps = w.ctypes.data + 4 * o_w, 4 * _strip_size(K, w), -(-K // TILE_K)
+        at, size, steps = w.ctypes.data + 4 * o_w, 4 * strip_size(K, w), -(-K // TILE_K)
         if K % TILE_K > 0:
             _widen(w, o_w, strips, K, scratch, _SUMS)
             at, size = scratch.ctypes.data + 4 * _SUMS, 4 * _widened_size(K)
@@ -228,7 +235,7 @@ def _panel_of(w: Any, o_w: Any, strips: Any, K: Any, x: Any, M: Any, scratch: An
 
     def by_tiles_of_int8(w: Any, o_w: int, strips: int, K: int, x: Any, M: int, scratch: Any, to: Any) -> None:
         # Few rows wait for memory, which must not wait for them: each tile is widened as it comes. Many share it.
-        at, size, whole, steps = w.ctypes.data + o_w, _strip_size(K, w), M <= 2 * TILE, -(-K // TILE_K)
+        at, size, whole, steps = w.ctypes.data + o_w, strip_size(K, w), M <= 2 * TILE, -(-K // TILE_K)
         if M > 2 * TILE or K % TILE_K > 0:
             _widen(w, o_w, strips, K, scratch, _SUMS)
             at, size, whole = scratch.ctypes.data + 4 * _SUMS, 4 * _widened_size(K), False
@@ -241,12 +248,12 @@ def _panel_of(w: Any, o_w: Any, strips: Any, K: Any, x: Any, M: Any, scratch: An
     return by_tiles if w.dtype == types.uint32 else by_tiles_of_int8
 
 
-def _strip_size(K: int, w: Any) -> int:
+def strip_size(K: int, w: Any) -> int:
     """Elements of one strip."""
     return LANES * (-(-K // 2) if w.dtype == np.uint32 else K)
 
 
-@overload(_strip_size, strict=False)
+@overload(strip_size, strict=False)
 def _strip_size_of(K: Any, w: Any) -> Any:
     if w.dtype == types.uint32:
         return lambda K, w: LANES * ((K + 1) // 2)
@@ -269,7 +276,7 @@ def _widen_of(w: Any, o_w: Any, strips: Any, K: Any, out: Any, o_out: Any) -> An
     zero = np.float32(0)
 
     def of_bfloat16(w: Any, o_w: int, strips: int, K: int, out: Any, o_out: int) -> None:
-        size, bits = _strip_size(K, w), w.view(np.float32)
+        size, bits = strip_size(K, w), w.view(np.float32)
         for s in range(strips):
             o, to = o_w + s * size, o_out + s * _widened_size(K)
             for i in range(0, size, LANES):
@@ -279,7 +286,7 @@ def _widen_of(w: Any, o_w: Any, strips: Any, K: Any, out: Any, o_out: Any) -> An
 
     def of_int8(w: Any, o_w: int, strips: int, K: int, out: Any, o_out: int) -> None:
         for s in range(strips):
-            o, to = o_w + s * _strip_size(K, w), o_out + s * _widened_size(K)
+            o, to = o_w + s * strip_size(K, w), o_out + s * _widened_size(K)
             for k in range(0, K - 1, 2):
                 store(out, to + k // 2 * LANES, pairs(widened(w, o + k * LANES), widened(w, o + (k + 1) * LANES)))
             if K % 2 == 1:
@@ -301,7 +308,7 @@ def linear(
     outputs begins at o_out of out, out_row on; scratch: `scratch_size` floats on a cache line. All arrays are [..].
     Outputs beyond N up to `padded(N)` become 0.
     """
-    size = _strip_size(K, w)
+    size = strip_size(K, w)
     for panel in range(first, last):
         begin = panel * PANEL
         strips = min(PANEL, padded(N) - begin) // LANES

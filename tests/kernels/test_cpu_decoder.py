@@ -43,6 +43,7 @@ class Network:
         *,
         threads: int = 1,
         parallel_from: int = 0,
+        wide_from: int = TOKENS + 1,
         rows: int = 6,
         quantization: Any = None,
         products: Products = "float32",
@@ -68,6 +69,7 @@ class Network:
             max_tokens=TOKENS,
             threads=threads,
             parallel_from=parallel_from,
+            wide_from=wide_from,
             quantization=quantization,
             products=products,
         )
@@ -203,6 +205,27 @@ def test_any_team_gives_the_same_bits(threads: int, quantization: str | None, pr
             network.pool[:] = network.start
             results.append((torch.cat(network.run(batch)), network.pool.clone()))
         assert all(map(same_bits, *results)), seed
+
+
+@every_product
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"quantization": "int8"}, {"torch_dtype": "float32"}, {"head_dim": 64, "num_slots": 30, "chunk_size": 1}],
+)
+def test_rows_shared_out_give_the_same_bits(changes: dict[str, Any], threads: int, products: Products) -> None:
+    """As weights shared out do, whatever prompts and single tokens a step has."""
+    narrow, wide = (
+        Network(threads=threads, products=products, wide_from=wide_from, **changes) for wide_from in (TOKENS + 1, 1)
+    )
+    for sizes in ([TOKENS], [1, 30, 1], [2, 1, 17, 16, 9], [33]):
+        results = []
+        for network in (narrow, wide):
+            network.pool[:] = network.start
+            network.run([(row, 0, tokens(3 + row, row)) for row in range(len(sizes))])
+            batch = [(row, 3 + row, tokens(n, 9 + row)) for row, n in enumerate(sizes)]
+            results.append((torch.cat(network.run(batch)), network.pool.clone()))
+        assert all(map(same_bits, *results)), sizes
 
 
 def test_members_that_sleep_are_woken() -> None:

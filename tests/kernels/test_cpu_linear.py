@@ -25,7 +25,7 @@ every_product = pytest.mark.parametrize(
 )
 """A dtype of weights, and what multiplies with them."""
 every_size = pytest.mark.parametrize(
-    ("N", "K"), [(1, 1), (5, 1), (33, 2), (7, 3), (64, 5), (100, 37), (31, 64), (257, 129)]
+    ("N", "K"), [(1, 1), (5, 1), (33, 2), (7, 3), (64, 5), (100, 37), (31, 64), (257, 129), (80, 600)]
 )
 
 
