@@ -23,6 +23,8 @@ Phase: TypeAlias = Literal["prefill", "decode"]
 
 GATE_PROMPTS = 4
 GATE_TOKENS = 16
+SLICE = 100
+"""Tokens of a turn of two that are compared."""
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,9 +115,11 @@ class OfflineBench:
         self._generate([far], 1)
         rates: dict[int, list[float]] = {len(near): [], len(far): []}
         held = resident_bytes()
-        for _ in range(self._repeats):
-            for prompt in (near, far):
-                rates[len(prompt)].append(self._stream(prompt, tokens))
+        turns, rest = divmod(tokens, SLICE)
+        for turn, count in enumerate(([SLICE] * turns + [rest] * (rest > 1)) * self._repeats):
+            # In short turns, each begun by the other: a slow moment of the machine is no slow position.
+            for prompt in (near, far) if turn % 2 == 0 else (far, near):
+                rates[len(prompt)].append(self._stream(prompt, count))
         return FarDecode(
             position=position,
             tokens=tokens,
