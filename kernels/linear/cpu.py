@@ -171,8 +171,8 @@ def _by_tiles(w: int, size: int, whole: bool, strips: int, steps: int, x: int, M
     """
     scales, _, out, o_out, out_row, add = to
     scaled = len(scales) > 0
-    # What is scaled, or whole, is added up at once: few rows, or sums that have no place yet.
-    depth = steps if scaled or whole or M < 4 * TILE else _DEPTH
+    # Weights for fewer rows come from memory, strip by strip; sums that are scaled have no place before they are whole.
+    depth = steps if scaled or whole or M < 8 * TILE else _DEPTH
     for k in range(0, steps, depth):
         count, o_x, o_k = min(depth, steps - k), x + k * TILE_BYTES, w + k * TILE_BYTES
         i = 0
