@@ -190,8 +190,8 @@ def _work(
         count = _items(M, block)
         # Item after item of rows: to the first layer's heads, then from each layer's heads to those of the next one.
         for layer in range(-1, len(table)):
+            at = table[max(layer, 0)]
             if layer >= 0:
-                at = table[layer]
                 ticket, base = head_phase(
                     sync, ticket, base, M, n, segments, S, layer * layer_size, row_size, head_size, places, dims, w,
                     at[0], scales, at[1], width, normed, z, small, at[9], mixed, gate_up, scratch,
@@ -203,7 +203,6 @@ def _work(
                 if layer < 0:
                     embed(x, row, width, embedding, ids, first, last)
                 else:
-                    at = table[layer]
                     linear(
                         w, at[2], scales, at[3], width, y_width, rows_from(mixed, first, y_width), last - first, x,
                         first * row, row, True, 0, panel_count(width), scratch,
@@ -213,10 +212,10 @@ def _work(
                         act, gate_up, scratch,
                     )  # fmt: skip
                 if layer + 1 < len(table):
-                    at = table[layer + 1]
+                    after = table[layer + 1]
                     norm_and_gates(
-                        x, first, last, width, small, at[8], eps, normed, H, z_width, w, at[0], scales, at[1], z,
-                        scratch,
+                        x, first, last, width, small, after[8], eps, normed, H, z_width, w, after[0], scales, after[1],
+                        z, scratch,
                     )  # fmt: skip
                 ticket = finish(sync)
             base += count
