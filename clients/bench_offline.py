@@ -23,6 +23,8 @@ Phase: TypeAlias = Literal["prefill", "decode"]
 
 GATE_PROMPTS = 4
 GATE_TOKENS = 16
+SLICE = 100
+"""Tokens of a turn of two that are compared."""
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,14 +110,21 @@ class OfflineBench:
         return msgspec.structs.replace(measured, floor_seconds=self._ceilings.prefill_seconds(self._work, tokens))
 
     def far(self, position: int, tokens: int) -> FarDecode:
-        """Needs a prefix cache that holds the state of the long prompt: each turn begins where that ends."""
+        """Needs a prefix cache that holds the state of the long prompt: each turn begins where that ends.
+
+        Raises `ClientError` for fewer than 3 tokens: the first and the last of a turn are not counted.
+        """
+        if tokens < 3:
+            raise ClientError(f"decode-tokens is {tokens}: give at least 3 to compare positions")
         near, far = self._prompts(1, 1)[0], self._prompts(1, position)[0]
         self._generate([far], 1)
         rates: dict[int, list[float]] = {len(near): [], len(far): []}
         held = resident_bytes()
-        for _ in range(self._repeats):
-            for prompt in (near, far):
-                rates[len(prompt)].append(self._stream(prompt, tokens))
+        turns, rest = divmod(tokens, SLICE)
+        for turn, count in enumerate(([SLICE] * turns + [rest] * (rest > 2)) * self._repeats):
+            # In short turns, each begun by the other: a slow moment of the machine is no slow position.
+            for prompt in (near, far) if turn % 2 == 0 else (far, near):
+                rates[len(prompt)].append(self._stream(prompt, count))
         return FarDecode(
             position=position,
             tokens=tokens,
@@ -125,10 +134,10 @@ class OfflineBench:
         )
 
     def _stream(self, prompt: list[int], tokens: int) -> float:
-        """Tokens a second from the first to the last."""
+        """Tokens a second from the first to the last but one; with the last, the cache is given the whole text."""
         params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
         times = [self._clock() for _ in self._llm.stream(prompt, params)]
-        return (len(times) - 1) / (times[-1] - times[0])
+        return (len(times) - 2) / (times[-2] - times[0])
 
     def _measure(self, phase: Phase, batch: int, *, prompt_tokens: int, tokens: int) -> Measured:
         counted = max(prompt_tokens, tokens)

@@ -7,6 +7,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
+from lattice_serve.kernels.cpu_features import vectors
 from lattice_serve.kernels.lanes import LANES
 
 F32, I32 = ir.FloatType(), ir.IntType(32)
@@ -27,6 +28,34 @@ def llvm_function(name: str, arguments: int) -> Any:
 
 
 build_fmuladd = llvm_function("fmuladd", 3)
+
+
+def _build_estimate(builder: Any, name: str, x: Any) -> Any:
+    """AVX-512's, within 2^-14 of itself."""
+    full, lanes = f"llvm.x86.avx512.{name}14.ps.512", ir.IntType(LANES)
+    kind = ir.FunctionType(VECTOR, [VECTOR, VECTOR, lanes])
+    function = builder.module.globals.get(full) or ir.Function(builder.module, kind, full)
+    return builder.call(function, [x, ZERO, lanes(-1)])
+
+
+def build_inverse(builder: Any, x: Any) -> Any:
+    """`inverse` in LLVM's language: Newton's step after an estimate, where a division is as slow as ten of them."""
+    one = ir.Constant(VECTOR, [1.0] * LANES)
+    if vectors() != "AVX-512":
+        return builder.fdiv(one, x)
+    r = _build_estimate(builder, "rcp", x)
+    lacking = build_fmuladd(builder, builder.fneg(x), r, one)
+    return build_fmuladd(builder, r, lacking, r)
+
+
+def build_inverse_sqrt(builder: Any, x: Any) -> Any:
+    """`inverse_sqrt` in LLVM's language, in the same way."""
+    one, half = (ir.Constant(VECTOR, [value] * LANES) for value in (1.0, 0.5))
+    if vectors() != "AVX-512":
+        return builder.fdiv(one, llvm_function("sqrt", 1)(builder, x))
+    r = _build_estimate(builder, "rsqrt", x)
+    lacking = build_fmuladd(builder, builder.fneg(builder.fmul(x, r)), r, one)
+    return build_fmuladd(builder, builder.fmul(half, r), lacking, r)
 
 
 def build_widened(builder: Any, pointer: Any) -> Any:

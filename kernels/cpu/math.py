@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from lattice_serve.kernels.cpu.vector import floor, fma, maximum, minimum, power_of_two, splat, unless_nan
+from lattice_serve.kernels.cpu.vector import floor, fma, inverse, maximum, minimum, power_of_two, splat, unless_nan
 
 
 @njit(inline="always")
@@ -37,10 +37,10 @@ def exp(x: Any) -> Any:
 @njit(cache=True)
 def sigmoid(x: Any) -> Any:
     """1 / (1 + e^-x)."""
-    return constant(1.0) / (constant(1.0) + exp(-x))
+    return inverse(constant(1.0) + exp(-x))
 
 
 @njit(cache=True)
 def silu(x: Any) -> Any:
     """x / (1 + e^-x)."""
-    return x / (constant(1.0) + exp(-x))
+    return x * inverse(constant(1.0) + exp(-x))

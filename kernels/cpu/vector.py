@@ -22,6 +22,8 @@ from lattice_serve.kernels.cpu.lowering import (
     WHOLE,
     build_fmuladd,
     build_halved,
+    build_inverse,
+    build_inverse_sqrt,
     build_neighbours,
     build_pointer,
     build_read,
@@ -83,8 +85,15 @@ def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
-def sqrt(typingctx: Any, a: Any) -> Any:
-    return _elementwise(llvm_function("sqrt", 1), 1)
+def inverse(typingctx: Any, x: Any) -> Any:
+    """1 / x within 2 units in the last place, of x that is neither 0 nor infinite."""
+    return _elementwise(build_inverse, 1)
+
+
+@intrinsic
+def inverse_sqrt(typingctx: Any, x: Any) -> Any:
+    """1 / sqrt(x) within 2 units in the last place, of x that is neither 0 nor infinite."""
+    return _elementwise(build_inverse_sqrt, 1)
 
 
 @intrinsic

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lattice_serve.kernels.cpu.team import Team, enter, finish, leave, take, wait_for
-from lattice_serve.kernels.cpu.vector import store, widened
 from lattice_serve.kernels.cpu_features import Products, Stored, available_products, vectors
+from lattice_serve.kernels.decoder.prompt import HEAD_ROWS, block_rows, embed, head_phase, mlp, norm_and_gates
 from lattice_serve.kernels.decoder.weights import DecoderWeights, Packer
 from lattice_serve.kernels.lanes import LANES, aligned, padded
-from lattice_serve.kernels.linear.activations import activations, has_to_settle, settle
+from lattice_serve.kernels.linear.activations import activations, has_to_settle, rows_from, settle
 from lattice_serve.kernels.linear.cpu import PANEL, linear, panel_count, scratch_size
 from lattice_serve.kernels.mixer.block import MixerBlock
 from lattice_serve.kernels.mixer.cpu import mix_head
@@ -53,14 +53,16 @@ class CpuDecoder:
 
     def __init__(
         self, weights: DecoderWeights, layout: StateLayout, pool: Tensor, *, max_tokens: int, threads: int,
-        parallel_from: int = 4_000_000, quantization: Literal["int8"] | None = None, products: Products | None = None,
+        parallel_from: int = 4_000_000, wide_from: int = 128, quantization: Literal["int8"] | None = None,
+        products: Products | None = None,
     ) -> None:  # fmt: skip
         """pool: [rows, row_size] float32, the state rows; they are read and written in place, always.
 
         products: what multiplies with matrices as they are stored, the fastest there is unless given. Raises ValueError
         for what this processor does not have.
         Steps of fewer multiply-adds than `parallel_from` (a fifth of a millisecond) are one thread's: they are not
-        worth the meeting of several.
+        worth the meeting of several. Steps with a prompt and `wide_from` rows for each thread share out rows, not
+        weights (`decoder.prompt`): fewer rows would wait for the weights.
         """
         block = MixerBlock(layout)
         V, hidden = weights.head.shape
@@ -94,10 +96,10 @@ class CpuDecoder:
         self._embedding = lines  # keeps alive what the array below shows
         embedding = (lines.view(torch.uint16) if lines.dtype == torch.bfloat16 else lines).numpy().reshape(-1)
         widths = (hidden, block.in_width, block.out_width, intermediate, V)
-        self._parallel_from = parallel_from
+        self._parallel_from, self._wide_from = parallel_from, wide_from
         self.name = f"{vectors()}, {_NAMES[products]}{threads} {'thread' if threads == 1 else 'threads'}"
         """What it runs on."""
-        self._step = np.zeros(5, dtype=np.int64)
+        self._step = np.zeros(6, dtype=np.int64)
         self._ids = np.zeros(max_tokens, dtype=np.int64)
         self._segments = np.zeros((3, max_tokens + 1), dtype=np.int64)
         self._wanted = np.zeros(2 * max_tokens, dtype=np.int64)
@@ -110,7 +112,9 @@ class CpuDecoder:
             hidden, block.out_width, intermediate, hidden))  # fmt: skip
         self._logits, self._final = logits.reshape(max_tokens, -1), final.reshape(max_tokens, -1)
         self._hidden_size = hidden
-        gate_up = aligned(threads * max(max_tokens, _GATES_UPS) * PANEL, np.float32).reshape(threads, -1)
+        head_rows = 2 * (layout.d + layout.m) * min(HEAD_ROWS, max_tokens)
+        gate_up_size = max(max(max_tokens, _GATES_UPS) * PANEL, head_rows)
+        gate_up = aligned(threads * gate_up_size, np.float32).reshape(threads, -1)
         need = padded(max(block.scratch_size, *map(scratch_size, (hidden, block.out_width, intermediate))))
         self.nbytes = sum(array.nbytes for array in (strips, scales, small))
         self._products = sum(matrix.numel() for layer in weights.layers for matrix in (
@@ -144,7 +148,7 @@ class CpuDecoder:
         self._segments[2, : n + 1] = segments.starts
         self._wanted[:R], self._wanted[R : R + E] = wanted, hidden
         threads = self.team.size if M * self._products >= self._parallel_from else 1
-        self._step[:] = M, n, R, threads, E
+        self._step[:] = M, n, R, threads, E, n < M >= self._wide_from * threads
         self.team.run(threads)
         logits, final = self._logits[:R, : self._vocab_size], self._final[:E, : self._hidden_size]
         return torch.from_numpy(logits), torch.from_numpy(final)
@@ -199,25 +203,60 @@ def _work(
     widths: Any, eps: float, table: Any, ends: Any, embedding: Any, w: Any, scales: Any, small: Any, x: Any,
     normed: Any, z: Any, mixed: Any, act: Any, chosen: Any, final: Any, logits: Any, gates_ups: Any, scratches: Any,
 ) -> None:  # fmt: skip
-    M, n, R, threads, E = step[0], step[1], step[2], step[3], step[4]
+    M, n, R, threads, E, wide = step[0], step[1], step[2], step[3], step[4], step[5] > 0
     width, z_width, y_width, inner, V = widths[0], widths[1], widths[2], widths[3], widths[4]
     row, z_row, inner_row = padded(width), padded(z_width), padded(inner)
     row_size, layer_size, head_size = sizes[0], sizes[1], sizes[2]
-    H = dims[0]
+    H, head_width = dims[0], 2 * (dims[1] + dims[2])
     scratch, gate_up = scratches[thread], gates_ups[thread]
     together = max(1, _GATES_UPS // M)
     by_rows = _items(M, _ROWS)
     base = 0
     ticket = take(sync)
-    for layer in range(len(table)):
+    if wide:
+        block = block_rows(M, threads)
+        count = _items(M, block)
+        # Item after item of rows: to the first layer's heads, then from each layer's heads to those of the next one.
+        for layer in range(-1, len(table)):
+            at = table[max(layer, 0)]
+            if layer >= 0:
+                ticket, base = head_phase(
+                    sync, ticket, base, M, n, segments, S, layer * layer_size, row_size, head_size, places, dims, w,
+                    at[0], scales, at[1], width, normed, z, small, at[9], mixed, gate_up, scratch,
+                )  # fmt: skip
+            while ticket < base + count:
+                wait_for(sync, base)
+                first = (ticket - base) * block
+                last = min(first + block, M)
+                if layer < 0:
+                    embed(x, row, width, embedding, ids, first, last)
+                else:
+                    for t in range(first, last):
+                        settle(mixed, t, y_width)
+                    linear(
+                        w, at[2], scales, at[3], width, y_width, rows_from(mixed, first, y_width), last - first, x,
+                        first * row, row, True, 0, panel_count(width), scratch,
+                    )  # fmt: skip
+                    mlp(
+                        x, first, last, width, inner, small, at[10], eps, normed, w, scales, at[4], at[5], at[6], at[7],
+                        act, gate_up, scratch,
+                    )  # fmt: skip
+                if layer + 1 < len(table):
+                    after = table[layer + 1]
+                    norm_and_gates(
+                        x, first, last, width, small, after[8], eps, normed, H, z_width, w, after[0], scales, after[1],
+                        z, scratch,
+                    )  # fmt: skip
+                ticket = finish(sync)
+            base += count
+    for layer in range(len(table) if wide else 0, len(table)):
         at = table[layer]
         while ticket < base + by_rows:
             wait_for(sync, base)
             first = (ticket - base) * _ROWS
             for t in range(first, min(first + _ROWS, M)):
                 if layer == 0:
-                    for i in range(0, width, LANES):
-                        store(x, t * row + i, widened(embedding, ids[t] * row + i))
+                    embed(x, row, width, embedding, ids, t, t + 1)
                 rms_norm(x, t * row, width, small, at[8], eps, normed, t)
             ticket = finish(sync)
         base += by_rows
@@ -235,8 +274,8 @@ def _work(
                 i, head = unit // H, unit % H
                 o = segments[0, i] * row_size + layer * layer_size + head * head_size
                 mix_head(
-                    S, o, places, dims, segments[1, i], segments[2, i], segments[2, i + 1], z, z_row, head, small,
-                    at[9], mixed, scratch, 0,
+                    S, o, places, dims, segments[1, i], segments[2, i], segments[2, i + 1], z, head * head_width, z_row,
+                    z, H * head_width, z_row, head, small, at[9], mixed, scratch, 0,
                 )  # fmt: skip
             ticket = finish(sync)
         base += count

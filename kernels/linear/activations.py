@@ -156,6 +156,28 @@ def _round(rows: Any, lines: Any, offsets: Any, scales: Any, row: int, K: int) -
     offsets[2 * row + 1] = 128 * np.int32(total(low_sums))
 
 
+def rows_from(x: Any, row: int, K: int) -> Any:
+    """Activations of K from a row on, a multiple of 16; in compiled code only."""
+    raise NotImplementedError
+
+
+@overload(rows_from, strict=False)
+def _rows_from(x: Any, row: Any, K: Any) -> Any:
+    if isinstance(x, types.BaseTuple):
+        kind = ByteTiles if x.instance_class is ByteTiles else ByteVectors
+
+        def of_bytes(x: Any, row: int, K: int) -> Any:
+            lines = x.lines[2 * row * -(-K // BYTE_TILE_K) * BYTE_TILE_K :]
+            return kind(x.rows[row * padded(K) :], lines, x.offsets[2 * row :], x.scales[row:])
+
+        return of_bytes
+    if x.dtype == types.float32:
+        return lambda x, row, K: x[row * padded(K) :]
+    if x.dtype == types.uint32:
+        return lambda x, row, K: x[row * padded(K) // 2 :]
+    return lambda x, row, K: x[row * -(-K // TILE_K) * TILE_K :]
+
+
 @njit(cache=True)
 def fill(rows: Any, M: int, K: int, x: Any) -> None:
     """Write rows, float32 [M padded(K)], to activations."""

@@ -36,6 +36,9 @@ _ROWS = 6
 """Rows of a tile of one vector: 12 sums in the 16 registers of AVX2."""
 _SUMS = 4 * TILE * TILE
 """Floats of the sums of a block of tiles, or of the few rows of vectors."""
+_DEPTH = 8
+"""Tiles of a strip that are multiplied with all of many rows before the next ones are: those of a panel and of two
+tiles of rows stay in the first-level cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,24 +182,28 @@ def _by_tiles(
     w: int, size: int, strips: int, steps: int, x: int, M: int, out: int, out_row: int, add: bool
 ) -> None:  # fmt: skip
     """A panel of strips that are `size` bytes apart, worked out where it goes to; w, x and out are addresses."""
-    i = 0
-    while i < M:
-        rows, height = min(M - i, TILE), 1
-        if M - i >= 2 * TILE and strips == _STRIPS:
-            rows, height = 2 * TILE, 2
-        width = _STRIPS // height if strips == _STRIPS else 1
-        if i == 0 or rows < TILE:
-            configure(min(rows, TILE))
-        at, x_next = x + i // TILE * steps * TILE_BYTES, steps * TILE_BYTES
-        for s in range(0, strips, width):
-            place, next_row = out + 4 * (i * out_row + s * LANES), 4 * out_row
-            if height == 2:
-                block(2, 2, 0, at, x_next, w + s * size, size, steps, add, place, next_row)
-            elif width == _STRIPS:
-                block(1, 4, 0, at, x_next, w + s * size, size, steps, add, place, next_row)
-            else:
-                block(1, 1, 0, at, x_next, w + s * size, size, steps, add, place, next_row)
-        i += rows
+    # Weights for fewer rows come from memory, strip by strip.
+    depth = steps if M < 8 * TILE else _DEPTH
+    for k in range(0, steps, depth):
+        count, o_x, o_w = min(depth, steps - k), x + k * TILE_BYTES, w + k * TILE_BYTES
+        begins, i = add or k > 0, 0
+        while i < M:
+            rows, height = min(M - i, TILE), 1
+            if M - i >= 2 * TILE and strips == _STRIPS:
+                rows, height = 2 * TILE, 2
+            width = _STRIPS // height if strips == _STRIPS else 1
+            if i == 0 or rows < TILE:
+                configure(min(rows, TILE))
+            at, x_next = o_x + i // TILE * steps * TILE_BYTES, steps * TILE_BYTES
+            for s in range(0, strips, width):
+                place, next_row = out + 4 * (i * out_row + s * LANES), 4 * out_row
+                if height == 2:
+                    block(2, 2, 0, at, x_next, o_w + s * size, size, count, begins, place, next_row)
+                elif width == _STRIPS:
+                    block(1, 4, 0, at, x_next, o_w + s * size, size, count, begins, place, next_row)
+                else:
+                    block(1, 1, 0, at, x_next, o_w + s * size, size, count, begins, place, next_row)
+            i += rows
     release()
 
 
@@ -222,7 +229,7 @@ def _panels_of(
     def by_float32(
         w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
     ) -> None:  # fmt: skip
-        size = _strip_size(K, w)
+        size = strip_size(K, w)
         for panel in range(first, last):
             at, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
             _by_vectors(w, at, size, strips, K, x, padded(K), M, scratch, panel * PANEL, to)
@@ -230,7 +237,7 @@ def _panels_of(
     def by_float32_of_int8(
         w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
     ) -> None:  # fmt: skip
-        fours, size, steps = w.view(np.int32), _strip_size(K, w) // 4, -(-K // 4) * 4
+        fours, size, steps = w.view(np.int32), strip_size(K, w) // 4, -(-K // 4) * 4
         for panel in range(first, last):
             at, strips = o_w // 4 + panel * _STRIPS * size, _strips_of(panel, N)
             _by_vectors(fours, at, size, strips, steps, x, padded(K), M, scratch, panel * PANEL, to)
@@ -238,7 +245,7 @@ def _panels_of(
     def by_pairs(
         w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
     ) -> None:  # fmt: skip
-        size = _strip_size(K, w)
+        size = strip_size(K, w)
         for panel in range(first, last):
             at, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
             _by_vectors(w, at, size, strips, (K + 1) // 2, x, padded(K) // 2, M, scratch, panel * PANEL, to)
@@ -247,7 +254,7 @@ def _panels_of(
         w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
     ) -> None:  # fmt: skip
         _, _, out, o_out, out_row, add = to
-        size, steps, place = _strip_size(K, w), -(-K // TILE_K), out.ctypes.data + 4 * o_out
+        size, steps, place = strip_size(K, w), -(-K // TILE_K), out.ctypes.data + 4 * o_out
         weights, filled, rows = w.ctypes.data, scratch.ctypes.data + 4 * _SUMS, x.ctypes.data
         for panel in range(first, last):
             o, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
@@ -260,7 +267,7 @@ def _panels_of(
     def by_byte_tiles(
         w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
     ) -> None:  # fmt: skip
-        size, steps, sums, weights = _strip_size(K, w), -(-K // BYTE_TILE_K), scratch.view(np.int32), w.ctypes.data
+        size, steps, sums, weights = strip_size(K, w), -(-K // BYTE_TILE_K), scratch.view(np.int32), w.ctypes.data
         lines, offsets = x.lines.ctypes.data, x.offsets.ctypes.data
         for panel in range(first, last):
             at, strips = weights + o_w + panel * _STRIPS * size, _strips_of(panel, N)
@@ -272,7 +279,7 @@ def _panels_of(
     def by_byte_vectors(
         w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
     ) -> None:  # fmt: skip
-        size, steps, sums, weights = _strip_size(K, w), -(-K // BYTE_TILE_K), scratch.view(np.int32), w.ctypes.data
+        size, steps, sums, weights = strip_size(K, w), -(-K // BYTE_TILE_K), scratch.view(np.int32), w.ctypes.data
         lines, offsets = x.lines.ctypes.data, x.offsets.ctypes.data
         for panel in range(first, last):
             at, strips = weights + o_w + panel * _STRIPS * size, _strips_of(panel, N)
@@ -285,12 +292,12 @@ def _panels_of(
     return by_pairs if x.dtype == types.uint32 else by_tiles
 
 
-def _strip_size(K: int, w: Any) -> int:
+def strip_size(K: int, w: Any) -> int:
     """Elements of one strip; in compiled code only."""
     raise NotImplementedError
 
 
-@overload(_strip_size, strict=False)
+@overload(strip_size, strict=False)
 def _strip_size_of(K: Any, w: Any) -> Any:
     if w.dtype == types.uint32:
         return lambda K, w: LANES * ((K + 1) // 2)
@@ -308,7 +315,7 @@ def _filled_size(K: int) -> int:
 @njit(cache=True)
 def _fill_tiles(w: Any, o_w: int, strips: int, K: int, out: Any, o_out: int) -> None:
     """Strips of bfloat16 to strips that are `_filled_size` apart."""
-    size, bits = _strip_size(K, w), w.view(np.float32)
+    size, bits = strip_size(K, w), w.view(np.float32)
     for s in range(strips):
         o, to = o_w + s * size, o_out + s * _filled_size(K)
         for i in range(0, size, LANES):

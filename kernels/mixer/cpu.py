@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lattice_serve.kernels.cpu.math import sigmoid, silu
 from lattice_serve.kernels.cpu.products import combine, eight_dots
-from lattice_serve.kernels.cpu.vector import first, fma, load, maximum, splat, sqrt, store, total
+from lattice_serve.kernels.cpu.vector import first, fma, inverse_sqrt, load, maximum, splat, store, total
 from lattice_serve.kernels.cpu_features import vectors
 from lattice_serve.kernels.lanes import LANES
 from lattice_serve.kernels.lattice.state import OBJECTIVES
@@ -127,7 +127,7 @@ def _recur(S: Any, o: int, places: Any, d: int, m: int, slot: int, C: int, objec
         b_j = fma(c_j, w_j, b_j)
         store(S, o_b + j, b_j)
         store(S, o_e + j, e_j)
-        qn_j = load(x, o_q + j) / sqrt(one + e_j)
+        qn_j = load(x, o_q + j) * inverse_sqrt(one + e_j)
         store(x, qn + j, qn_j)
         store(x, sums + j, qn_j * (one - b_j))
     _clear(x, o_y, d)
@@ -165,12 +165,13 @@ def _normalize(x: Any, o_x: int, n: int) -> None:
 
 @njit(cache=True)
 def mix_head(
-    S: Any, o: int, places: Any, dims: Any, position: int, first: int, last: int, z: Any, z_row: int, head: int,
-    weights: Any, o_weights: int, out: Any, x: Any, o_x: int,
+    S: Any, o: int, places: Any, dims: Any, position: int, first: int, last: int, z: Any, o_z: int, z_row: int,
+    gates: Any, o_gates: int, gates_row: int, head: int, weights: Any, o_weights: int, out: Any, x: Any, o_x: int,
 ) -> None:  # fmt: skip
     """Tokens `first` to `last` of one sequence, from its `position` on, through one head.
 
-    S: state rows, the head's block at o; z: all tokens; weights: what `MixerBlock` lays out, at o_weights; out:
+    S: state rows, the head's block at o; z: the head's q, k, v and output gate of token 0 at o_z, of the next one z_row
+    on; gates: gamma and mu of all heads in the same way; weights: what `MixerBlock` lays out, at o_weights; out:
     activations of all tokens; x: `scratch_size` floats at o_x. Arrays other than out are float32 [..].
     """
     H, d, m, n_d, C, taps, objective, gated = dims[0], dims[1], dims[2], dims[3], dims[4], dims[5], dims[6], dims[7]
@@ -181,13 +182,12 @@ def mix_head(
     floor, eps = weights[o_norm + d], weights[o_norm + d + 1]
     tail = o + places[6]
     o_q, o_k, o_v, o_y = o_x, o_x + m, o_x + 2 * m, o_x + n
-    gates = H * (n + d)
     slot = position % C
     for t in range(first, last):
-        o_z = t * z_row + head * (n + d)
+        o_t, o_g = o_z + t * z_row, o_gates + t * gates_row + head
         ring = (position + t - first) % (taps - 1) if taps > 1 else 0
         for i in range(0, n, LANES):
-            now = load(z, o_z + i)
+            now = load(z, o_t + i)
             value = now * load(weights, o_conv + (taps - 1) * n + i)
             for tap in range(taps - 1):
                 line = ring + tap if ring + tap < taps - 1 else ring + tap - (taps - 1)
@@ -197,17 +197,17 @@ def mix_head(
             store(x, o_x + i, silu(value))
         _normalize(x, o_q, m)
         _normalize(x, o_k, m)
-        gamma = sigmoid(splat(z[t * z_row + gates + head] + weights[o_bias + head]))
+        gamma = sigmoid(splat(gates[o_g] + weights[o_bias + head]))
         mu = splat(np.float32(1))
         if gated:
-            gate = splat(z[t * z_row + gates + H + head] + weights[o_bias + H + head])
+            gate = splat(gates[o_g + H] + weights[o_bias + H + head])
             mu = splat(floor) + splat(np.float32(1) - floor) * sigmoid(gate)
         _recur(S, o, places, d, m, slot, C, objective, gamma, mu, x, o_q, o_k, o_v, o_y, o_y + d)
         slot = slot + 1 if slot + 1 < C else 0
         scale = splat(np.float32(1) / np.sqrt(_dot(x, o_y, x, o_y, d) / np.float32(n_d) + eps))
         for i in range(0, d, LANES):
             y = load(x, o_y + i) * scale * load(weights, o_norm + i)
-            put(out, t, H * d, head * d + i, y * silu(load(z, o_z + n + i)))
+            put(out, t, H * d, head * d + i, y * silu(load(z, o_t + n + i)))
 
 
 class CpuMixer:
@@ -244,7 +244,11 @@ def _mix(
     S: Any, row_size: int, first: int, head_size: int, places: Any, dims: Any, rows: Any, positions: Any, starts: Any,
     z: Any, z_row: int, weights: Any, out: Any, x: Any,
 ) -> None:  # fmt: skip
+    width = 2 * (dims[1] + dims[2])
     for head in range(dims[0]):
         for i in range(len(rows)):
             o = rows[i] * row_size + first + head * head_size
-            mix_head(S, o, places, dims, positions[i], starts[i], starts[i + 1], z, z_row, head, weights, 0, out, x, 0)
+            mix_head(
+                S, o, places, dims, positions[i], starts[i], starts[i + 1], z, head * width, z_row, z, dims[0] * width,
+                z_row, head, weights, 0, out, x, 0,
+            )  # fmt: skip

@@ -118,3 +118,5 @@ def test_far_into_a_text(tmp_path: Path) -> None:
     assert far.far_tokens_per_second > 0
     assert llm.generate([list(range(300))], progress=False)[0].cached_tokens == 0
     assert far.grown_bytes < 100 << 20
+    with pytest.raises(ClientError, match="decode-tokens"):
+        OfflineBench(llm).far(position=3, tokens=2)

@@ -44,6 +44,7 @@ class Network:
         *,
         threads: int = 1,
         parallel_from: int = 0,
+        wide_from: int = TOKENS + 1,
         rows: int = 6,
         quantization: Any = None,
         products: Products | None = "float32",
@@ -69,6 +70,7 @@ class Network:
             max_tokens=TOKENS,
             threads=threads,
             parallel_from=parallel_from,
+            wide_from=wide_from,
             quantization=quantization,
             products=products,
         )
@@ -221,6 +223,36 @@ def test_any_team_gives_the_same_bits(threads: int, quantization: str | None, pr
             network.pool[:] = network.start
             results.append((torch.cat(network.run(batch)), network.pool.clone()))
         assert all(map(same_bits, *results)), seed
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("quantization", "products", "changes"),
+    [
+        *[
+            (*each, changes)
+            for each in PRODUCTS
+            for changes in ({}, {"head_dim": 64, "num_slots": 30, "chunk_size": 1})
+        ],
+        (None, "float32", {"torch_dtype": "float32"}),
+    ],
+)
+def test_rows_shared_out_give_the_same_bits(
+    changes: dict[str, Any], threads: int, quantization: str | None, products: Products
+) -> None:
+    """As weights shared out do, whatever prompts and single tokens a step has."""
+    narrow, wide = (
+        Network(threads=threads, quantization=quantization, products=products, wide_from=wide_from, **changes)
+        for wide_from in (TOKENS + 1, 1)
+    )
+    for sizes in ([TOKENS], [1, 30, 1], [2, 1, 17, 16, 9], [33]):
+        results = []
+        for network in (narrow, wide):
+            network.pool[:] = network.start
+            network.run([(row, 0, tokens(3 + row, row)) for row in range(len(sizes))])
+            batch = [(row, 3 + row, tokens(n, 9 + row)) for row, n in enumerate(sizes)]
+            results.append((torch.cat(network.run(batch)), network.pool.clone()))
+        assert all(map(same_bits, *results)), sizes
 
 
 def test_members_that_sleep_are_woken() -> None:

@@ -62,6 +62,17 @@ def test_any_number_of_rows_gives_each_the_same_bits(N: int, K: int, dtype: torc
         assert same_bits(product(x.roll(rows, dims=0), products), y.roll(rows, dims=0)), rows
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_many_rows_of_many_k_have_the_bits_of_few(quantized: bool) -> None:
+    """Whatever parts of K many rows are multiplied by."""
+    x, weight = normal(150, 600).float(), normal(80, 600, seed=1).bfloat16()
+    product = PackedWeight.quantized(weight) if quantized else PackedWeight.of(weight)
+    for products in available_products(product.stored):
+        y = product(x, products)
+        for first, last in ((0, 1), (0, 127), (16, 144), (149, 150)):
+            assert same_bits(product(x[first:last], products), y[first:last]), (products, first, last)
+
+
 @pytest.mark.parametrize("products", available_products("bfloat16"))
 def test_activations_are_rounded_to_bfloat16_as_torch_does(products: Products) -> None:
     x, weight = random_product(33, 40, torch.bfloat16)
