@@ -21,6 +21,7 @@ from numba.extending import overload, register_jitable
 from torch import Tensor
 
 from lattice_serve.kernels.cpu.amx import BYTE_TILE_K, TILE, TILE_BYTES, TILE_K, block, configure, release
+from lattice_serve.kernels.cpu.pairs import flush_denormals, line, restore_denormals
 from lattice_serve.kernels.cpu.products import tile
 from lattice_serve.kernels.cpu.vector import load, splat, store
 from lattice_serve.kernels.cpu_features import Products, Stored, available_products
@@ -256,13 +257,22 @@ def _panels_of(
         _, _, out, o_out, out_row, add = to
         size, steps, place = strip_size(K, w), -(-K // TILE_K), out.ctypes.data + 4 * o_out
         weights, filled, rows = w.ctypes.data, scratch.ctypes.data + 4 * _SUMS, x.ctypes.data
+        control = flush_denormals()
         for panel in range(first, last):
             o, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
             at, bytes_ = weights + 4 * o, 4 * size
             if K % TILE_K > 0:
                 _fill_tiles(w, o, strips, K, scratch, _SUMS)
                 at, bytes_ = filled, 4 * _filled_size(K)
-            _by_tiles(at, bytes_, strips, steps, rows, M, place + 4 * panel * PANEL, out_row, add)
+            to_ = place + 4 * panel * PANEL
+            if M != 1:
+                _by_tiles(at, bytes_, strips, steps, rows, M, to_, out_row, add)
+            elif strips == _STRIPS:
+                line(4, rows, at, bytes_, steps, add, to_)
+            else:
+                for s in range(strips):
+                    line(1, rows, at + s * bytes_, bytes_, steps, add, to_ + 4 * s * LANES)
+        restore_denormals(control)
 
     def by_byte_tiles(
         w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any

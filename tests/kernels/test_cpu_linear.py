@@ -62,6 +62,17 @@ def test_any_number_of_rows_gives_each_the_same_bits(N: int, K: int, dtype: torc
         assert same_bits(product(x.roll(rows, dims=0), products), y.roll(rows, dims=0)), rows
 
 
+@pytest.mark.parametrize("scale", [1e-19, 1e-20])
+@pytest.mark.parametrize("products", available_products("bfloat16"))
+def test_sums_that_are_next_to_nothing_have_the_bits_of_many_rows(products: Products, scale: float) -> None:
+    """Some or all products are denormal, which a unit that multiplies may take for zeros."""
+    x, weight = scale * normal(ROWS, 70).float(), (scale * normal(37, 70, seed=1)).bfloat16()
+    product = PackedWeight.of(weight)
+    y = product(x, products)
+    for row in range(ROWS):
+        assert same_bits(product(x[row : row + 1], products), y[row : row + 1]), row
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_many_rows_of_many_k_have_the_bits_of_few(quantized: bool) -> None:
     """Whatever parts of K many rows are multiplied by."""
