@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lattice_serve.kernels.cpu.lowering import build_x86
 from lattice_serve.kernels.lanes import LANES
 
 TILE = 16
@@ -26,12 +27,6 @@ _FIRST, _LAST = 4, 7
 """Registers 0 to 3 hold sums; from 4 on lie activations, and weights behind them."""
 _BYTE, _LONG = ir.IntType(8), ir.IntType(64)
 _MEMORY = _BYTE.as_pointer()
-
-
-def _call(builder: Any, name: str, *arguments: Any) -> None:
-    full = f"llvm.x86.{name}"
-    kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
-    builder.call(builder.module.globals.get(full) or ir.Function(builder.module, kind, full), arguments)
 
 
 @intrinsic
@@ -51,7 +46,7 @@ def configure(typingctx: Any, rows: Any) -> Any:
             builder.store(_BYTE(64), builder.gep(memory, [_LONG(16 + 2 * register)]))
             height = lines if register <= _FIRST else _BYTE(TILE)
             builder.store(height, builder.gep(memory, [_LONG(48 + register)]))
-        _call(builder, "ldtilecfg", memory)
+        build_x86(builder, "ldtilecfg", memory)
         return context.get_dummy_value()
 
     return types.void(types.intp), codegen
@@ -62,7 +57,7 @@ def release(typingctx: Any) -> Any:
     """End: the system need not save the registers any more."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        _call(builder, "tilerelease")
+        build_x86(builder, "tilerelease")
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -104,22 +99,33 @@ def block(
         with builder.if_else(add) as (then, otherwise):
             with then:
                 for cell in cells:
-                    _call(builder, "tileloadd64", sums[cell], places[cell], out_next)
+                    build_x86(builder, "tileloadd64", sums[cell], places[cell], out_next)
             with otherwise:
                 for cell in cells:
-                    _call(builder, "tilezero", sums[cell])
+                    build_x86(builder, "tilezero", sums[cell])
         with cgutils.for_range(builder, steps, intp=_LONG) as loop:
             at = builder.mul(loop.index, _LONG(TILE_BYTES))
             for r in range(R):
-                _call(builder, "tileloadd64", activations[r], memory(x, builder.mul(x_next, _LONG(r)), at), line)
+                build_x86(builder, "tileloadd64", activations[r], memory(x, builder.mul(x_next, _LONG(r)), at), line)
             for s in range(S):
                 weights = free[s % len(free)]
-                _call(builder, "tileloadd64", weights, memory(w, builder.mul(w_next, _LONG(s)), at), line)
+                build_x86(builder, "tileloadd64", weights, memory(w, builder.mul(w_next, _LONG(s)), at), line)
                 for r in range(R):
-                    _call(builder, product, sums[r, s], activations[r], weights)
+                    build_x86(builder, product, sums[r, s], activations[r], weights)
         for cell in cells:
-            _call(builder, "tilestored64", sums[cell], places[cell], out_next)
+            build_x86(builder, "tilestored64", sums[cell], places[cell], out_next)
         return context.get_dummy_value()
 
     i = types.intp
     return types.void(*literals, i, i, i, i, i, types.boolean, i, i), codegen
+
+
+@njit(cache=True)
+def block_shape(lines: int, strips: int) -> tuple[int, int, int]:
+    """Lines, tiles of them and strips of the next `block`, where so many lines are left and a panel has so many strips.
+
+    Of a whole panel, of four strips, a block takes two tiles by two, or one by four; of another, one by one.
+    """
+    if strips < 4:
+        return min(lines, TILE), 1, 1
+    return (2 * TILE, 2, 2) if lines >= 2 * TILE else (min(lines, TILE), 1, 4)

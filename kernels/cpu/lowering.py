@@ -87,6 +87,23 @@ def build_write(builder: Any, value: Any, pointer: Any, align: int = 4) -> None:
     builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=align)
 
 
+def build_x86(builder: Any, name: str, *arguments: Any) -> None:
+    """Call LLVM's intrinsic of x86 of that name, which returns nothing."""
+    full = f"llvm.x86.{name}"
+    kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+    builder.call(builder.module.globals.get(full) or ir.Function(builder.module, kind, full), arguments)
+
+
+def build_ahead(builder: Any, at: Any, ahead: int, w_next: Any, strips: int) -> Any:
+    """What to ask for `ahead` bytes before it is wanted, in each of so many strips that are w_next bytes apart.
+
+    Behind the end of a strip lies what was read beside it: skip to the panel that comes next.
+    """
+    offset = builder.add(at, at.type(ahead))
+    behind = builder.add(offset, builder.mul(w_next, at.type(strips - 1)))
+    return builder.select(builder.icmp_signed("<", offset, w_next), offset, behind)
+
+
 def build_prefetch(builder: Any, pointer: Any) -> None:
     """Ask for the cache line there; where there is no memory, nothing happens."""
     full = "llvm.prefetch.p0i8"

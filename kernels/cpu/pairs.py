@@ -20,6 +20,7 @@ from lattice_serve.kernels.cpu.lowering import (
     VECTOR,
     WHOLE,
     ZERO,
+    build_ahead,
     build_fmuladd,
     build_high,
     build_low,
@@ -27,22 +28,19 @@ from lattice_serve.kernels.cpu.lowering import (
     build_read,
     build_splat,
     build_write,
+    build_x86,
 )
+from lattice_serve.kernels.cpu.vnni import AHEAD
 from lattice_serve.kernels.lanes import LANES
 
 _BYTE, _LONG = ir.IntType(8), ir.IntType(64)
 _MEMORY = _BYTE.as_pointer()
-_AHEAD = 4 * TILE_BYTES
-"""Bytes of a strip that are asked for before they are wanted."""
 _FLUSH = 0x8040
 """Bits of MXCSR: what would be denormal is zero, read or written."""
 
 
 def _control(builder: Any, name: str, place: Any) -> None:
-    full = f"llvm.x86.sse.{name}mxcsr"
-    kind = ir.FunctionType(ir.VoidType(), [_MEMORY])
-    function = builder.module.globals.get(full) or ir.Function(builder.module, kind, full)
-    builder.call(function, [builder.bitcast(place, _MEMORY)])
+    build_x86(builder, f"sse.{name}mxcsr", builder.bitcast(place, _MEMORY))
 
 
 @intrinsic
@@ -102,10 +100,7 @@ def line(typingctx: Any, strips: Any, x: Any, w: Any, w_next: Any, steps: Any, a
         with cgutils.for_range(builder, steps, intp=_LONG) as loop:
             at = builder.mul(loop.index, _LONG(TILE_BYTES))
             starts = [builder.add(w, builder.mul(w_next, _LONG(s))) for s in S]
-            ahead = builder.add(at, _LONG(_AHEAD))
-            # Behind the end of a strip lies what was read beside it: skip to the panel that comes next.
-            behind = builder.add(ahead, builder.mul(w_next, _LONG(len(S) - 1)))
-            ahead = builder.select(builder.icmp_signed("<", ahead, w_next), ahead, behind)
+            ahead = build_ahead(builder, at, AHEAD, w_next, len(S))
             even, odd = [ZERO for _ in S], [ZERO for _ in S]
             for pair in range(TILE):
                 inside = _LONG(pair * 4 * LANES)

@@ -17,6 +17,7 @@ from lattice_serve.kernels.cpu.amx import TILE, TILE_BYTES
 from lattice_serve.kernels.cpu.lowering import (
     I32,
     WHOLE,
+    build_ahead,
     build_dot_bytes,
     build_prefetch,
     build_read,
@@ -28,7 +29,7 @@ from lattice_serve.kernels.lanes import LANES
 _BYTE, _LONG = ir.IntType(8), ir.IntType(64)
 _TOP_BITS = ir.Constant(WHOLE, [-0x7F7F7F80] * LANES)
 """0x80 in every byte: with it turned over, a signed byte is 128 more, and unsigned."""
-_AHEAD = 4 * TILE_BYTES
+AHEAD = 4 * TILE_BYTES
 """Bytes of a strip that are asked for before they are wanted: what the processor foresees by itself ends with a page,
 and at the beginning of a strip. A third more bytes a second at one row."""
 
@@ -71,10 +72,7 @@ def dots(
             at = builder.mul(loop.index, _LONG(TILE_BYTES))
             tile = builder.add(x, at)
             strip = [builder.add(builder.add(w, at), builder.mul(w_next, _LONG(s))) for s in range(S)]
-            ahead = builder.add(at, _LONG(_AHEAD))
-            # Behind the end of a strip lies what was read beside it: skip to the panel that comes next.
-            behind = builder.add(ahead, builder.mul(w_next, _LONG(S - 1)))
-            ahead = builder.select(builder.icmp_signed("<", ahead, w_next), ahead, behind)
+            ahead = build_ahead(builder, at, AHEAD, w_next, S)
             for four in range(TILE):
                 lines_at = [builder.add(each, _LONG(four * 4 * LANES)) for each in strip]
                 for each in lines_at:

@@ -6,7 +6,8 @@ are multiplied at the speed of memory, many at that of the processor's multiplie
 
 What multiplies follows from how the activations lie (`kernels.linear.activations`): float32 by fused multiply-adds
 with weights that are widened on the way; bfloat16 by VDPBF16PS, in pairs of k, or by AMX, 32 of k at once; whole
-numbers with weights of int8 by AMX or by vectors of bytes (`kernels.linear.int8`).
+numbers with weights of int8 by AMX or by vectors of bytes (`kernels.linear.int8`). A single row of bfloat16 is not left
+to AMX, but to vectors that add up as it does (`kernels.cpu.pairs`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numba import njit, types
 from numba.extending import overload, register_jitable
 from torch import Tensor
 
-from lattice_serve.kernels.cpu.amx import BYTE_TILE_K, TILE, TILE_BYTES, TILE_K, block, configure, release
+from lattice_serve.kernels.cpu.amx import BYTE_TILE_K, TILE, TILE_BYTES, TILE_K, block, block_shape, configure, release
 from lattice_serve.kernels.cpu.pairs import flush_denormals, line, restore_denormals
 from lattice_serve.kernels.cpu.products import tile
 from lattice_serve.kernels.cpu.vector import load, splat, store
@@ -189,10 +190,7 @@ def _by_tiles(
         count, o_x, o_w = min(depth, steps - k), x + k * TILE_BYTES, w + k * TILE_BYTES
         begins, i = add or k > 0, 0
         while i < M:
-            rows, height = min(M - i, TILE), 1
-            if M - i >= 2 * TILE and strips == _STRIPS:
-                rows, height = 2 * TILE, 2
-            width = _STRIPS // height if strips == _STRIPS else 1
+            rows, height, width = block_shape(M - i, strips)
             if i == 0 or rows < TILE:
                 configure(min(rows, TILE))
             at, x_next = o_x + i // TILE * steps * TILE_BYTES, steps * TILE_BYTES

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from lattice_serve.kernels.cpu.amx import TILE, TILE_BYTES, block, configure, release
+from lattice_serve.kernels.cpu.amx import TILE, TILE_BYTES, block, block_shape, configure, release
 from lattice_serve.kernels.cpu.vector import fma, load, splat, store, widened
 from lattice_serve.kernels.cpu.vnni import dots
 from lattice_serve.kernels.lanes import LANES
@@ -85,10 +85,7 @@ def by_tiles_of_bytes(
     lines, place = 2 * M, sums.ctypes.data
     i = 0
     while i < lines:
-        group, height = min(lines - i, TILE), 1
-        if lines - i >= 2 * TILE and strips == _STRIPS:
-            group, height = 2 * TILE, 2
-        width = _STRIPS // height if strips == _STRIPS else 1
+        group, height, width = block_shape(lines - i, strips)
         if i == 0 or group < TILE:
             configure(min(group, TILE))
         at, next_tile = x + i // TILE * steps * TILE_BYTES, steps * TILE_BYTES
