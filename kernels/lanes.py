@@ -15,6 +15,12 @@ def padded(n: int) -> int:
     return -(-n // LANES) * LANES
 
 
+@register_jitable
+def spread(n: int) -> int:
+    """The next multiple by an odd number: rows that far apart fall on all lines of a cache, not on few."""
+    return (-(-n // LANES) | 1) * LANES
+
+
 def aligned(size: int, dtype: Any) -> Any:
     """Zeros [size] that begin on a cache line: a vector that crosses one takes two loads, a tile many."""
     line = 4 * LANES

@@ -5,6 +5,7 @@ An output's sum is worked out in one order, a line of k at a time, whatever the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -12,7 +13,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lattice_serve.kernels.cpu.lowering import build_x86
+from lattice_serve.kernels.cpu.lowering import build_prefetch, build_x86
 from lattice_serve.kernels.lanes import LANES
 
 TILE = 16
@@ -63,6 +64,44 @@ def release(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
+def _build_block(
+    builder: Any, R: int, S: int, product: str, load_x: str, places: tuple[Any, ...], aside: Callable[[Any], None]
+) -> None:
+    """Code for R by S tiles of sums; `aside` builds what else is done in a step, of which it is given the number."""
+    x, x_next, w, w_next, steps, add, out, out_next = places
+    cells = [(r, s) for r in range(R) for s in range(S)]
+    sums = {cell: _BYTE(i) for i, cell in enumerate(cells)}
+    activations = [_BYTE(_FIRST + r) for r in range(R)]
+    free = [_BYTE(register) for register in range(_FIRST + R, _LAST + 1)]
+    line = _LONG(4 * LANES)
+
+    def memory(address: Any, *more: Any) -> Any:
+        for offset in more:
+            address = builder.add(address, offset)
+        return builder.inttoptr(address, _MEMORY)
+
+    to = {(r, s): memory(out, builder.mul(out_next, _LONG(r * TILE)), _LONG(s * 4 * LANES)) for r, s in cells}
+    with builder.if_else(add) as (then, otherwise):
+        with then:
+            for cell in cells:
+                build_x86(builder, "tileloadd64", sums[cell], to[cell], out_next)
+        with otherwise:
+            for cell in cells:
+                build_x86(builder, "tilezero", sums[cell])
+    with cgutils.for_range(builder, steps, intp=_LONG) as loop:
+        at = builder.mul(loop.index, _LONG(TILE_BYTES))
+        for r in range(R):
+            build_x86(builder, load_x, activations[r], memory(x, builder.mul(x_next, _LONG(r)), at), line)
+        for s in range(S):
+            weights = free[s % len(free)]
+            build_x86(builder, "tileloadd64", weights, memory(w, builder.mul(w_next, _LONG(s)), at), line)
+            for r in range(R):
+                build_x86(builder, product, sums[r, s], activations[r], weights)
+        aside(loop.index)
+    for cell in cells:
+        build_x86(builder, "tilestored64", sums[cell], to[cell], out_next)
+
+
 @intrinsic(prefer_literal=True)
 def block(
     typingctx: Any, rows: Any, strips: Any, whole: Any, x: Any, x_next: Any, w: Any, w_next: Any, steps: Any, add: Any,
@@ -80,44 +119,43 @@ def block(
     if not all(isinstance(number, types.IntegerLiteral) for number in literals):
         raise TypeError("rows, strips and whole of a block must be literals")
     R, S, int8 = (number.literal_value for number in literals)
-    product = "tdpbssd" if int8 else "tdpbf16ps"
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        x, x_next, w, w_next, steps, add, out, out_next = values[3:]
-        cells = [(r, s) for r in range(R) for s in range(S)]
-        sums = {cell: _BYTE(i) for i, cell in enumerate(cells)}
-        activations = [_BYTE(_FIRST + r) for r in range(R)]
-        free = [_BYTE(register) for register in range(_FIRST + R, _LAST + 1)]
-        line = _LONG(4 * LANES)
-
-        def memory(address: Any, *more: Any) -> Any:
-            for offset in more:
-                address = builder.add(address, offset)
-            return builder.inttoptr(address, _MEMORY)
-
-        places = {(r, s): memory(out, builder.mul(out_next, _LONG(r * TILE)), _LONG(s * 4 * LANES)) for r, s in cells}
-        with builder.if_else(add) as (then, otherwise):
-            with then:
-                for cell in cells:
-                    build_x86(builder, "tileloadd64", sums[cell], places[cell], out_next)
-            with otherwise:
-                for cell in cells:
-                    build_x86(builder, "tilezero", sums[cell])
-        with cgutils.for_range(builder, steps, intp=_LONG) as loop:
-            at = builder.mul(loop.index, _LONG(TILE_BYTES))
-            for r in range(R):
-                build_x86(builder, "tileloadd64", activations[r], memory(x, builder.mul(x_next, _LONG(r)), at), line)
-            for s in range(S):
-                weights = free[s % len(free)]
-                build_x86(builder, "tileloadd64", weights, memory(w, builder.mul(w_next, _LONG(s)), at), line)
-                for r in range(R):
-                    build_x86(builder, product, sums[r, s], activations[r], weights)
-        for cell in cells:
-            build_x86(builder, "tilestored64", sums[cell], places[cell], out_next)
+        product = "tdpbssd" if int8 else "tdpbf16ps"
+        _build_block(builder, R, S, product, "tileloadd64", values[3:], lambda step: None)
         return context.get_dummy_value()
 
     i = types.intp
     return types.void(*literals, i, i, i, i, i, types.boolean, i, i), codegen
+
+
+@intrinsic
+def stream(
+    typingctx: Any, x: Any, x_next: Any, w: Any, w_next: Any, steps: Any, add: Any, out: Any, out_next: Any, ahead: Any,
+    lines: Any,
+) -> Any:  # fmt: skip
+    """`block` of 2 by 2 tiles of bfloat16, for one after another of many rows with the same weights.
+
+    Weights stay in the first-level cache, for activations are loaded so that they pass it by. Every step asks for so
+    many lines of weights that are wanted later, in each of two strips: those of the first step are at `ahead`.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        *places, ahead, lines = values
+        w_next = places[3]
+
+        def ask(step: Any) -> None:
+            first = builder.add(ahead, builder.mul(builder.mul(step, lines), _LONG(4 * LANES)))
+            with cgutils.for_range(builder, lines, intp=_LONG) as loop:
+                line = builder.add(first, builder.mul(loop.index, _LONG(4 * LANES)))
+                for address in (line, builder.add(line, w_next)):
+                    build_prefetch(builder, builder.inttoptr(address, _MEMORY), level=2)
+
+        _build_block(builder, 2, 2, "tdpbf16ps", "tileloaddt164", tuple(places), ask)
+        return context.get_dummy_value()
+
+    i = types.intp
+    return types.void(i, i, i, i, i, types.boolean, i, i, i, i), codegen
 
 
 @njit(cache=True)

@@ -104,12 +104,12 @@ def build_ahead(builder: Any, at: Any, ahead: int, w_next: Any, strips: int) -> 
     return builder.select(builder.icmp_signed("<", offset, w_next), offset, behind)
 
 
-def build_prefetch(builder: Any, pointer: Any) -> None:
-    """Ask for the cache line there; where there is no memory, nothing happens."""
+def build_prefetch(builder: Any, pointer: Any, level: int = 1) -> None:
+    """Ask for the cache line there, into that cache; where there is no memory, nothing happens."""
     full = "llvm.prefetch.p0i8"
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
     function = builder.module.globals.get(full) or ir.Function(builder.module, kind, full)
-    builder.call(function, [pointer, I32(0), I32(3), I32(1)])  # to be read, into the first cache, data
+    builder.call(function, [pointer, I32(0), I32(4 - level), I32(1)])  # to be read, data
 
 
 def build_rounded(builder: Any, v: Any) -> Any:

@@ -22,7 +22,7 @@ from lattice_serve.kernels.cpu.team import Team, enter, finish, leave, take, wai
 from lattice_serve.kernels.cpu_features import Products, Stored, available_products, vectors
 from lattice_serve.kernels.decoder.prompt import HEAD_ROWS, block_rows, embed, head_phase, mlp, norm_and_gates
 from lattice_serve.kernels.decoder.weights import DecoderWeights, Packer
-from lattice_serve.kernels.lanes import LANES, aligned, padded
+from lattice_serve.kernels.lanes import LANES, aligned, padded, spread
 from lattice_serve.kernels.linear.activations import activations, has_to_settle, rows_from, settle
 from lattice_serve.kernels.linear.cpu import PANEL, linear, panel_count, scratch_size
 from lattice_serve.kernels.mixer.block import MixerBlock
@@ -106,14 +106,14 @@ class CpuDecoder:
         self._pool, self._row_size = pool, layout.row_size
         self._vocab_size = V
         # Pages that are never written cost nothing, so the buffers may have room for the largest step.
-        x, z, final, logits = (aligned(max_tokens * padded(width), np.float32) for width in (
-            hidden, block.in_width, hidden, V))  # fmt: skip
+        x, z = (aligned(max_tokens * spread(width), np.float32) for width in (hidden, block.in_width))
+        final, logits = (aligned(max_tokens * padded(width), np.float32) for width in (hidden, V))
         normed, mixed, act, wanted = (activations(products, max_tokens, width) for width in (
             hidden, block.out_width, intermediate, hidden))  # fmt: skip
         self._logits, self._final = logits.reshape(max_tokens, -1), final.reshape(max_tokens, -1)
         self._hidden_size = hidden
-        head_rows = 2 * (layout.d + layout.m) * min(HEAD_ROWS, max_tokens)
-        gate_up_size = max(max(max_tokens, _GATES_UPS) * PANEL, head_rows)
+        head_rows = spread(2 * (layout.d + layout.m)) * min(HEAD_ROWS, max_tokens)
+        gate_up_size = max(max_tokens * spread(PANEL), _GATES_UPS * PANEL, head_rows)
         gate_up = aligned(threads * gate_up_size, np.float32).reshape(threads, -1)
         need = padded(max(block.scratch_size, *map(scratch_size, (hidden, block.out_width, intermediate))))
         self.nbytes = sum(array.nbytes for array in (strips, scales, small))
@@ -205,7 +205,7 @@ def _work(
 ) -> None:  # fmt: skip
     M, n, R, threads, E, wide = step[0], step[1], step[2], step[3], step[4], step[5] > 0
     width, z_width, y_width, inner, V = widths[0], widths[1], widths[2], widths[3], widths[4]
-    row, z_row, inner_row = padded(width), padded(z_width), padded(inner)
+    row, z_row, inner_row = spread(width), spread(z_width), padded(inner)
     row_size, layer_size, head_size = sizes[0], sizes[1], sizes[2]
     H, head_width = dims[0], 2 * (dims[1] + dims[2])
     scratch, gate_up = scratches[thread], gates_ups[thread]

@@ -15,7 +15,7 @@ from numba import njit
 from lattice_serve.kernels.cpu.amx import TILE
 from lattice_serve.kernels.cpu.team import finish, wait_for
 from lattice_serve.kernels.cpu.vector import store, widened
-from lattice_serve.kernels.lanes import LANES, padded
+from lattice_serve.kernels.lanes import LANES, padded, spread
 from lattice_serve.kernels.linear.activations import rows_from, settle
 from lattice_serve.kernels.linear.cpu import PANEL, linear, panel_count, strip_size
 from lattice_serve.kernels.mixer.cpu import mix_head
@@ -40,7 +40,7 @@ def embed(x: Any, row: int, width: int, embedding: Any, ids: Any, first: int, la
     """The embeddings of some ids to the same rows of x."""
     for t in range(first, last):
         for i in range(0, width, LANES):
-            store(x, t * row + i, widened(embedding, ids[t] * row + i))
+            store(x, t * row + i, widened(embedding, ids[t] * padded(width) + i))
 
 
 @njit(cache=True)
@@ -52,7 +52,7 @@ def head_phase(
     """The first phase; z: this thread's rows of one head."""
     H = dims[0]
     head_width = 2 * (dims[1] + dims[2])
-    strips = head_width // LANES
+    strips, z_row = head_width // LANES, spread(head_width)
     while ticket < base + H:
         wait_for(sync, base)
         head = ticket - base
@@ -61,7 +61,7 @@ def head_phase(
             last = min(first + HEAD_ROWS, M)
             linear(
                 w, o_w + head * strips * strip_size(width, w), scales, o_s + head * head_width, head_width, width,
-                rows_from(normed, first, width), last - first, z, 0, head_width, False, 0, panel_count(head_width),
+                rows_from(normed, first, width), last - first, z, 0, z_row, False, 0, panel_count(head_width),
                 scratch,
             )  # fmt: skip
             begin = first
@@ -69,8 +69,8 @@ def head_phase(
                 end = min(segments[2, i + 1], last)
                 o = segments[0, i] * row_size + o_layer + head * head_size
                 mix_head(
-                    S, o, places, dims, segments[1, i] + begin - segments[2, i], begin, end, z, -first * head_width,
-                    head_width, gates, 0, padded(2 * H), head, small, o_small, mixed, scratch, 0,
+                    S, o, places, dims, segments[1, i] + begin - segments[2, i], begin, end, z, -first * z_row,
+                    z_row, gates, 0, padded(2 * H), head, small, o_small, mixed, scratch, 0,
                 )  # fmt: skip
                 if end == segments[2, i + 1]:
                     i += 1
@@ -86,7 +86,7 @@ def norm_and_gates(
 ) -> None:  # fmt: skip
     """What the heads want of some rows of x: the norm, and gamma and mu of them all."""
     for t in range(first, last):
-        rms_norm(x, t * padded(width), width, small, o_norm, eps, normed, t)
+        rms_norm(x, t * spread(width), width, small, o_norm, eps, normed, t)
     row, before = padded(2 * H), z_width - 2 * H
     linear(
         w, o_w + before // LANES * strip_size(width, w), scales, o_s + before, 2 * H, width,
@@ -100,15 +100,17 @@ def mlp(
     scales: Any, o_up: int, o_up_scales: int, o_down: int, o_down_scales: int, act: Any, gate_up: Any, scratch: Any,
 ) -> None:  # fmt: skip
     """Norm, SwiGLU and residual of some rows of x."""
-    row, N, M = padded(width), 2 * padded(inner), last - first
+    row, gate_up_row, N, M = spread(width), spread(PANEL), 2 * padded(inner), last - first
     for t in range(first, last):
         rms_norm(x, t * row, width, small, o_norm, eps, normed, t)
     rows = rows_from(normed, first, width)
     for panel in range(panel_count(N)):
-        linear(w, o_up, scales, o_up_scales, N, width, rows, M, gate_up, 0, PANEL, False, panel, panel + 1, scratch)
+        linear(
+            w, o_up, scales, o_up_scales, N, width, rows, M, gate_up, 0, gate_up_row, False, panel, panel + 1, scratch
+        )
         k = panel * PANEL // 2
         for t in range(M):
-            swiglu(gate_up, t * PANEL, min(PANEL // 2, inner - k), act, first + t, inner, k)
+            swiglu(gate_up, t * gate_up_row, min(PANEL // 2, inner - k), act, first + t, inner, k)
     for t in range(first, last):
         settle(act, t, inner)
     linear(

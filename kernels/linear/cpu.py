@@ -21,7 +21,17 @@ from numba import njit, types
 from numba.extending import overload, register_jitable
 from torch import Tensor
 
-from lattice_serve.kernels.cpu.amx import BYTE_TILE_K, TILE, TILE_BYTES, TILE_K, block, block_shape, configure, release
+from lattice_serve.kernels.cpu.amx import (
+    BYTE_TILE_K,
+    TILE,
+    TILE_BYTES,
+    TILE_K,
+    block,
+    block_shape,
+    configure,
+    release,
+    stream,
+)
 from lattice_serve.kernels.cpu.pairs import flush_denormals, line, restore_denormals
 from lattice_serve.kernels.cpu.products import tile
 from lattice_serve.kernels.cpu.vector import load, splat, store
@@ -38,9 +48,11 @@ _ROWS = 6
 """Rows of a tile of one vector: 12 sums in the 16 registers of AVX2."""
 _SUMS = 4 * TILE * TILE
 """Floats of the sums of a block of tiles, or of the few rows of vectors."""
-_DEPTH = 8
-"""Tiles of a strip that are multiplied with all of many rows before the next ones are: those of a panel and of two
-tiles of rows stay in the first-level cache."""
+_MANY = 8 * TILE
+"""Rows from which on weights are used often enough to be kept in the first-level cache, part by part. For fewer they
+come from memory, strip by strip."""
+_DEPTH = 12
+"""Tiles of a strip in such a part: two strips are half of the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,26 +196,48 @@ def _by_tiles(
     w: int, size: int, strips: int, steps: int, x: int, M: int, out: int, out_row: int, add: bool
 ) -> None:  # fmt: skip
     """A panel of strips that are `size` bytes apart, worked out where it goes to; w, x and out are addresses."""
-    # Weights for fewer rows come from memory, strip by strip.
-    depth = steps if M < 8 * TILE else _DEPTH
-    for k in range(0, steps, depth):
-        count, o_x, o_w = min(depth, steps - k), x + k * TILE_BYTES, w + k * TILE_BYTES
-        begins, i = add or k > 0, 0
-        while i < M:
-            rows, height, width = block_shape(M - i, strips)
-            if i == 0 or rows < TILE:
-                configure(min(rows, TILE))
-            at, x_next = o_x + i // TILE * steps * TILE_BYTES, steps * TILE_BYTES
-            for s in range(0, strips, width):
-                place, next_row = out + 4 * (i * out_row + s * LANES), 4 * out_row
-                if height == 2:
-                    block(2, 2, 0, at, x_next, o_w + s * size, size, count, begins, place, next_row)
-                elif width == _STRIPS:
-                    block(1, 4, 0, at, x_next, o_w + s * size, size, count, begins, place, next_row)
-                else:
-                    block(1, 1, 0, at, x_next, o_w + s * size, size, count, begins, place, next_row)
-            i += rows
+    x_next, next_row = steps * TILE_BYTES, 4 * out_row
+    i = _by_streams(w, size, steps, x, M, out, out_row, add) if M >= _MANY and strips == _STRIPS else 0
+    while i < M:
+        rows, height, width = block_shape(M - i, strips)
+        if i == 0 or rows < TILE:
+            configure(min(rows, TILE))
+        at = x + i // TILE * x_next
+        for s in range(0, strips, width):
+            place = out + 4 * (i * out_row + s * LANES)
+            if height == 2:
+                block(2, 2, 0, at, x_next, w + s * size, size, steps, add, place, next_row)
+            elif width == _STRIPS:
+                block(1, 4, 0, at, x_next, w + s * size, size, steps, add, place, next_row)
+            else:
+                block(1, 1, 0, at, x_next, w + s * size, size, steps, add, place, next_row)
+        i += rows
     release()
+
+
+@njit(cache=True)
+def _by_streams(w: int, size: int, steps: int, x: int, M: int, out: int, out_row: int, add: bool) -> int:
+    """The same of a whole panel and of many rows, two tiles of them at a time; how many rows that were.
+
+    A part of two strips stays in the first-level cache while all rows pass by. Meanwhile the next part is asked for: it
+    comes from memory.
+    """
+    configure(TILE)
+    x_next, next_row, blocks = steps * TILE_BYTES, 4 * out_row, M // (2 * TILE)
+    depth = -(-steps // -(-steps // _DEPTH))
+    lines = -(-TILE // blocks)
+    for s in range(0, _STRIPS, 2):
+        for k in range(0, steps, depth):
+            count, o_w = min(depth, steps - k), w + s * size + k * TILE_BYTES
+            # Behind the last strip lies the next panel.
+            ahead = o_w + depth * TILE_BYTES if k + depth < steps else w + (s + 2) * size
+            for i in range(blocks):
+                place = out + 4 * (i * 2 * TILE * out_row + s * LANES)
+                stream(
+                    x + 2 * i * x_next + k * TILE_BYTES, x_next, o_w, size, count, add or k > 0, place, next_row,
+                    ahead + i * count * lines * 4 * LANES, lines,
+                )  # fmt: skip
+    return blocks * 2 * TILE
 
 
 @njit(cache=True)
