@@ -45,6 +45,13 @@ def vectors() -> str:
 
 
 @cache
+def has_vector_bf16() -> bool:
+    """Whether vectors of bfloat16 are rounded and multiplied by instructions."""
+    features = llvm.get_host_cpu_features()
+    return all(map(features.get, _NEEDED["bfloat16"]["avx512_bf16"]))
+
+
+@cache
 def available_products(stored: Stored) -> tuple[Products, ...]:
     """All that this processor has for such weights and the system lets this process use, the fastest first."""
     features = llvm.get_host_cpu_features()

@@ -5,7 +5,6 @@ An output's sum is worked out in one order, a line of k at a time, whatever the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -64,42 +63,44 @@ def release(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
-def _build_block(
-    builder: Any, R: int, S: int, product: str, load_x: str, places: tuple[Any, ...], aside: Callable[[Any], None]
-) -> None:
-    """Code for R by S tiles of sums; `aside` builds what else is done in a step, of which it is given the number."""
-    x, x_next, w, w_next, steps, add, out, out_next = places
-    cells = [(r, s) for r in range(R) for s in range(S)]
-    sums = {cell: _BYTE(i) for i, cell in enumerate(cells)}
-    activations = [_BYTE(_FIRST + r) for r in range(R)]
-    free = [_BYTE(register) for register in range(_FIRST + R, _LAST + 1)]
-    line = _LONG(4 * LANES)
+def _memory(builder: Any, address: Any, *more: Any) -> Any:
+    for offset in more:
+        address = builder.add(address, offset)
+    return builder.inttoptr(address, _MEMORY)
 
-    def memory(address: Any, *more: Any) -> Any:
-        for offset in more:
-            address = builder.add(address, offset)
-        return builder.inttoptr(address, _MEMORY)
 
-    to = {(r, s): memory(out, builder.mul(out_next, _LONG(r * TILE)), _LONG(s * 4 * LANES)) for r, s in cells}
+def _cells(R: int, S: int) -> dict[tuple[int, int], Any]:
+    """The register of each tile of sums."""
+    return {(i // S, i % S): _BYTE(i) for i in range(R * S)}
+
+
+def _build_begin(builder: Any, R: int, S: int, add: Any, out: Any, out_next: Any) -> None:
     with builder.if_else(add) as (then, otherwise):
         with then:
-            for cell in cells:
-                build_x86(builder, "tileloadd64", sums[cell], to[cell], out_next)
+            _build_sums(builder, "tileloadd64", R, S, out, out_next)
         with otherwise:
-            for cell in cells:
-                build_x86(builder, "tilezero", sums[cell])
-    with cgutils.for_range(builder, steps, intp=_LONG) as loop:
-        at = builder.mul(loop.index, _LONG(TILE_BYTES))
+            for register in _cells(R, S).values():
+                build_x86(builder, "tilezero", register)
+
+
+def _build_sums(builder: Any, name: str, R: int, S: int, out: Any, out_next: Any) -> None:
+    for (r, s), register in _cells(R, S).items():
+        place = _memory(builder, out, builder.mul(out_next, _LONG(r * TILE)), _LONG(s * 4 * LANES))
+        build_x86(builder, name, register, place, out_next)
+
+
+def _build_step(
+    builder: Any, R: int, S: int, product: str, load_x: str, x: Any, x_next: Any, w: Any, w_next: Any
+) -> None:
+    line, activations = _LONG(4 * LANES), [_BYTE(_FIRST + r) for r in range(R)]
+    free = [_BYTE(register) for register in range(_FIRST + R, _LAST + 1)]
+    for r in range(R):
+        build_x86(builder, load_x, activations[r], _memory(builder, x, builder.mul(x_next, _LONG(r))), line)
+    for s in range(S):
+        weights = free[s % len(free)]
+        build_x86(builder, "tileloadd64", weights, _memory(builder, w, builder.mul(w_next, _LONG(s))), line)
         for r in range(R):
-            build_x86(builder, load_x, activations[r], memory(x, builder.mul(x_next, _LONG(r)), at), line)
-        for s in range(S):
-            weights = free[s % len(free)]
-            build_x86(builder, "tileloadd64", weights, memory(w, builder.mul(w_next, _LONG(s)), at), line)
-            for r in range(R):
-                build_x86(builder, product, sums[r, s], activations[r], weights)
-        aside(loop.index)
-    for cell in cells:
-        build_x86(builder, "tilestored64", sums[cell], to[cell], out_next)
+            build_x86(builder, product, _cells(R, S)[r, s], activations[r], weights)
 
 
 @intrinsic(prefer_literal=True)
@@ -121,8 +122,13 @@ def block(
     R, S, int8 = (number.literal_value for number in literals)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        x, x_next, w, w_next, steps, add, out, out_next = values[3:]
         product = "tdpbssd" if int8 else "tdpbf16ps"
-        _build_block(builder, R, S, product, "tileloadd64", values[3:], lambda step: None)
+        _build_begin(builder, R, S, add, out, out_next)
+        with cgutils.for_range(builder, steps, intp=_LONG) as loop:
+            at = builder.mul(loop.index, _LONG(TILE_BYTES))
+            _build_step(builder, R, S, product, "tileloadd64", builder.add(x, at), x_next, builder.add(w, at), w_next)
+        _build_sums(builder, "tilestored64", R, S, out, out_next)
         return context.get_dummy_value()
 
     i = types.intp
@@ -130,32 +136,47 @@ def block(
 
 
 @intrinsic
-def stream(
-    typingctx: Any, x: Any, x_next: Any, w: Any, w_next: Any, steps: Any, add: Any, out: Any, out_next: Any, ahead: Any,
-    lines: Any,
-) -> Any:  # fmt: skip
-    """`block` of 2 by 2 tiles of bfloat16, for one after another of many rows with the same weights.
-
-    Weights stay in the first-level cache, for activations are loaded so that they pass it by. Every step asks for so
-    many lines of weights that are wanted later, in each of two strips: those of the first step are at `ahead`.
-    """
+def begin(typingctx: Any, add: Any, out: Any, out_next: Any) -> Any:
+    """A `block` of 2 by 2 tiles of bfloat16 in pieces, between which other work can be done: the first."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        *places, ahead, lines = values
-        w_next = places[3]
-
-        def ask(step: Any) -> None:
-            first = builder.add(ahead, builder.mul(builder.mul(step, lines), _LONG(4 * LANES)))
-            with cgutils.for_range(builder, lines, intp=_LONG) as loop:
-                line = builder.add(first, builder.mul(loop.index, _LONG(4 * LANES)))
-                for address in (line, builder.add(line, w_next)):
-                    build_prefetch(builder, builder.inttoptr(address, _MEMORY), level=2)
-
-        _build_block(builder, 2, 2, "tdpbf16ps", "tileloaddt164", tuple(places), ask)
+        _build_begin(builder, 2, 2, *values)
         return context.get_dummy_value()
 
-    i = types.intp
-    return types.void(i, i, i, i, i, types.boolean, i, i, i, i), codegen
+    return types.void(types.boolean, types.intp, types.intp), codegen
+
+
+@intrinsic
+def multiply(typingctx: Any, x: Any, x_next: Any, w: Any, w_next: Any) -> Any:
+    """One step of it. Activations are loaded so that they pass the first cache by, and weights stay there."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        _build_step(builder, 2, 2, "tdpbf16ps", "tileloaddt164", *values)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), codegen
+
+
+@intrinsic
+def end(typingctx: Any, out: Any, out_next: Any) -> Any:
+    """The last."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        _build_sums(builder, "tilestored64", 2, 2, *values)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), codegen
+
+
+@intrinsic
+def ask(typingctx: Any, address: Any) -> Any:
+    """Ask for a cache line, into the second-level cache; where there is no memory, nothing happens."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        build_prefetch(builder, builder.inttoptr(values[0], _MEMORY), level=2)
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
 
 
 @njit(cache=True)

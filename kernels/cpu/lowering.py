@@ -7,7 +7,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from lattice_serve.kernels.cpu_features import vectors
+from lattice_serve.kernels.cpu_features import has_vector_bf16, vectors
 from lattice_serve.kernels.lanes import LANES
 
 F32, I32 = ir.FloatType(), ir.IntType(32)
@@ -112,14 +112,33 @@ def build_prefetch(builder: Any, pointer: Any, level: int = 1) -> None:
     builder.call(function, [pointer, I32(0), I32(4 - level), I32(1)])  # to be read, data
 
 
+class _BFloat(ir.Type):
+    """LLVM's type, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
 def build_rounded(builder: Any, v: Any) -> Any:
-    """The bits of the nearest bfloat16, <16 x i16>; a NaN stays one."""
+    """The bits of the nearest bfloat16, <16 x i16>; a NaN stays one.
+
+    Where an instruction does it, denormal numbers become zeros, for which those that multiply bfloat16 take them.
+    """
+    halves = ir.VectorType(ir.IntType(16), LANES)
+    if has_vector_bf16():
+        return builder.bitcast(builder.fptrunc(v, ir.VectorType(_BFloat(), LANES)), halves)
     one, half, high, nan = (ir.Constant(WHOLE, [n] * LANES) for n in (1, 0x7FFF, 16, 0x7FC00000))
     bits = builder.bitcast(v, WHOLE)
     odd = builder.and_(builder.lshr(bits, high), one)
     nearest = builder.add(bits, builder.add(odd, half))
     kept = builder.select(builder.fcmp_unordered("uno", v, v), nan, nearest)
-    return builder.trunc(builder.lshr(kept, high), ir.VectorType(ir.IntType(16), LANES))
+    return builder.trunc(builder.lshr(kept, high), halves)
 
 
 def build_dot_pairs(builder: Any, a: Any, b: Any, c: Any) -> Any:

@@ -18,9 +18,18 @@ from numba import njit
 from torch import Tensor
 from torch.nn import functional as F
 
+from lattice_serve.kernels.cpu.amx import TILE
 from lattice_serve.kernels.cpu.team import Team, enter, finish, leave, take, wait_for
 from lattice_serve.kernels.cpu_features import Products, Stored, available_products, vectors
-from lattice_serve.kernels.decoder.prompt import HEAD_ROWS, block_rows, embed, head_phase, mlp, norm_and_gates
+from lattice_serve.kernels.decoder.prompt import (
+    BLOCK_ROWS,
+    HEAD_ROWS,
+    block_rows,
+    embed,
+    head_phase,
+    mlp,
+    norm_and_gates,
+)
 from lattice_serve.kernels.decoder.weights import DecoderWeights, Packer
 from lattice_serve.kernels.lanes import LANES, aligned, padded, spread
 from lattice_serve.kernels.linear.activations import activations, has_to_settle, rows_from, settle
@@ -113,7 +122,8 @@ class CpuDecoder:
         self._logits, self._final = logits.reshape(max_tokens, -1), final.reshape(max_tokens, -1)
         self._hidden_size = hidden
         head_rows = spread(2 * (layout.d + layout.m)) * min(HEAD_ROWS, max_tokens)
-        gate_up_size = max(max_tokens * spread(PANEL), _GATES_UPS * PANEL, head_rows)
+        panels = 2 * spread(PANEL) * min(BLOCK_ROWS, -(-max_tokens // (2 * TILE)) * 2 * TILE)
+        gate_up_size = max(max(max_tokens, _GATES_UPS) * PANEL, head_rows, panels)
         gate_up = aligned(threads * gate_up_size, np.float32).reshape(threads, -1)
         need = padded(max(block.scratch_size, *map(scratch_size, (hidden, block.out_width, intermediate))))
         self.nbytes = sum(array.nbytes for array in (strips, scales, small))

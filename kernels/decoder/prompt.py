@@ -17,12 +17,13 @@ from lattice_serve.kernels.cpu.team import finish, wait_for
 from lattice_serve.kernels.cpu.vector import store, widened
 from lattice_serve.kernels.lanes import LANES, padded, spread
 from lattice_serve.kernels.linear.activations import rows_from, settle
+from lattice_serve.kernels.linear.aside import take_turns
 from lattice_serve.kernels.linear.cpu import PANEL, linear, panel_count, strip_size
 from lattice_serve.kernels.mixer.cpu import mix_head
 from lattice_serve.kernels.norm.cpu import rms_norm
-from lattice_serve.kernels.swiglu.cpu import swiglu
+from lattice_serve.kernels.swiglu.cpu import SwigluRows
 
-HEAD_ROWS = 128
+HEAD_ROWS = 256
 """Rows of a head that are projected and then mixed."""
 BLOCK_ROWS = 256
 """Rows of a block, at the most."""
@@ -100,17 +101,20 @@ def mlp(
     scales: Any, o_up: int, o_up_scales: int, o_down: int, o_down_scales: int, act: Any, gate_up: Any, scratch: Any,
 ) -> None:  # fmt: skip
     """Norm, SwiGLU and residual of some rows of x."""
-    row, gate_up_row, N, M = spread(width), spread(PANEL), 2 * padded(inner), last - first
+    row, N, M, panels = spread(width), 2 * padded(inner), last - first, panel_count(2 * padded(inner))
     for t in range(first, last):
         rms_norm(x, t * row, width, small, o_norm, eps, normed, t)
-    rows = rows_from(normed, first, width)
-    for panel in range(panel_count(N)):
+    rows, gate_up_row = rows_from(normed, first, width), spread(PANEL)
+    # Two panels by turns: one is multiplied while SwiGLU takes the other.
+    done = SwigluRows(gate_up, 0, gate_up_row, 0, act, first, 0, inner, 0)
+    for panel in range(panels):
+        o, k = panel % 2 * M * gate_up_row, panel * PANEL // 2
         linear(
-            w, o_up, scales, o_up_scales, N, width, rows, M, gate_up, 0, gate_up_row, False, panel, panel + 1, scratch
-        )
-        k = panel * PANEL // 2
-        for t in range(M):
-            swiglu(gate_up, t * gate_up_row, min(PANEL // 2, inner - k), act, first + t, inner, k)
+            w, o_up, scales, o_up_scales, N, width, rows, M, gate_up, o, gate_up_row, False, panel, panel + 1, scratch,
+            done,
+        )  # fmt: skip
+        done = SwigluRows(gate_up, o, gate_up_row, min(PANEL // 2, inner - k), act, first, M, inner, k)
+    take_turns(done, 0, M)
     for t in range(first, last):
         settle(act, t, inner)
     linear(

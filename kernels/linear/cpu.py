@@ -26,11 +26,14 @@ from lattice_serve.kernels.cpu.amx import (
     TILE,
     TILE_BYTES,
     TILE_K,
+    ask,
+    begin,
     block,
     block_shape,
     configure,
+    end,
+    multiply,
     release,
-    stream,
 )
 from lattice_serve.kernels.cpu.pairs import flush_denormals, line, restore_denormals
 from lattice_serve.kernels.cpu.products import tile
@@ -38,6 +41,7 @@ from lattice_serve.kernels.cpu.vector import load, splat, store
 from lattice_serve.kernels.cpu_features import Products, Stored, available_products
 from lattice_serve.kernels.lanes import LANES, aligned, padded
 from lattice_serve.kernels.linear.activations import ByteTiles, activations, fill
+from lattice_serve.kernels.linear.aside import take_turns, turns
 from lattice_serve.kernels.linear.int8 import FEW, LARGEST_K, by_tiles_of_bytes, by_vectors_of_bytes
 from lattice_serve.kernels.linear.quantize import quantize
 
@@ -191,13 +195,25 @@ def _by_vectors(
             i += rows
 
 
+@register_jitable
+def _stream_steps(M: int, steps: int) -> int:
+    """Of a panel."""
+    return M // (2 * TILE) * (_STRIPS // 2) * steps if M >= _MANY else 0
+
+
 @njit(cache=True)
 def _by_tiles(
-    w: int, size: int, strips: int, steps: int, x: int, M: int, out: int, out_row: int, add: bool
-) -> None:  # fmt: skip
-    """A panel of strips that are `size` bytes apart, worked out where it goes to; w, x and out are addresses."""
-    x_next, next_row = steps * TILE_BYTES, 4 * out_row
-    i = _by_streams(w, size, steps, x, M, out, out_row, add) if M >= _MANY and strips == _STRIPS else 0
+    w: int, size: int, strips: int, steps: int, x: int, M: int, out: int, out_row: int, add: bool, aside: Any,
+    turn: int, share: int,
+) -> int:  # fmt: skip
+    """A panel of strips that are `size` bytes apart, worked out where it goes to; w, x and out are addresses.
+
+    A step does `share` turns of `aside`, if it has time for any; returns the next one.
+    """
+    x_next, next_row, i = steps * TILE_BYTES, 4 * out_row, 0
+    if M >= _MANY and strips == _STRIPS:
+        turn = _by_streams(w, size, steps, x, M, out, out_row, add, aside, turn, share)
+        i = M // (2 * TILE) * 2 * TILE
     while i < M:
         rows, height, width = block_shape(M - i, strips)
         if i == 0 or rows < TILE:
@@ -213,14 +229,17 @@ def _by_tiles(
                 block(1, 1, 0, at, x_next, w + s * size, size, steps, add, place, next_row)
         i += rows
     release()
+    return turn
 
 
 @njit(cache=True)
-def _by_streams(w: int, size: int, steps: int, x: int, M: int, out: int, out_row: int, add: bool) -> int:
-    """The same of a whole panel and of many rows, two tiles of them at a time; how many rows that were.
+def _by_streams(
+    w: int, size: int, steps: int, x: int, M: int, out: int, out_row: int, add: bool, aside: Any, turn: int, share: int
+) -> int:  # fmt: skip
+    """The same of a whole panel and of many rows, two tiles of them at a time, as long as there are two.
 
-    A part of two strips stays in the first-level cache while all rows pass by. Meanwhile the next part is asked for: it
-    comes from memory.
+    A part of two strips stays in the first-level cache while all rows pass by. Meanwhile the next part is asked for,
+    which comes from memory, and vectors do what there is to do aside.
     """
     configure(TILE)
     x_next, next_row, blocks = steps * TILE_BYTES, 4 * out_row, M // (2 * TILE)
@@ -230,14 +249,19 @@ def _by_streams(w: int, size: int, steps: int, x: int, M: int, out: int, out_row
         for k in range(0, steps, depth):
             count, o_w = min(depth, steps - k), w + s * size + k * TILE_BYTES
             # Behind the last strip lies the next panel.
-            ahead = o_w + depth * TILE_BYTES if k + depth < steps else w + (s + 2) * size
+            wanted = o_w + depth * TILE_BYTES if k + depth < steps else w + (s + 2) * size
             for i in range(blocks):
-                place = out + 4 * (i * 2 * TILE * out_row + s * LANES)
-                stream(
-                    x + 2 * i * x_next + k * TILE_BYTES, x_next, o_w, size, count, add or k > 0, place, next_row,
-                    ahead + i * count * lines * 4 * LANES, lines,
-                )  # fmt: skip
-    return blocks * 2 * TILE
+                place, at = out + 4 * (i * 2 * TILE * out_row + s * LANES), x + 2 * i * x_next + k * TILE_BYTES
+                begin(add or k > 0, place, next_row)
+                for step in range(count):
+                    multiply(at + step * TILE_BYTES, x_next, o_w + step * TILE_BYTES, size)
+                    for _ in range(lines):
+                        ask(wanted)
+                        ask(wanted + size)
+                        wanted += 4 * LANES
+                    turn = take_turns(aside, turn, share)
+                end(place, next_row)
+    return turn
 
 
 @njit(cache=True)
@@ -246,9 +270,10 @@ def _strips_of(panel: int, N: int) -> int:
 
 
 def _panels(
-    w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
-) -> None:  # fmt: skip
-    """Panels by what multiplies activations such as x; in compiled code only.
+    w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any, aside: Any
+) -> int:  # fmt: skip
+    """Panels by what multiplies activations such as x, and the turns of `aside` that were taken meanwhile; in compiled
+    code only.
 
     What is looked up in arrays is looked up once for all of them: at one row a panel takes but a microsecond.
     """
@@ -257,38 +282,42 @@ def _panels(
 
 @overload(_panels, strict=False)
 def _panels_of(
-    w: Any, o_w: Any, N: Any, K: Any, x: Any, M: Any, first: Any, last: Any, scratch: Any, to: Any
+    w: Any, o_w: Any, N: Any, K: Any, x: Any, M: Any, first: Any, last: Any, scratch: Any, to: Any, aside: Any
 ) -> Any:  # fmt: skip
     def by_float32(
-        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
-    ) -> None:  # fmt: skip
+        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any, aside: Any
+    ) -> int:  # fmt: skip
         size = strip_size(K, w)
         for panel in range(first, last):
             at, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
             _by_vectors(w, at, size, strips, K, x, padded(K), M, scratch, panel * PANEL, to)
+        return 0
 
     def by_float32_of_int8(
-        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
-    ) -> None:  # fmt: skip
+        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any, aside: Any
+    ) -> int:  # fmt: skip
         fours, size, steps = w.view(np.int32), strip_size(K, w) // 4, -(-K // 4) * 4
         for panel in range(first, last):
             at, strips = o_w // 4 + panel * _STRIPS * size, _strips_of(panel, N)
             _by_vectors(fours, at, size, strips, steps, x, padded(K), M, scratch, panel * PANEL, to)
+        return 0
 
     def by_pairs(
-        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
-    ) -> None:  # fmt: skip
+        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any, aside: Any
+    ) -> int:  # fmt: skip
         size = strip_size(K, w)
         for panel in range(first, last):
             at, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
             _by_vectors(w, at, size, strips, (K + 1) // 2, x, padded(K) // 2, M, scratch, panel * PANEL, to)
+        return 0
 
     def by_tiles(
-        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
-    ) -> None:  # fmt: skip
+        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any, aside: Any
+    ) -> int:  # fmt: skip
         _, _, out, o_out, out_row, add = to
         size, steps, place = strip_size(K, w), -(-K // TILE_K), out.ctypes.data + 4 * o_out
         weights, filled, rows = w.ctypes.data, scratch.ctypes.data + 4 * _SUMS, x.ctypes.data
+        turn, share = 0, -(-turns(aside) // max(1, (last - first) * _stream_steps(M, steps)))
         control = flush_denormals()
         for panel in range(first, last):
             o, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
@@ -298,17 +327,18 @@ def _panels_of(
                 at, bytes_ = filled, 4 * _filled_size(K)
             to_ = place + 4 * panel * PANEL
             if M != 1:
-                _by_tiles(at, bytes_, strips, steps, rows, M, to_, out_row, add)
+                turn = _by_tiles(at, bytes_, strips, steps, rows, M, to_, out_row, add, aside, turn, share)
             elif strips == _STRIPS:
                 line(4, rows, at, bytes_, steps, add, to_)
             else:
                 for s in range(strips):
                     line(1, rows, at + s * bytes_, bytes_, steps, add, to_ + 4 * s * LANES)
         restore_denormals(control)
+        return turn
 
     def by_byte_tiles(
-        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
-    ) -> None:  # fmt: skip
+        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any, aside: Any
+    ) -> int:  # fmt: skip
         size, steps, sums, weights = strip_size(K, w), -(-K // BYTE_TILE_K), scratch.view(np.int32), w.ctypes.data
         lines, offsets = x.lines.ctypes.data, x.offsets.ctypes.data
         for panel in range(first, last):
@@ -317,15 +347,17 @@ def _panels_of(
                 by_vectors_of_bytes(at, size, strips, steps, lines, offsets, x.scales, M, sums, panel * PANEL, to)
             else:
                 by_tiles_of_bytes(at, size, strips, steps, lines, x.scales, M, sums, panel * PANEL, to)
+        return 0
 
     def by_byte_vectors(
-        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any
-    ) -> None:  # fmt: skip
+        w: Any, o_w: int, N: int, K: int, x: Any, M: int, first: int, last: int, scratch: Any, to: Any, aside: Any
+    ) -> int:  # fmt: skip
         size, steps, sums, weights = strip_size(K, w), -(-K // BYTE_TILE_K), scratch.view(np.int32), w.ctypes.data
         lines, offsets = x.lines.ctypes.data, x.offsets.ctypes.data
         for panel in range(first, last):
             at, strips = weights + o_w + panel * _STRIPS * size, _strips_of(panel, N)
             by_vectors_of_bytes(at, size, strips, steps, lines, offsets, x.scales, M, sums, panel * PANEL, to)
+        return 0
 
     if isinstance(x, types.BaseTuple):
         return by_byte_tiles if x.instance_class is ByteTiles else by_byte_vectors
@@ -369,12 +401,15 @@ def _fill_tiles(w: Any, o_w: int, strips: int, K: int, out: Any, o_out: int) -> 
 @njit(cache=True)
 def linear(
     w: Any, o_w: int, scales: Any, o_s: int, N: int, K: int, x: Any, M: int, out: Any, o_out: int, out_row: int,
-    add: bool, first: int, last: int, scratch: Any,
+    add: bool, first: int, last: int, scratch: Any, aside: Any = None,
 ) -> None:  # fmt: skip
     """Panels `first` to `last` of a packed weight: those outputs of x [M, K] weight^T to out, or added to it.
 
     The strips begin at o_w of w, the scales at o_s of scales; x: `activations` of M rows of K; row after row of the
     outputs begins at o_out of out, out_row on; scratch: `scratch_size` floats on a cache line. All arrays are [..].
-    Outputs beyond N up to `padded(N)` become 0.
+    Outputs beyond N up to `padded(N)` become 0. aside: `linear.aside`, done meanwhile where there is time, and else
+    after it.
     """
-    _panels(w, o_w, N, K, x, M, first, last, scratch, (scales, o_s, out, o_out - first * PANEL, out_row, add))
+    to = (scales, o_s, out, o_out - first * PANEL, out_row, add)
+    turn = _panels(w, o_w, N, K, x, M, first, last, scratch, to, aside)
+    take_turns(aside, turn, turns(aside))
