@@ -7,8 +7,6 @@ from numba.extending import register_jitable
 
 LANES = 16
 """Floats in 64 bytes: the longest vector of any processor so far, and a cache line."""
-LINE = 4 * LANES
-"""Bytes of it."""
 
 
 @register_jitable
@@ -25,6 +23,7 @@ def spread(n: int) -> int:
 
 def aligned(size: int, dtype: Any) -> Any:
     """Zeros [size] that begin on a cache line: a vector that crosses one takes two loads, a tile many."""
-    memory = np.zeros(size * np.dtype(dtype).itemsize + LINE, dtype=np.uint8)
-    begin = -memory.ctypes.data % LINE
+    line = 4 * LANES
+    memory = np.zeros(size * np.dtype(dtype).itemsize + line, dtype=np.uint8)
+    begin = -memory.ctypes.data % line
     return memory[begin : begin + size * np.dtype(dtype).itemsize].view(dtype)

@@ -39,7 +39,7 @@ from lattice_serve.kernels.cpu.pairs import flush_denormals, line, restore_denor
 from lattice_serve.kernels.cpu.products import tile
 from lattice_serve.kernels.cpu.vector import load, splat, store
 from lattice_serve.kernels.cpu_features import Products, Stored, available_products
-from lattice_serve.kernels.lanes import LANES, LINE, aligned, padded
+from lattice_serve.kernels.lanes import LANES, aligned, padded
 from lattice_serve.kernels.linear.activations import ByteTiles, activations, fill
 from lattice_serve.kernels.linear.aside import take_turns, turns
 from lattice_serve.kernels.linear.int8 import FEW, LARGEST_K, by_tiles_of_bytes, by_vectors_of_bytes
@@ -57,9 +57,6 @@ _MANY = 8 * TILE
 come from memory, strip by strip."""
 _DEPTH = 12
 """Tiles of a strip in such a part: two strips are half of the cache."""
-_SLAB = 3 * 2**17
-"""bfloat16 of activations that all panels are multiplied with before the next ones are: three eighths of a second-level
-cache of 2 MB. Here it is slower all at once where they fill half of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,17 +203,16 @@ def _stream_steps(M: int, steps: int) -> int:
 
 @njit(cache=True)
 def _by_tiles(
-    w: int, size: int, strips: int, steps: int, x: int, x_next: int, M: int, out: int, out_row: int, add: bool,
-    aside: Any, turn: int, share: int,
+    w: int, size: int, strips: int, steps: int, x: int, M: int, out: int, out_row: int, add: bool, aside: Any,
+    turn: int, share: int,
 ) -> int:  # fmt: skip
     """A panel of strips that are `size` bytes apart, worked out where it goes to; w, x and out are addresses.
 
-    Tiles of activations are x_next bytes apart. A step does `share` turns of `aside`, if it has time for any; returns
-    the next one.
+    A step does `share` turns of `aside`, if it has time for any; returns the next one.
     """
-    next_row, i = 4 * out_row, 0
+    x_next, next_row, i = steps * TILE_BYTES, 4 * out_row, 0
     if M >= _MANY and strips == _STRIPS:
-        turn = _by_streams(w, size, steps, x, x_next, M, out, out_row, add, aside, turn, share)
+        turn = _by_streams(w, size, steps, x, M, out, out_row, add, aside, turn, share)
         i = M // (2 * TILE) * 2 * TILE
     while i < M:
         rows, height, width = block_shape(M - i, strips)
@@ -238,8 +234,7 @@ def _by_tiles(
 
 @njit(cache=True)
 def _by_streams(
-    w: int, size: int, steps: int, x: int, x_next: int, M: int, out: int, out_row: int, add: bool, aside: Any,
-    turn: int, share: int,
+    w: int, size: int, steps: int, x: int, M: int, out: int, out_row: int, add: bool, aside: Any, turn: int, share: int
 ) -> int:  # fmt: skip
     """The same of a whole panel and of many rows, two tiles of them at a time, as long as there are two.
 
@@ -247,9 +242,9 @@ def _by_streams(
     which comes from memory, and vectors do what there is to do aside.
     """
     configure(TILE)
-    next_row, blocks = 4 * out_row, M // (2 * TILE)
+    x_next, next_row, blocks = steps * TILE_BYTES, 4 * out_row, M // (2 * TILE)
     depth = -(-steps // -(-steps // _DEPTH))
-    lines = -(-TILE_BYTES // (blocks * LINE))
+    lines = -(-TILE // blocks)
     for s in range(0, _STRIPS, 2):
         for k in range(0, steps, depth):
             count, o_w = min(depth, steps - k), w + s * size + k * TILE_BYTES
@@ -261,10 +256,9 @@ def _by_streams(
                 for step in range(count):
                     multiply(at + step * TILE_BYTES, x_next, o_w + step * TILE_BYTES, size)
                     for _ in range(lines):
-                        if wanted // LINE % 4 < 2:  # the processor fetches the others by itself
-                            ask(wanted)
-                            ask(wanted + size)
-                        wanted += LINE
+                        ask(wanted)
+                        ask(wanted + size)
+                        wanted += 4 * LANES
                     turn = take_turns(aside, turn, share)
                 end(place, next_row)
     return turn
@@ -324,28 +318,21 @@ def _panels_of(
         size, steps, place = strip_size(K, w), -(-K // TILE_K), out.ctypes.data + 4 * o_out
         weights, filled, rows = w.ctypes.data, scratch.ctypes.data + 4 * _SUMS, x.ctypes.data
         turn, share = 0, -(-turns(aside) // max(1, (last - first) * _stream_steps(M, steps)))
-        slabs = -(-steps // max(1, _SLAB // (M * TILE_K))) if M >= _MANY else 1
-        slab = -(-steps // slabs)
         control = flush_denormals()
-        for k in range(0, steps, slab):
-            count, begins, at_k = min(slab, steps - k), add or k > 0, k * TILE_BYTES
-            for panel in range(first, last):
-                o, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
-                at, bytes_ = weights + 4 * o + at_k, 4 * size
-                if K % TILE_K > 0:
-                    _fill_tiles(w, o, strips, K, scratch, _SUMS)
-                    at, bytes_ = filled + at_k, 4 * _filled_size(K)
-                to_ = place + 4 * panel * PANEL
-                if M != 1:
-                    turn = _by_tiles(
-                        at, bytes_, strips, count, rows + at_k, steps * TILE_BYTES, M, to_, out_row, begins, aside,
-                        turn, share,
-                    )  # fmt: skip
-                elif strips == _STRIPS:
-                    line(4, rows, at, bytes_, steps, add, to_)
-                else:
-                    for s in range(strips):
-                        line(1, rows, at + s * bytes_, bytes_, steps, add, to_ + 4 * s * LANES)
+        for panel in range(first, last):
+            o, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
+            at, bytes_ = weights + 4 * o, 4 * size
+            if K % TILE_K > 0:
+                _fill_tiles(w, o, strips, K, scratch, _SUMS)
+                at, bytes_ = filled, 4 * _filled_size(K)
+            to_ = place + 4 * panel * PANEL
+            if M != 1:
+                turn = _by_tiles(at, bytes_, strips, steps, rows, M, to_, out_row, add, aside, turn, share)
+            elif strips == _STRIPS:
+                line(4, rows, at, bytes_, steps, add, to_)
+            else:
+                for s in range(strips):
+                    line(1, rows, at + s * bytes_, bytes_, steps, add, to_ + 4 * s * LANES)
         restore_denormals(control)
         return turn
 
