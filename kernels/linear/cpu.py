@@ -24,16 +24,7 @@ from torch import Tensor
 from lattice_serve.kernels.cpu.amx import (
     BYTE_TILE_K,
     TILE,
-    TILE_BYTES,
     TILE_K,
-    ask,
-    begin,
-    block,
-    block_shape,
-    configure,
-    end,
-    multiply,
-    release,
 )
 from lattice_serve.kernels.cpu.pairs import flush_denormals, line, restore_denormals
 from lattice_serve.kernels.cpu.products import tile
@@ -42,6 +33,7 @@ from lattice_serve.kernels.cpu_features import Products, Stored, available_produ
 from lattice_serve.kernels.lanes import LANES, aligned, padded
 from lattice_serve.kernels.linear.activations import ByteTiles, activations, fill
 from lattice_serve.kernels.linear.aside import take_turns, turns
+from lattice_serve.kernels.linear.bf16 import by_tiles_of_halves, stream_steps
 from lattice_serve.kernels.linear.int8 import FEW, LARGEST_K, by_tiles_of_bytes, by_vectors_of_bytes
 from lattice_serve.kernels.linear.quantize import quantize
 
@@ -52,11 +44,6 @@ _ROWS = 6
 """Rows of a tile of one vector: 12 sums in the 16 registers of AVX2."""
 _SUMS = 4 * TILE * TILE
 """Floats of the sums of a block of tiles, or of the few rows of vectors."""
-_MANY = 8 * TILE
-"""Rows from which on weights are used often enough to be kept in the first-level cache, part by part. For fewer they
-come from memory, strip by strip."""
-_DEPTH = 12
-"""Tiles of a strip in such a part: two strips are half of the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,75 +182,6 @@ def _by_vectors(
             i += rows
 
 
-@register_jitable
-def _stream_steps(M: int, steps: int) -> int:
-    """Of a panel."""
-    return M // (2 * TILE) * (_STRIPS // 2) * steps if M >= _MANY else 0
-
-
-@njit(cache=True)
-def _by_tiles(
-    w: int, size: int, strips: int, steps: int, x: int, M: int, out: int, out_row: int, add: bool, aside: Any,
-    turn: int, share: int,
-) -> int:  # fmt: skip
-    """A panel of strips that are `size` bytes apart, worked out where it goes to; w, x and out are addresses.
-
-    A step does `share` turns of `aside`, if it has time for any; returns the next one.
-    """
-    x_next, next_row, i = steps * TILE_BYTES, 4 * out_row, 0
-    if M >= _MANY and strips == _STRIPS:
-        turn = _by_streams(w, size, steps, x, M, out, out_row, add, aside, turn, share)
-        i = M // (2 * TILE) * 2 * TILE
-    while i < M:
-        rows, height, width = block_shape(M - i, strips)
-        if i == 0 or rows < TILE:
-            configure(min(rows, TILE))
-        at = x + i // TILE * x_next
-        for s in range(0, strips, width):
-            place = out + 4 * (i * out_row + s * LANES)
-            if height == 2:
-                block(2, 2, 0, at, x_next, w + s * size, size, steps, add, place, next_row)
-            elif width == _STRIPS:
-                block(1, 4, 0, at, x_next, w + s * size, size, steps, add, place, next_row)
-            else:
-                block(1, 1, 0, at, x_next, w + s * size, size, steps, add, place, next_row)
-        i += rows
-    release()
-    return turn
-
-
-@njit(cache=True)
-def _by_streams(
-    w: int, size: int, steps: int, x: int, M: int, out: int, out_row: int, add: bool, aside: Any, turn: int, share: int
-) -> int:  # fmt: skip
-    """The same of a whole panel and of many rows, two tiles of them at a time, as long as there are two.
-
-    A part of two strips stays in the first-level cache while all rows pass by. Meanwhile the next part is asked for,
-    which comes from memory, and vectors do what there is to do aside.
-    """
-    configure(TILE)
-    x_next, next_row, blocks = steps * TILE_BYTES, 4 * out_row, M // (2 * TILE)
-    depth = -(-steps // -(-steps // _DEPTH))
-    lines = -(-TILE // blocks)
-    for s in range(0, _STRIPS, 2):
-        for k in range(0, steps, depth):
-            count, o_w = min(depth, steps - k), w + s * size + k * TILE_BYTES
-            # Behind the last strip lies the next panel.
-            wanted = o_w + depth * TILE_BYTES if k + depth < steps else w + (s + 2) * size
-            for i in range(blocks):
-                place, at = out + 4 * (i * 2 * TILE * out_row + s * LANES), x + 2 * i * x_next + k * TILE_BYTES
-                begin(add or k > 0, place, next_row)
-                for step in range(count):
-                    multiply(at + step * TILE_BYTES, x_next, o_w + step * TILE_BYTES, size)
-                    for _ in range(lines):
-                        ask(wanted)
-                        ask(wanted + size)
-                        wanted += 4 * LANES
-                    turn = take_turns(aside, turn, share)
-                end(place, next_row)
-    return turn
-
-
 @njit(cache=True)
 def _strips_of(panel: int, N: int) -> int:
     return min(_STRIPS, padded(N) // LANES - panel * _STRIPS)
@@ -317,7 +235,7 @@ def _panels_of(
         _, _, out, o_out, out_row, add = to
         size, steps, place = strip_size(K, w), -(-K // TILE_K), out.ctypes.data + 4 * o_out
         weights, filled, rows = w.ctypes.data, scratch.ctypes.data + 4 * _SUMS, x.ctypes.data
-        turn, share = 0, -(-turns(aside) // max(1, (last - first) * _stream_steps(M, steps)))
+        turn, share = 0, -(-turns(aside) // max(1, (last - first) * stream_steps(M, steps)))
         control = flush_denormals()
         for panel in range(first, last):
             o, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
@@ -327,7 +245,7 @@ def _panels_of(
                 at, bytes_ = filled, 4 * _filled_size(K)
             to_ = place + 4 * panel * PANEL
             if M != 1:
-                turn = _by_tiles(at, bytes_, strips, steps, rows, M, to_, out_row, add, aside, turn, share)
+                turn = by_tiles_of_halves(at, bytes_, strips, steps, rows, M, to_, out_row, add, aside, turn, share)
             elif strips == _STRIPS:
                 line(4, rows, at, bytes_, steps, add, to_)
             else:
