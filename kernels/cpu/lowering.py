@@ -175,3 +175,22 @@ def build_neighbours(builder: Any, a: Any, b: Any, lanes: int) -> Any:
     """Sums of neighbours in a and b, one after the other: the first so many."""
     even, odd = (build_shuffled(builder, a, b, [2 * i + first for i in range(lanes)]) for first in (0, 1))
     return builder.fadd(even, odd)
+
+
+def build_tree(builder: Any, parts: list[Any], apart: int, down_to: int = LANES) -> Any:
+    """One vector of the lanes of 1, 2, 4, .. vectors, added up: those that are `apart`, then half as far, and so on.
+
+    The first half of the vectors goes to lanes without the bit `apart`, the second to those with it. It goes on within
+    one vector until lanes `down_to` apart are added, too: all that were added hold the sum then.
+    """
+    while len(parts) > 1 or apart >= down_to:
+        half = -(-len(parts) // 2)
+        parts = [_build_apart(builder, a, b, apart) for a, b in zip(parts[:half], parts[-half:], strict=True)]
+        apart //= 2
+    return parts[0]
+
+
+def _build_apart(builder: Any, a: Any, b: Any, apart: int) -> Any:
+    """In each lane, its own and that which is so far apart: of a in lanes without that bit, of b in those with it."""
+    lanes = [lane + LANES if lane & apart else lane for lane in range(LANES)]
+    return builder.fadd(build_shuffled(builder, a, b, lanes), build_shuffled(builder, a, b, [i ^ apart for i in lanes]))
