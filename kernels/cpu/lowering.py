@@ -70,13 +70,17 @@ def build_widened(builder: Any, pointer: Any) -> Any:
 
 
 def checked(array: Any) -> Any:
-    if not (isinstance(array, types.Array) and array.ndim == 1 and array.dtype == types.float32):
+    pointed = isinstance(array, types.CPointer) or (isinstance(array, types.Array) and array.ndim == 1)
+    if not (pointed and array.dtype == types.float32):
         raise TypeError(f"a vector lies in a float32 array [n], not in {array}")
     return array
 
 
 def build_pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
-    return builder.gep(context.make_array(array_type)(context, builder, array).data, [offset])
+    """To the element at `offset` of an array [n], or of what `vector.pointer` gives."""
+    if isinstance(array_type, types.Array):
+        array = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(array, [offset])
 
 
 def build_read(builder: Any, pointer: Any, typ: Any = VECTOR, align: int = 4) -> Any:

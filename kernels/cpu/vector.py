@@ -158,6 +158,16 @@ def splat(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic
+def pointer(typingctx: Any, array: Any) -> Any:
+    """To an array [n], in place of it: a call with an array counts its references and hands over seven numbers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return context.make_array(array)(context, builder, values[0]).data
+
+    return types.CPointer(array.dtype)(array), codegen
+
+
+@intrinsic
 def load(typingctx: Any, array: Any, offset: Any) -> Any:
     """Elements `offset` to `offset + 16` of a float32 array [n]."""
 

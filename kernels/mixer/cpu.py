@@ -15,7 +15,7 @@ from numba import njit
 from torch import Tensor
 
 from lattice_serve.kernels.cpu.math import sigmoid, silu
-from lattice_serve.kernels.cpu.vector import fma, inverse_sqrt, load, splat, store
+from lattice_serve.kernels.cpu.vector import fma, inverse_sqrt, load, pointer, splat, store
 from lattice_serve.kernels.lanes import LANES
 from lattice_serve.kernels.linear.activations import put
 from lattice_serve.kernels.mixer.block import MixerBlock
@@ -25,7 +25,7 @@ from lattice_serve.kernels.mixer.segments import Segments
 from lattice_serve.kernels.mixer.shape import L2_EPS, MixerShape, MixerWeights
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _convolve(
     z: Any, o_z: int, z_row: int, rows: int, S: Any, tail: int, ring: int, taps: int, weights: Any, o_w: int, n: int,
     x: Any, o_x: int, row: int,
@@ -57,7 +57,7 @@ def _convolve(
             store(S, tail + (ring + r) % lines * n + i, load(z, o_z + r * z_row + i))
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _normalize(x: Any, o_x: int, row: int, rows: int, n: int, sign: float, scales: int) -> None:
     """Rows of x to L2 norm 1, times sign; their scales to x, 16 of them."""
     squares = row_dots(x, o_x, o_x, row, rows, n)
@@ -68,7 +68,7 @@ def _normalize(x: Any, o_x: int, row: int, rows: int, n: int, sign: float, scale
             store(x, i, scale * load(x, i))
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def mix_head(
     S: Any, o: int, places: Any, dims: Any, position: int, first: int, last: int, z: Any, o_z: int, z_row: int,
     gates: Any, o_gates: int, gates_row: int, head: int, weights: Any, o_weights: int, out: Any, x: Any, o_x: int,
@@ -79,6 +79,17 @@ def mix_head(
     on; gates: gamma and mu of all heads in the same way; weights: what `MixerBlock` lays out, at o_weights; out:
     activations of all tokens; x: `scratch_size` floats at o_x. Arrays other than out are float32 [..].
     """
+    _mix_head(
+        pointer(S), o, pointer(places), pointer(dims), position, first, last, pointer(z), o_z, z_row, pointer(gates),
+        o_gates, gates_row, head, pointer(weights), o_weights, out, pointer(x), o_x,
+    )  # fmt: skip
+
+
+@njit(cache=True, error_model="numpy")
+def _mix_head(
+    S: Any, o: int, places: Any, dims: Any, position: int, first: int, last: int, z: Any, o_z: int, z_row: int,
+    gates: Any, o_gates: int, gates_row: int, head: int, weights: Any, o_weights: int, out: Any, x: Any, o_x: int,
+) -> None:  # fmt: skip
     H, d, m, n_d, C, taps, gated = dims[0], dims[1], dims[2], dims[3], dims[4], dims[5], dims[7]
     n = 2 * m + d
     o_conv = o_weights + head * taps * n
@@ -151,7 +162,7 @@ class CpuMixer:
         return out
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _mix(
     S: Any, row_size: int, first: int, head_size: int, places: Any, dims: Any, rows: Any, positions: Any, starts: Any,
     z: Any, z_row: int, weights: Any, out: Any, x: Any,

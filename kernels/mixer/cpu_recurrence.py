@@ -32,7 +32,7 @@ _TINY = 1e-30
 """The square of a line that only fills up, and is zeros. Others have 1 or more."""
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def row_dots(x: Any, o_x: int, o_y: int, row: int, rows: int, n: int) -> Any:
     """sum_i x[o_x + r row + i] x[o_y + r row + i] of n elements in lane r < rows, of up to 16 rows there is room for."""
     if rows == 1:
@@ -40,7 +40,7 @@ def row_dots(x: Any, o_x: int, o_y: int, row: int, rows: int, n: int) -> Any:
     return dots(16, x, o_x, row, x, o_y, row, n)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _combine(
     x: Any, o_x: int, x_row: int, x_step: int, rows: int, w: Any, o_w: int, w_step: int, K: int, out: Any, o_out: int,
     out_row: int, n: int,
@@ -66,7 +66,7 @@ def _combine(
             j += LANES
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _add_pending(
     x: Any, o_x: int, n: int, S: Any, o_dots: int, o_lines: int, width: int, lines: int, o_out: int, factors: int
 ) -> None:  # fmt: skip
@@ -83,7 +83,7 @@ def _add_pending(
         _combine(x, factors, 0, 4, 1, S, o_lines, width, lines, x, o_out, 0, width)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _fold(S: Any, o_A: int, o_h: int, o_c: int, o_b: int, d: int, m: int, C: int, x: Any, h: int, c: int, scales: int) -> None:
     """The anchor of the next chunk; h and c of this one's last token are in x."""
     for j in range(m):
@@ -109,7 +109,7 @@ def _fold(S: Any, o_A: int, o_h: int, o_c: int, o_b: int, d: int, m: int, C: int
                 store(S, i, scale * load(S, i))
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def recur(
     S: Any, o: int, places: Any, dims: Any, slot: int, tokens: int, x: Any, o_x: int, gamma: int, mu: int, lanes: int,
     scratch: int,
