@@ -97,7 +97,7 @@ def _mix_head(
     o_norm = o_bias + 2 * H
     floor, eps = weights[o_norm + d], weights[o_norm + d + 1]
     scales, gamma, mu = o_x, o_x + LANES, o_x + 2 * LANES
-    o_q, o_k, row = o_x + 5 * LANES, o_x + 5 * LANES + m, n + m + d
+    o_q, o_k, row = o_x + 5 * LANES, o_x + 5 * LANES + m, n + m + max(d, m)
     o_y = o_q + n + m
     t = first
     while t < last:

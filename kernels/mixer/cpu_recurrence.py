@@ -117,52 +117,54 @@ def recur(
     """So many tokens of one chunk, from its place `slot` on; S: state rows, the head's block at o.
 
     In x, a token's row at o_x, and those of the others behind it: q, -k [m], v [d] -> y [d] after m more; gamma, mu: a
-    float a token; lanes: 2 vectors, scratch: m + 4 C + 16 floats.
+    float a token; lanes: a vector, scratch: 4 C + 16 floats.
     """
     d, m, C, objective = dims[1], dims[2], dims[4], dims[6]
     o_A, o_h, o_c, o_b, o_e = o + places[0], o + places[1], o + places[2], o + places[3], o + places[4]
-    q, c, h, w, y, row = o_x, o_x + m, o_x + 2 * m, o_x + 2 * m + d, o_x + 3 * m + d, 3 * m + 2 * d
-    sums, factors = scratch, scratch + m
+    q, c, h, w, y, row = o_x, o_x + m, o_x + 2 * m, o_x + 2 * m + d, o_x + 3 * m + d, 3 * m + d + max(d, m)
     if objective == _DECODING:
         _combine(x, c, row, 1, tokens, S, o_A, d, m, x, h, row, d)
     for r in range(tokens):
         for j in range(0, m, LANES):
             store(x, w + r * row + j, dots(16, x, h + r * row, 0, S, o_A + j * d, d, d))
     store(x, lanes, row_dots(x, h, h, row, tokens, d))
-    zero, one = splat(np.float32(0)), splat(np.float32(1))
+    zero, one, half = splat(np.float32(0)), splat(np.float32(1)), splat(np.float32(0.5))
     a = S[o + places[5]]
     if slot == 0:
         a = np.float32(1)
         for j in range(0, 2 * m, LANES):
             store(S, o_b + j, zero)
     for r in range(tokens):
-        s, at = slot + r, r * row
+        s, at, size = slot + r, r * row, splat(x[lanes + r])
         a = x[mu + r] * a
         step = splat(-x[gamma + r] / a)
         for j in range(0, m, LANES):
-            key, w_j = load(x, c + at + j), load(x, w + at + j)
+            c_j, w_j = load(x, c + at + j), load(x, w + at + j)
             if objective == _ENCODING:
-                key = key + w_j
-            key = step * key
-            store(x, c + at + j, key)
-            store(x, sums + j, -w_j * load(S, o_b + j))
+                c_j = c_j + w_j
+            c_j = step * c_j
+            store(x, c + at + j, c_j)
+            store(x, y + at + j, half * c_j * fma(-w_j, w_j, size))
             if s < C - 1:
-                store(S, o_c + s * m + j, key)
+                store(S, o_c + s * m + j, c_j)
         if s < C - 1:
             for i in range(0, d, LANES):
                 store(S, o_h + s * d + i, load(x, h + at + i))
-        _add_pending(x, h + at, d, S, o_h, o_c, m, s, sums, factors)
-        size = splat(x[lanes + r])
-        for j in range(0, m, LANES):
-            c_j, w_j, b_j, half = load(x, c + at + j), load(x, w + at + j), load(S, o_b + j), load(x, sums + j)
-            e_j = maximum(zero, fma(c_j, fma(c_j, fma(-w_j, w_j, size), half + half), load(S, o_e + j)))
-            b_j = fma(c_j, w_j, b_j)
-            store(S, o_b + j, b_j)
-            store(S, o_e + j, e_j)
-            qn_j = load(x, q + at + j) * inverse_sqrt(one + e_j)
-            store(x, q + at + j, qn_j)
-            store(x, w + at + j, fma(-qn_j, b_j, qn_j))
     S[o + places[5]] = a
+    for r in range(tokens):
+        _add_pending(x, h + r * row, d, S, o_h, o_c, m, slot + r, y + r * row, scratch)
+    for j in range(0, m, LANES):
+        b_j, e_j = load(S, o_b + j), load(S, o_e + j)
+        for at in range(j, j + tokens * row, row):
+            c_j, w_j = load(x, c + at), load(x, w + at)
+            term = fma(-w_j, b_j, load(x, y + at))
+            e_j = maximum(zero, fma(c_j, term + term, e_j))
+            b_j = fma(c_j, w_j, b_j)
+            qn_j = load(x, q + at) * inverse_sqrt(one + e_j)
+            store(x, q + at, qn_j)
+            store(x, w + at, fma(-qn_j, b_j, qn_j))
+        store(S, o_b + j, b_j)
+        store(S, o_e + j, e_j)
     store(x, lanes, row_dots(x, c, q, row, tokens, m))
     for r in range(tokens):
         own = splat(x[lanes + r])
@@ -170,7 +172,7 @@ def recur(
             store(x, y + i, own * load(x, h + i))
     _combine(x, w, row, 1, tokens, S, o_A, d, m, x, y, row, d)
     for r in range(tokens):
-        _add_pending(x, q + r * row, m, S, o_c, o_h, d, slot + r, y + r * row, factors)
+        _add_pending(x, q + r * row, m, S, o_c, o_h, d, slot + r, y + r * row, scratch)
     if slot + tokens == C:
         at = (tokens - 1) * row
         _fold(S, o_A, o_h, o_c, o_b, d, m, C, x, h + at, c + at, lanes)
