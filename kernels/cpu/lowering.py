@@ -70,13 +70,17 @@ def build_widened(builder: Any, pointer: Any) -> Any:
 
 
 def checked(array: Any) -> Any:
-    if not (isinstance(array, types.Array) and array.ndim == 1 and array.dtype == types.float32):
+    pointed = isinstance(array, types.CPointer) or (isinstance(array, types.Array) and array.ndim == 1)
+    if not (pointed and array.dtype == types.float32):
         raise TypeError(f"a vector lies in a float32 array [n], not in {array}")
     return array
 
 
 def build_pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
-    return builder.gep(context.make_array(array_type)(context, builder, array).data, [offset])
+    """To the element at `offset` of an array [n], or of what `vector.pointer` gives."""
+    if isinstance(array_type, types.Array):
+        array = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(array, [offset])
 
 
 def build_read(builder: Any, pointer: Any, typ: Any = VECTOR, align: int = 4) -> Any:
@@ -194,3 +198,22 @@ def build_neighbours(builder: Any, a: Any, b: Any, lanes: int) -> Any:
     """Sums of neighbours in a and b, one after the other: the first so many."""
     even, odd = (build_shuffled(builder, a, b, [2 * i + first for i in range(lanes)]) for first in (0, 1))
     return builder.fadd(even, odd)
+
+
+def build_tree(builder: Any, parts: list[Any], apart: int, down_to: int = LANES) -> Any:
+    """One vector of the lanes of 1, 2, 4, .. vectors, added up: those that are `apart`, then half as far, and so on.
+
+    The first half of the vectors goes to lanes without the bit `apart`, the second to those with it. It goes on within
+    one vector until lanes `down_to` apart are added, too: all that were added hold the sum then.
+    """
+    while len(parts) > 1 or apart >= down_to:
+        half = -(-len(parts) // 2)
+        parts = [_build_apart(builder, a, b, apart) for a, b in zip(parts[:half], parts[-half:], strict=True)]
+        apart //= 2
+    return parts[0]
+
+
+def _build_apart(builder: Any, a: Any, b: Any, apart: int) -> Any:
+    """In each lane, its own and that which is so far apart: of a in lanes without that bit, of b in those with it."""
+    lanes = [lane + LANES if lane & apart else lane for lane in range(LANES)]
+    return builder.fadd(build_shuffled(builder, a, b, lanes), build_shuffled(builder, a, b, [i ^ apart for i in lanes]))

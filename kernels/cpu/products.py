@@ -15,93 +15,114 @@ from lattice_serve.kernels.cpu.lowering import (
     build_byte,
     build_dot_pairs,
     build_fmuladd,
-    build_halved,
     build_high,
     build_low,
-    build_neighbours,
     build_pointer,
     build_read,
     build_splat,
+    build_tree,
     build_write,
     checked,
 )
+from lattice_serve.kernels.cpu.vector import vector
+from lattice_serve.kernels.cpu_features import vectors
 from lattice_serve.kernels.lanes import LANES
 
+_AT_ONCE = 16 if vectors() == "AVX-512" else 4
+"""Dots that are under way at once: half of the registers. Makes no difference to any bit."""
 
-@intrinsic
-def eight_dots(typingctx: Any, x: Any, o_x: Any, w: Any, o_w: Any, w_row: Any, n: Any, out: Any, o_out: Any) -> Any:
-    """out[o_out + r] = sum_i x[o_x + i] w[o_w + r w_row + i] for r < 8 and i < n, a multiple of 16.
 
-    Arrays are float32 [..]. Lanes are added up as `total` does.
+@intrinsic(prefer_literal=True)
+def dots(typingctx: Any, rows: Any, x: Any, o_x: Any, x_row: Any, w: Any, o_w: Any, w_row: Any, n: Any) -> Any:
+    """sum_i x[o_x + r x_row + i] w[o_w + r w_row + i] for i < n, a multiple of 16, and r < rows, a literal: 1, 4 or 16.
+
+    Row r's is in 16 / rows lanes from lane 16 / rows r on. However many rows there are, one's lanes are added up in the
+    same order: those that are 8 apart, then 4, 2 and 1. x and w are float32 [..].
     """
+    if not isinstance(rows, types.IntegerLiteral):
+        raise TypeError("rows of dots must be a literal")
+    R = rows.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        x, o_x, w, o_w, w_row, n, out, o_out = values
-        x_data = build_pointer(context, builder, signature.args[0], x, o_x)
-        w_data = build_pointer(context, builder, signature.args[2], w, o_w)
-        rows = [builder.gep(w_data, [builder.mul(w_row, w_row.type(r))]) for r in range(8)]
-        sums = [cgutils.alloca_once_value(builder, ZERO) for _ in rows]
-        for place in sums:
-            builder.store(ZERO, place)
-        with cgutils.for_range_slice(builder, n.type(0), n, n.type(LANES), n.type) as (i, _):
-            a = build_read(builder, builder.gep(x_data, [i]))
-            for row, place in zip(rows, sums, strict=True):
-                b = build_read(builder, builder.gep(row, [i]))
-                builder.store(build_fmuladd(builder, a, b, builder.load(place)), place)
-        parts = [build_halved(builder, builder.load(place)) for place in sums]
-        while len(parts) > 1:
-            parts = [build_neighbours(builder, a, b, 8) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        build_write(builder, parts[0], build_pointer(context, builder, signature.args[6], out, o_out))
-        return context.get_dummy_value()
+        x, o_x, x_row, w, o_w, w_row, n = values[1:]
+        index = n.type
+        x_data = build_pointer(context, builder, signature.args[1], x, o_x)
+        w_data = build_pointer(context, builder, signature.args[4], w, o_w)
+        parts, groups = [], max(1, R // _AT_ONCE)
+        for first in range(groups):
+            rows = range(first, R, groups)
+            x_rows = [builder.gep(x_data, [builder.mul(x_row, index(r))]) for r in rows]
+            w_rows = [builder.gep(w_data, [builder.mul(w_row, index(r))]) for r in rows]
+            sums = [cgutils.alloca_once(builder, VECTOR) for _ in rows]
+            for place in sums:
+                builder.store(ZERO, place)
+            with cgutils.for_range_slice(builder, index(0), n, index(LANES), index) as (i, _):
+                for a, b, place in zip(x_rows, w_rows, sums, strict=True):
+                    both = [build_read(builder, builder.gep(row, [i])) for row in (a, b)]
+                    builder.store(build_fmuladd(builder, *both, builder.load(place)), place)
+            parts.append(build_tree(builder, [builder.load(place) for place in sums], LANES // 2))
+        apart = LANES * groups // (2 * R)
+        return build_tree(builder, parts, apart, down_to=1)
 
     i = types.intp
-    return types.void(checked(x), i, checked(w), i, i, i, checked(out), i), codegen
+    return vector(rows, checked(x), i, i, checked(w), i, i, i), codegen
 
 
 @intrinsic(prefer_literal=True)
 def combine(
-    typingctx: Any, vectors: Any, x: Any, o_x: Any, x_step: Any, w: Any, o_w: Any, w_step: Any, K: Any, out: Any,
-    o_out: Any,
+    typingctx: Any, rows: Any, vectors: Any, chains: Any, x: Any, o_x: Any, x_row: Any, x_step: Any, w: Any, o_w: Any,
+    w_step: Any, K: Any, out: Any, o_out: Any, out_row: Any,
 ) -> Any:  # fmt: skip
-    """out[o_out + j] += sum_k x[o_x + k x_step] w[o_w + k w_step + j] for j < 16 vectors, a literal.
+    """out[o_out + r out_row + j] += sum_k x[o_x + r x_row + k x_step] w[o_w + k w_step + j].
 
-    Even and odd k are added up apart, so that twice as many sums are under way. Arrays are float32 [..].
+    For r < rows and j < 16 vectors, literals both. chains, a literal: so many steps of k that follow each other are
+    added up apart, so that more sums are under way; rows and vectors change no bit, this does. Arrays are float32 [..].
     """
-    if not isinstance(vectors, types.IntegerLiteral):
-        raise TypeError("vectors of a combination must be a literal")
+    literals = (rows, vectors, chains)
+    if not all(isinstance(number, types.IntegerLiteral) for number in literals):
+        raise TypeError("rows, vectors and chains of a combination must be literals")
+    R, V, P = (number.literal_value for number in literals)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        x, o_x, x_step, w, o_w, w_step, K, out, o_out = values[1:]
+        x, o_x, x_row, x_step, w, o_w, w_step, K, out, o_out, out_row = values[3:]
         index = K.type
-        x_data = build_pointer(context, builder, signature.args[1], x, o_x)
-        w_data = build_pointer(context, builder, signature.args[4], w, o_w)
-        out_data = build_pointer(context, builder, signature.args[8], out, o_out)
-        lanes = [index(v * LANES) for v in range(vectors.literal_value)]
-        places = [builder.gep(out_data, [lane]) for lane in lanes]
-        evens, odds = ([cgutils.alloca_once(builder, VECTOR) for _ in lanes] for _ in range(2))
-        for place, even, odd in zip(places, evens, odds, strict=True):
-            builder.store(build_read(builder, place), even)
-            builder.store(ZERO, odd)
+        x_data = build_pointer(context, builder, signature.args[3], x, o_x)
+        w_data = build_pointer(context, builder, signature.args[7], w, o_w)
+        out_data = build_pointer(context, builder, signature.args[11], out, o_out)
+        x_rows = [builder.gep(x_data, [builder.mul(x_row, index(r))]) for r in range(R)]
+        places = [
+            builder.gep(out_data, [builder.add(builder.mul(out_row, index(r)), index(v * LANES))])
+            for r in range(R)
+            for v in range(V)
+        ]
+        sums = [[cgutils.alloca_once(builder, VECTOR) for _ in places] for _ in range(P)]
+        for chain in sums:
+            for place, total in zip(places, chain, strict=True):
+                builder.store(build_read(builder, place) if chain is sums[0] else ZERO, total)
 
-        def step(k: Any, sums: list[Any]) -> None:
-            factor = build_splat(builder, builder.load(builder.gep(x_data, [builder.mul(k, x_step)])))
+        def step(k: Any, chain: list[Any]) -> None:
             row = builder.gep(w_data, [builder.mul(k, w_step)])
-            for lane, place in zip(lanes, sums, strict=True):
-                weight = build_read(builder, builder.gep(row, [lane]))
-                builder.store(build_fmuladd(builder, factor, weight, builder.load(place)), place)
+            weights = [build_read(builder, builder.gep(row, [index(v * LANES)])) for v in range(V)]
+            for r, x_row in enumerate(x_rows):
+                factor = build_splat(builder, builder.load(builder.gep(x_row, [builder.mul(k, x_step)])))
+                for weight, total in zip(weights, chain[r * V : (r + 1) * V], strict=True):
+                    builder.store(build_fmuladd(builder, factor, weight, builder.load(total)), total)
 
-        whole = builder.and_(K, index(-2))
-        with cgutils.for_range_slice(builder, index(0), whole, index(2), index) as (k, _):
-            step(k, evens)
-            step(builder.add(k, index(1)), odds)
-        with builder.if_then(builder.icmp_signed("<", whole, K)):
-            step(whole, evens)
-        for place, even, odd in zip(places, evens, odds, strict=True):
-            build_write(builder, builder.fadd(builder.load(even), builder.load(odd)), place)
+        whole = builder.mul(builder.sdiv(K, index(P)), index(P))
+        with cgutils.for_range_slice(builder, index(0), whole, index(P), index) as (k, _):
+            for i, chain in enumerate(sums):
+                step(builder.add(k, index(i)), chain)
+        with cgutils.for_range_slice(builder, whole, K, index(1), index) as (k, _):
+            step(k, sums[0])
+        for i, place in enumerate(places):
+            value = builder.load(sums[0][i])
+            for chain in sums[1:]:
+                value = builder.fadd(value, builder.load(chain[i]))
+            build_write(builder, value, place)
         return context.get_dummy_value()
 
     i = types.intp
-    return types.void(vectors, checked(x), i, i, checked(w), i, i, i, checked(out), i), codegen
+    return types.void(*literals, checked(x), i, i, i, checked(w), i, i, i, checked(out), i, i), codegen
 
 
 @intrinsic(prefer_literal=True)

@@ -41,7 +41,8 @@ class _Vector(types.Type):
     pass
 
 
-_vector = _Vector(name="float32x16")
+vector = _Vector(name="float32x16")
+"""The type of a vector."""
 
 
 @register_model(_Vector)
@@ -55,7 +56,7 @@ def _lowered(function: Any, arguments: int, build: Any) -> None:
 
     @type_callable(function)
     def typing(context: Any) -> Any:
-        return lambda *given: _vector if given == (_vector,) * arguments else None
+        return lambda *given: vector if given == (vector,) * arguments else None
 
     @lower_builtin(function, *[_Vector] * arguments)
     def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -75,7 +76,7 @@ _lowered(operator.neg, 1, ir.IRBuilder.fneg)
 
 def _elementwise(build: Any, arguments: int) -> Any:
     """What an intrinsic of vectors returns."""
-    return _vector(*[_vector] * arguments), lambda context, builder, signature, values: build(builder, *values)
+    return vector(*[vector] * arguments), lambda context, builder, signature, values: build(builder, *values)
 
 
 @intrinsic
@@ -94,6 +95,11 @@ def inverse(typingctx: Any, x: Any) -> Any:
 def inverse_sqrt(typingctx: Any, x: Any) -> Any:
     """1 / sqrt(x) within 2 units in the last place, of x that is neither 0 nor infinite."""
     return _elementwise(build_inverse_sqrt, 1)
+
+
+@intrinsic
+def sqrt(typingctx: Any, x: Any) -> Any:
+    return _elementwise(llvm_function("sqrt", 1), 1)
 
 
 @intrinsic
@@ -119,12 +125,6 @@ def minimum(typingctx: Any, a: Any, b: Any) -> Any:
     return _elementwise(lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b), 2)
 
 
-@intrinsic
-def unless_nan(typingctx: Any, value: Any, x: Any) -> Any:
-    """value, but x where x is NaN."""
-    return _elementwise(lambda builder, value, x: builder.select(builder.fcmp_unordered("uno", x, x), x, value), 2)
-
-
 def _build_size(builder: Any, v: Any) -> Any:
     """The bits of |v|: whole numbers that are in the order of what they stand for, with NaN beyond all."""
     return builder.and_(builder.bitcast(v, WHOLE), ir.Constant(WHOLE, [0x7FFFFFFF] * LANES))
@@ -142,12 +142,11 @@ def larger(typingctx: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def power_of_two(typingctx: Any, n: Any) -> Any:
-    """2^n of whole n from -126 to 127."""
+def power_of_two(typingctx: Any, x: Any) -> Any:
+    """The vector whose exponent, n + 127 of 2^n, is the lowest bits of x."""
 
-    def build(builder: Any, n: Any) -> Any:
-        exponent = builder.add(builder.fptosi(n, WHOLE), ir.Constant(WHOLE, [127] * LANES))
-        return builder.bitcast(builder.shl(exponent, ir.Constant(WHOLE, [23] * LANES)), VECTOR)
+    def build(builder: Any, x: Any) -> Any:
+        return builder.bitcast(builder.shl(builder.bitcast(x, WHOLE), ir.Constant(WHOLE, [23] * LANES)), VECTOR)
 
     return _elementwise(build, 1)
 
@@ -155,7 +154,17 @@ def power_of_two(typingctx: Any, n: Any) -> Any:
 @intrinsic
 def splat(typingctx: Any, value: Any) -> Any:
     """A float32 in every lane."""
-    return _vector(types.float32), lambda context, builder, signature, values: build_splat(builder, *values)
+    return vector(types.float32), lambda context, builder, signature, values: build_splat(builder, *values)
+
+
+@intrinsic
+def pointer(typingctx: Any, array: Any) -> Any:
+    """To an array [n], in place of it: a call with an array counts its references and hands over seven numbers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return context.make_array(array)(context, builder, values[0]).data
+
+    return types.CPointer(array.dtype)(array), codegen
 
 
 @intrinsic
@@ -165,7 +174,7 @@ def load(typingctx: Any, array: Any, offset: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         return build_read(builder, build_pointer(context, builder, signature.args[0], *values))
 
-    return _vector(checked(array), types.intp), codegen
+    return vector(checked(array), types.intp), codegen
 
 
 @intrinsic
@@ -177,7 +186,7 @@ def store(typingctx: Any, array: Any, offset: Any, value: Any) -> Any:
         build_write(builder, value, build_pointer(context, builder, signature.args[0], array, offset))
         return context.get_dummy_value()
 
-    return types.void(checked(array), types.intp, _vector), codegen
+    return types.void(checked(array), types.intp, vector), codegen
 
 
 @intrinsic
@@ -196,7 +205,7 @@ def store_bf16(typingctx: Any, array: Any, offset: Any, value: Any) -> Any:
         )
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, _vector), codegen
+    return types.void(array, types.intp, vector), codegen
 
 
 @intrinsic
@@ -211,7 +220,7 @@ def store_int8(typingctx: Any, array: Any, offset: Any, value: Any) -> Any:
         build_write(builder, whole, build_pointer(context, builder, signature.args[0], array, offset), 1)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, _vector), codegen
+    return types.void(array, types.intp, vector), codegen
 
 
 @intrinsic
@@ -224,7 +233,7 @@ def total(typingctx: Any, v: Any) -> Any:
             v = build_neighbours(builder, v, ir.Constant(v.type, ir.Undefined), lanes // 2)
         return builder.extract_element(v, ir.Constant(I32, 0))
 
-    return types.float32(_vector), codegen
+    return types.float32(vector), codegen
 
 
 @intrinsic
@@ -237,7 +246,7 @@ def largest(typingctx: Any, v: Any) -> Any:
         function = known or ir.Function(builder.module, ir.FunctionType(I32, [WHOLE]), full)
         return builder.bitcast(builder.call(function, [_build_size(builder, values[0])]), F32)
 
-    return types.float32(_vector), codegen
+    return types.float32(vector), codegen
 
 
 @intrinsic
@@ -247,7 +256,7 @@ def first(typingctx: Any, v: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         return builder.extract_element(values[0], ir.Constant(I32, 0))
 
-    return types.float32(_vector), codegen
+    return types.float32(vector), codegen
 
 
 @intrinsic
@@ -257,4 +266,4 @@ def widened(typingctx: Any, w: Any, offset: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         return build_widened(builder, build_pointer(context, builder, signature.args[0], *values))
 
-    return _vector(w, types.intp), codegen
+    return vector(w, types.intp), codegen

@@ -48,7 +48,8 @@ class MixerBlock:
     @property
     def scratch_size(self) -> int:
         layout = self.layout
-        return layout.channels + 2 * layout.d + 5 * layout.m + 2 * layout.shape.C + LANES
+        d, m = layout.d, layout.m
+        return LANES * (3 * m + d + max(d, m)) + 4 * layout.shape.C + 6 * LANES
 
     def inputs(self, weight: Tensor) -> Tensor:
         """Rows [in_width of the shape, ...] of an input projection, or columns of z, in the order of the block."""

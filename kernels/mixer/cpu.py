@@ -1,16 +1,8 @@
-"""The mixer on the CPU: one token of one head through convolution, gates, recurrence, read-out, output norm and gate.
+"""The mixer on the CPU: tokens of one head through convolution, gates, recurrence, read-out, output norm and gate.
 
-Prefill calls it token after token with the head's state in the first-level cache, decode calls it once. So an output
-has the same bits however a sequence was cut into steps and whatever else is in the batch.
-
-The recurrence is the pending-factor form of `kernels.lattice` (source there), row t of the chunk form, relative to a as
-`StateLayout` has it: b, c and e stand for b / a, c / a and e / a^2.
-
-    a <- mu a,  c = gamma k / a
-    e <- e + 2 c (sum_s c_s (h_s . h) - w b) + c^2 (|h|^2 - w^2),  then b <- b + c w
-    y = A (qn (1 - b)) + sum_s (c_s . qn) h_s,  qn = q / sqrt(1 + e)
-
-The anchor is read for h = v - A k, w = A^T h and y, and written once a chunk.
+Prefill calls it with many tokens of a sequence, decode with one. Up to 16 are worked on at once, each in the same way
+and each output added up in the same order as if it were alone. So an output has the same bits however a sequence was
+cut into steps and whatever else is in the batch. A head's state stays in the first-level cache meanwhile.
 """
 
 from __future__ import annotations
@@ -23,147 +15,60 @@ from numba import njit
 from torch import Tensor
 
 from lattice_serve.kernels.cpu.math import sigmoid, silu
-from lattice_serve.kernels.cpu.products import combine, eight_dots
-from lattice_serve.kernels.cpu.vector import first, fma, inverse_sqrt, load, maximum, splat, store, total
-from lattice_serve.kernels.cpu_features import vectors
+from lattice_serve.kernels.cpu.vector import fma, inverse_sqrt, load, pointer, splat, store
 from lattice_serve.kernels.lanes import LANES
-from lattice_serve.kernels.lattice.state import OBJECTIVES
 from lattice_serve.kernels.linear.activations import put
 from lattice_serve.kernels.mixer.block import MixerBlock
+from lattice_serve.kernels.mixer.cpu_recurrence import recur, row_dots
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.segments import Segments
 from lattice_serve.kernels.mixer.shape import L2_EPS, MixerShape, MixerWeights
 
-_WIDE = 4 if vectors() == "AVX-512" else 2
-"""Vectors that are combined at once, two sums each: half of the registers. Makes no difference to any bit."""
 
-_DECODING, _ENCODING = OBJECTIVES.index("decoding"), OBJECTIVES.index("encoding")
-
-
-@njit(cache=True)
-def _dot(x: Any, o_x: int, y: Any, o_y: int, n: int) -> float:
-    """As `eight_dots` adds up."""
-    sums = splat(np.float32(0))
+@njit(cache=True, error_model="numpy")
+def _convolve(
+    z: Any, o_z: int, z_row: int, rows: int, S: Any, tail: int, ring: int, taps: int, weights: Any, o_w: int, n: int,
+    x: Any, o_x: int, row: int,
+) -> None:  # fmt: skip
+    """SiLU of the convolution of n channels of some rows of z -> rows of x. `ring`: the oldest input's line of tail."""
+    lines = taps - 1
     for i in range(0, n, LANES):
-        sums = fma(load(x, o_x + i), load(y, o_y + i), sums)
-    return total(sums)
+        if taps == 4:  # what most models have goes from row to row in registers
+            one, two = (ring + 1) % 3, (ring + 2) % 3
+            first, second, third = load(S, tail + ring * n + i), load(S, tail + one * n + i), load(S, tail + two * n + i)
+            w_0, w_1 = load(weights, o_w + i), load(weights, o_w + n + i)
+            w_2, w_3 = load(weights, o_w + 2 * n + i), load(weights, o_w + 3 * n + i)
+            for r in range(rows):
+                now = load(z, o_z + r * z_row + i)
+                value = fma(third, w_2, fma(second, w_1, fma(first, w_0, now * w_3)))
+                store(x, o_x + r * row + i, silu(value))
+                first, second, third = second, third, now
+        else:
+            for r in range(rows):
+                value = load(z, o_z + r * z_row + i) * load(weights, o_w + lines * n + i)
+                for tap in range(lines):
+                    weight, source = load(weights, o_w + tap * n + i), r + tap - lines
+                    if source < 0:
+                        value = fma(load(S, tail + (ring + r + tap) % lines * n + i), weight, value)
+                    else:
+                        value = fma(load(z, o_z + source * z_row + i), weight, value)
+                store(x, o_x + r * row + i, silu(value))
+        for r in range(max(0, rows - lines), rows):
+            store(S, tail + (ring + r) % lines * n + i, load(z, o_z + r * z_row + i))
 
 
-@njit(cache=True)
-def _dots(x: Any, o_x: int, w: Any, o_w: int, n: int, rows: int, out: Any, o_out: int) -> None:
-    """out[r] = sum_i x[i] w[r n + i] of n elements."""
-    whole = rows // 8 * 8
-    for r in range(0, whole, 8):
-        eight_dots(x, o_x, w, o_w + r * n, n, n, out, o_out + r)
-    for r in range(whole, rows):
-        out[o_out + r] = _dot(x, o_x, w, o_w + r * n, n)
+@njit(cache=True, error_model="numpy")
+def _normalize(x: Any, o_x: int, row: int, rows: int, n: int, sign: float, scales: int) -> None:
+    """Rows of x to L2 norm 1, times sign; their scales to x, 16 of them."""
+    squares = row_dots(x, o_x, o_x, row, rows, n)
+    store(x, scales, splat(np.float32(sign)) * inverse_sqrt(squares + splat(np.float32(L2_EPS))))
+    for r in range(rows):
+        scale = splat(x[scales + r])
+        for i in range(o_x + r * row, o_x + r * row + n, LANES):
+            store(x, i, scale * load(x, i))
 
 
-@njit(cache=True)
-def _combine(x: Any, o_x: int, x_step: int, w: Any, o_w: int, w_row: int, K: int, out: Any, o_out: int, n: int) -> None:
-    """out [n] += sum_k x[k x_step] w[k w_row + j], n a multiple of 16."""
-    j = 0
-    while j + _WIDE * LANES <= n:
-        combine(_WIDE, x, o_x, x_step, w, o_w + j, w_row, K, out, o_out + j)
-        j += _WIDE * LANES
-    while j < n:
-        combine(1, x, o_x, x_step, w, o_w + j, w_row, K, out, o_out + j)
-        j += LANES
-
-
-@njit(cache=True)
-def _clear(x: Any, o_x: int, n: int) -> None:
-    for i in range(0, n, LANES):
-        store(x, o_x + i, splat(np.float32(0)))
-
-
-@njit(cache=True)
-def _recur(S: Any, o: int, places: Any, d: int, m: int, slot: int, C: int, objective: int, gamma: Any, mu: Any,
-           x: Any, o_q: int, o_k: int, o_v: int, o_y: int, o_x: int) -> None:  # fmt: skip
-    """One token of one head: q, k [m], v [d] -> y [d], all in x. S: state rows, the head's block at o.
-
-    gamma and mu are in all lanes of vectors. o_x: scratch of d + 5 m + 2 C floats.
-    """
-    o_A, o_h, o_c, o_b, o_e, o_a = (
-        o + places[0],
-        o + places[1],
-        o + places[2],
-        o + places[3],
-        o + places[4],
-        o + places[5],
-    )
-    h, c, w, sums, qn = o_x, o_x + d, o_x + d + m, o_x + d + 2 * m, o_x + d + 3 * m
-    negative, factors = o_x + d + 4 * m, o_x + d + 5 * m
-    for i in range(0, d, LANES):
-        store(x, h + i, load(x, o_v + i))
-    if objective == _DECODING:
-        for j in range(0, m, LANES):
-            store(x, negative + j, -load(x, o_k + j))
-        _combine(x, negative, 1, S, o_A, d, m, x, h, d)
-    _dots(x, h, S, o_A, d, m, x, w)
-    if slot == 0:
-        a = first(mu)
-        _clear(S, o_b, m)
-        _clear(S, o_e, m)
-    else:
-        a = first(mu) * S[o_a]
-    S[o_a] = a
-    step = gamma / splat(a)
-    for j in range(0, m, LANES):
-        key = load(x, o_k + j)
-        if objective == _ENCODING:
-            key = key - load(x, w + j)
-        store(x, c + j, step * key)
-    _clear(x, sums, m)
-    _dots(x, h, S, o_h, d, slot, x, factors)
-    _combine(x, factors, 1, S, o_c, m, slot, x, sums, m)
-    size, zero, one, two = splat(_dot(x, h, x, h, d)), splat(np.float32(0)), splat(np.float32(1)), splat(np.float32(2))
-    for j in range(0, m, LANES):
-        c_j, w_j = load(x, c + j), load(x, w + j)
-        b_j = load(S, o_b + j)
-        e_j = load(S, o_e + j)
-        e_j = e_j + two * c_j * (load(x, sums + j) - w_j * b_j) + c_j * c_j * (size - w_j * w_j)
-        e_j = maximum(zero, e_j)
-        b_j = fma(c_j, w_j, b_j)
-        store(S, o_b + j, b_j)
-        store(S, o_e + j, e_j)
-        qn_j = load(x, o_q + j) * inverse_sqrt(one + e_j)
-        store(x, qn + j, qn_j)
-        store(x, sums + j, qn_j * (one - b_j))
-    _clear(x, o_y, d)
-    _combine(x, sums, 1, S, o_A, d, m, x, o_y, d)
-    _dots(x, qn, S, o_c, m, slot, x, factors)
-    _combine(x, factors, 1, S, o_h, d, slot, x, o_y, d)
-    last = splat(_dot(x, c, x, qn, m))
-    for i in range(0, d, LANES):
-        store(x, o_y + i, fma(last, load(x, h + i), load(x, o_y + i)))
-    if slot < C - 1:
-        for i in range(0, d, LANES):
-            store(S, o_h + slot * d + i, load(x, h + i))
-        for j in range(0, m, LANES):
-            store(S, o_c + slot * m + j, load(x, c + j))
-    else:
-        for j in range(m):
-            p, c_j = splat(np.float32(1) - S[o_b + j]), splat(x[c + j])
-            o_j = o_A + j * d
-            for i in range(0, d, LANES):
-                store(S, o_j + i, fma(c_j, load(x, h + i), p * load(S, o_j + i)))
-            _combine(S, o_c + j, m, S, o_h, d, slot, S, o_j, d)
-            square = _dot(S, o_j, S, o_j, d)
-            if square != 0:  # only lines that fill up have none
-                scale = splat(np.float32(1) / np.sqrt(square))
-                for i in range(0, d, LANES):
-                    store(S, o_j + i, scale * load(S, o_j + i))
-
-
-@njit(cache=True)
-def _normalize(x: Any, o_x: int, n: int) -> None:
-    scale = splat(np.float32(1) / np.sqrt(_dot(x, o_x, x, o_x, n) + np.float32(L2_EPS)))
-    for i in range(0, n, LANES):
-        store(x, o_x + i, scale * load(x, o_x + i))
-
-
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def mix_head(
     S: Any, o: int, places: Any, dims: Any, position: int, first: int, last: int, z: Any, o_z: int, z_row: int,
     gates: Any, o_gates: int, gates_row: int, head: int, weights: Any, o_weights: int, out: Any, x: Any, o_x: int,
@@ -174,40 +79,58 @@ def mix_head(
     on; gates: gamma and mu of all heads in the same way; weights: what `MixerBlock` lays out, at o_weights; out:
     activations of all tokens; x: `scratch_size` floats at o_x. Arrays other than out are float32 [..].
     """
-    H, d, m, n_d, C, taps, objective, gated = dims[0], dims[1], dims[2], dims[3], dims[4], dims[5], dims[6], dims[7]
+    _mix_head(
+        pointer(S), o, pointer(places), pointer(dims), position, first, last, pointer(z), o_z, z_row, pointer(gates),
+        o_gates, gates_row, head, pointer(weights), o_weights, out, pointer(x), o_x,
+    )  # fmt: skip
+
+
+@njit(cache=True, error_model="numpy")
+def _mix_head(
+    S: Any, o: int, places: Any, dims: Any, position: int, first: int, last: int, z: Any, o_z: int, z_row: int,
+    gates: Any, o_gates: int, gates_row: int, head: int, weights: Any, o_weights: int, out: Any, x: Any, o_x: int,
+) -> None:  # fmt: skip
+    H, d, m, n_d, C, taps, gated = dims[0], dims[1], dims[2], dims[3], dims[4], dims[5], dims[7]
     n = 2 * m + d
     o_conv = o_weights + head * taps * n
     o_bias = o_weights + H * taps * n
     o_norm = o_bias + 2 * H
     floor, eps = weights[o_norm + d], weights[o_norm + d + 1]
-    tail = o + places[6]
-    o_q, o_k, o_v, o_y = o_x, o_x + m, o_x + 2 * m, o_x + n
-    slot = position % C
-    for t in range(first, last):
+    scales, gamma, mu = o_x, o_x + LANES, o_x + 2 * LANES
+    o_q, o_k, row = o_x + 5 * LANES, o_x + 5 * LANES + m, n + m + max(d, m)
+    o_y = o_q + n + m
+    t = first
+    while t < last:
+        rows = min(last - t, LANES - position % LANES)
         o_t, o_g = o_z + t * z_row, o_gates + t * gates_row + head
-        ring = (position + t - first) % (taps - 1) if taps > 1 else 0
-        for i in range(0, n, LANES):
-            now = load(z, o_t + i)
-            value = now * load(weights, o_conv + (taps - 1) * n + i)
-            for tap in range(taps - 1):
-                line = ring + tap if ring + tap < taps - 1 else ring + tap - (taps - 1)
-                value = fma(load(S, tail + line * n + i), load(weights, o_conv + tap * n + i), value)
-            if taps > 1:
-                store(S, tail + ring * n + i, now)
-            store(x, o_x + i, silu(value))
-        _normalize(x, o_q, m)
-        _normalize(x, o_k, m)
-        gamma = sigmoid(splat(gates[o_g] + weights[o_bias + head]))
-        mu = splat(np.float32(1))
+        ring = position % (taps - 1) if taps > 1 else 0
+        _convolve(z, o_t, z_row, rows, S, o + places[6], ring, taps, weights, o_conv, n, x, o_q, row)
+        _normalize(x, o_q, row, rows, m, 1.0, scales)
+        _normalize(x, o_k, row, rows, m, -1.0, scales)
+        for r in range(rows):
+            x[gamma + r] = gates[o_g + r * gates_row]
+            x[mu + r] = gates[o_g + r * gates_row + H]
+        store(x, gamma, sigmoid(load(x, gamma) + splat(weights[o_bias + head])))
         if gated:
-            gate = splat(gates[o_g + H] + weights[o_bias + H + head])
-            mu = splat(floor) + splat(np.float32(1) - floor) * sigmoid(gate)
-        _recur(S, o, places, d, m, slot, C, objective, gamma, mu, x, o_q, o_k, o_v, o_y, o_y + d)
-        slot = slot + 1 if slot + 1 < C else 0
-        scale = splat(np.float32(1) / np.sqrt(_dot(x, o_y, x, o_y, d) / np.float32(n_d) + eps))
-        for i in range(0, d, LANES):
-            y = load(x, o_y + i) * scale * load(weights, o_norm + i)
-            put(out, t, H * d, head * d + i, y * silu(load(z, o_t + n + i)))
+            gate = sigmoid(load(x, mu) + splat(weights[o_bias + H + head]))
+            store(x, mu, splat(floor) + splat(np.float32(1) - floor) * gate)
+        else:
+            store(x, mu, splat(np.float32(1)))
+        r = 0
+        while r < rows:
+            slot = (position + r) % C
+            tokens = min(rows - r, C - slot)
+            recur(S, o, places, dims, slot, tokens, x, o_q + r * row, gamma + r, mu + r, o_x + 3 * LANES, o_q + LANES * row)
+            r += tokens
+        means = row_dots(x, o_y, o_y, row, rows, d) * splat(np.float32(1) / np.float32(n_d))
+        store(x, scales, inverse_sqrt(means + splat(eps)))
+        for r in range(rows):
+            scale = splat(x[scales + r])
+            for i in range(0, d, LANES):
+                y = load(x, o_y + r * row + i) * scale * load(weights, o_norm + i)
+                put(out, t + r, H * d, head * d + i, y * silu(load(z, o_t + r * z_row + n + i)))
+        t += rows
+        position += rows
 
 
 class CpuMixer:
@@ -239,7 +162,7 @@ class CpuMixer:
         return out
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _mix(
     S: Any, row_size: int, first: int, head_size: int, places: Any, dims: Any, rows: Any, positions: Any, starts: Any,
     z: Any, z_row: int, weights: Any, out: Any, x: Any,

@@ -1,0 +1,178 @@
+"""The recurrence on the CPU: tokens of one chunk at once.
+
+It is the pending-factor form of `kernels.lattice` (source there), row t of the chunk form, relative to a as
+`StateLayout` has it: b, c and e stand for b / a, c / a and e / a^2.
+
+    a <- mu a,  c = gamma k / a
+    e <- e + 2 c (sum_s c_s (h_s . h) - w b) + c^2 (|h|^2 - w^2),  then b <- b + c w
+    y = A (qn (1 - b)) + sum_s (c_s . qn) h_s,  qn = q / sqrt(1 + e)
+
+The anchor is read for h = v - A k, w = A^T h and y, each for all tokens before the next, and written once a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from lattice_serve.kernels.cpu.products import combine, dots
+from lattice_serve.kernels.cpu.vector import fma, inverse_sqrt, load, maximum, splat, sqrt, store
+from lattice_serve.kernels.cpu_features import vectors
+from lattice_serve.kernels.lanes import LANES
+from lattice_serve.kernels.lattice.state import OBJECTIVES
+
+_ONE_ROW, _TWO_ROWS, _FOUR_LINES = (4, 4, 4) if vectors() == "AVX-512" else (2, 1, 1)
+"""Vectors that are combined at once, by half of the registers. Makes no difference to any bit."""
+
+_DECODING, _ENCODING = OBJECTIVES.index("decoding"), OBJECTIVES.index("encoding")
+
+_TINY = 1e-30
+"""The square of a line that only fills up, and is zeros. Others have 1 or more."""
+
+
+@njit(cache=True, error_model="numpy")
+def row_dots(x: Any, o_x: int, o_y: int, row: int, rows: int, n: int) -> Any:
+    """sum_i x[o_x + r row + i] x[o_y + r row + i] of n elements in lane r < rows, of up to 16 rows there is room for."""
+    if rows == 1:
+        return dots(1, x, o_x, row, x, o_y, row, n)
+    return dots(16, x, o_x, row, x, o_y, row, n)
+
+
+@njit(cache=True, error_model="numpy")
+def _combine(
+    x: Any, o_x: int, x_row: int, x_step: int, rows: int, w: Any, o_w: int, w_step: int, K: int, out: Any, o_out: int,
+    out_row: int, n: int,
+) -> None:  # fmt: skip
+    """out[r out_row + j] += sum_k x[r x_row + k x_step] w[k w_step + j], r < rows, j < n, a multiple of 16."""
+    r = 0
+    while r + 2 <= rows:
+        j = 0
+        while j + _TWO_ROWS * LANES <= n:
+            combine(2, _TWO_ROWS, 2, x, o_x, x_row, x_step, w, o_w + j, w_step, K, out, o_out + j, out_row)
+            j += _TWO_ROWS * LANES
+        while j < n:
+            combine(2, 1, 2, x, o_x, x_row, x_step, w, o_w + j, w_step, K, out, o_out + j, out_row)
+            j += LANES
+        r, o_x, o_out = r + 2, o_x + 2 * x_row, o_out + 2 * out_row
+    if r < rows:
+        j = 0
+        while j + _ONE_ROW * LANES <= n:
+            combine(1, _ONE_ROW, 2, x, o_x, x_row, x_step, w, o_w + j, w_step, K, out, o_out + j, out_row)
+            j += _ONE_ROW * LANES
+        while j < n:
+            combine(1, 1, 2, x, o_x, x_row, x_step, w, o_w + j, w_step, K, out, o_out + j, out_row)
+            j += LANES
+
+
+@njit(cache=True, error_model="numpy")
+def _add_pending(
+    x: Any, o_x: int, n: int, S: Any, o_dots: int, o_lines: int, width: int, lines: int, o_out: int, factors: int
+) -> None:  # fmt: skip
+    """out [width] += sum_s (x . dots_s) lines_s, with x and dots_s [n]; s < lines, which are rows of S."""
+    s = 0
+    while lines >= 4 and s < lines:
+        s = min(s, lines - 4)
+        store(x, factors + 4 * s, dots(4, x, o_x, 0, S, o_dots + s * n, n, n))
+        s += 4
+    while s < lines:
+        store(x, factors + 4 * s, dots(1, x, o_x, 0, S, o_dots + s * n, n, n))
+        s += 1
+    if lines:
+        _combine(x, factors, 0, 4, 1, S, o_lines, width, lines, x, o_out, 0, width)
+
+
+@njit(cache=True, error_model="numpy")
+def _fold(S: Any, o_A: int, o_h: int, o_c: int, o_b: int, d: int, m: int, C: int, x: Any, h: int, c: int, scales: int) -> None:
+    """The anchor of the next chunk; h and c of this one's last token are in x."""
+    for j in range(m):
+        p, c_j = splat(np.float32(1) - S[o_b + j]), splat(x[c + j])
+        for i in range(0, d, LANES):
+            o_i = o_A + j * d + i
+            store(S, o_i, fma(c_j, load(x, h + i), p * load(S, o_i)))
+    for j in range(0, m, LANES):
+        for k in range(j, j + LANES, 4):
+            i = 0
+            while i + _FOUR_LINES * LANES <= d:
+                combine(4, _FOUR_LINES, 1, S, o_c + k, 1, m, S, o_h + i, d, C - 1, S, o_A + k * d + i, d)
+                i += _FOUR_LINES * LANES
+            while i < d:
+                combine(4, 1, 1, S, o_c + k, 1, m, S, o_h + i, d, C - 1, S, o_A + k * d + i, d)
+                i += LANES
+        o_j = o_A + j * d
+        squares = maximum(splat(np.float32(_TINY)), dots(16, S, o_j, d, S, o_j, d, d))
+        store(x, scales, splat(np.float32(1)) / sqrt(squares))
+        for k in range(LANES):
+            scale = splat(x[scales + k])
+            for i in range(o_j + k * d, o_j + (k + 1) * d, LANES):
+                store(S, i, scale * load(S, i))
+
+
+@njit(cache=True, error_model="numpy")
+def recur(
+    S: Any, o: int, places: Any, dims: Any, slot: int, tokens: int, x: Any, o_x: int, gamma: int, mu: int, lanes: int,
+    scratch: int,
+) -> None:  # fmt: skip
+    """So many tokens of one chunk, from its place `slot` on; S: state rows, the head's block at o.
+
+    In x, a token's row at o_x, and those of the others behind it: q, -k [m], v [d] -> y [d] after m more; gamma, mu: a
+    float a token; lanes: a vector, scratch: 4 C + 16 floats.
+    """
+    d, m, C, objective = dims[1], dims[2], dims[4], dims[6]
+    o_A, o_h, o_c, o_b, o_e = o + places[0], o + places[1], o + places[2], o + places[3], o + places[4]
+    q, c, h, w, y, row = o_x, o_x + m, o_x + 2 * m, o_x + 2 * m + d, o_x + 3 * m + d, 3 * m + d + max(d, m)
+    if objective == _DECODING:
+        _combine(x, c, row, 1, tokens, S, o_A, d, m, x, h, row, d)
+    for r in range(tokens):
+        for j in range(0, m, LANES):
+            store(x, w + r * row + j, dots(16, x, h + r * row, 0, S, o_A + j * d, d, d))
+    store(x, lanes, row_dots(x, h, h, row, tokens, d))
+    zero, one, half = splat(np.float32(0)), splat(np.float32(1)), splat(np.float32(0.5))
+    a = S[o + places[5]]
+    if slot == 0:
+        a = np.float32(1)
+        for j in range(0, 2 * m, LANES):
+            store(S, o_b + j, zero)
+    for r in range(tokens):
+        s, at, size = slot + r, r * row, splat(x[lanes + r])
+        a = x[mu + r] * a
+        step = splat(-x[gamma + r] / a)
+        for j in range(0, m, LANES):
+            c_j, w_j = load(x, c + at + j), load(x, w + at + j)
+            if objective == _ENCODING:
+                c_j = c_j + w_j
+            c_j = step * c_j
+            store(x, c + at + j, c_j)
+            store(x, y + at + j, half * c_j * fma(-w_j, w_j, size))
+            if s < C - 1:
+                store(S, o_c + s * m + j, c_j)
+        if s < C - 1:
+            for i in range(0, d, LANES):
+                store(S, o_h + s * d + i, load(x, h + at + i))
+    S[o + places[5]] = a
+    for r in range(tokens):
+        _add_pending(x, h + r * row, d, S, o_h, o_c, m, slot + r, y + r * row, scratch)
+    for j in range(0, m, LANES):
+        b_j, e_j = load(S, o_b + j), load(S, o_e + j)
+        for at in range(j, j + tokens * row, row):
+            c_j, w_j = load(x, c + at), load(x, w + at)
+            term = fma(-w_j, b_j, load(x, y + at))
+            e_j = maximum(zero, fma(c_j, term + term, e_j))
+            b_j = fma(c_j, w_j, b_j)
+            qn_j = load(x, q + at) * inverse_sqrt(one + e_j)
+            store(x, q + at, qn_j)
+            store(x, w + at, fma(-qn_j, b_j, qn_j))
+        store(S, o_b + j, b_j)
+        store(S, o_e + j, e_j)
+    store(x, lanes, row_dots(x, c, q, row, tokens, m))
+    for r in range(tokens):
+        own = splat(x[lanes + r])
+        for i in range(r * row, r * row + d, LANES):
+            store(x, y + i, own * load(x, h + i))
+    _combine(x, w, row, 1, tokens, S, o_A, d, m, x, y, row, d)
+    for r in range(tokens):
+        _add_pending(x, q + r * row, m, S, o_c, o_h, d, slot + r, y + r * row, scratch)
+    if slot + tokens == C:
+        at = (tokens - 1) * row
+        _fold(S, o_A, o_h, o_c, o_b, d, m, C, x, h + at, c + at, lanes)
