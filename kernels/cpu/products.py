@@ -9,6 +9,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from lattice_serve.kernels.cpu.lowering import (
+    F32,
     VECTOR,
     WHOLE,
     ZERO,
@@ -68,6 +69,54 @@ def dots(typingctx: Any, rows: Any, x: Any, o_x: Any, x_row: Any, w: Any, o_w: A
     return vector(rows, checked(x), i, i, checked(w), i, i, i), codegen
 
 
+def _build_combination(
+    builder: Any, first: list[list[Any]], x_rows: list[Any], x_step: Any, w: Any, w_step: Any, K: Any, chains: int
+) -> list[list[Any]]:
+    """first[r][v] + sum_k x_rows[r][k x_step] w[k w_step + 16 v ..], vectors, in so many chains: `combine` says how."""
+    index, V = K.type, len(first[0])
+    sums = [[[cgutils.alloca_once(builder, VECTOR) for _ in line] for line in first] for _ in range(chains)]
+    for chain in sums:
+        for line, places in zip(first, chain, strict=True):
+            for value, place in zip(line, places, strict=True):
+                builder.store(value if chain is sums[0] else ZERO, place)
+
+    def step(k: Any, chain: list[list[Any]]) -> None:
+        row = builder.gep(w, [builder.mul(k, w_step)])
+        weights = [build_read(builder, builder.gep(row, [index(v * LANES)])) for v in range(V)]
+        for x_row, places in zip(x_rows, chain, strict=True):
+            factor = build_splat(builder, builder.load(builder.gep(x_row, [builder.mul(k, x_step)])))
+            for weight, place in zip(weights, places, strict=True):
+                builder.store(build_fmuladd(builder, factor, weight, builder.load(place)), place)
+
+    whole = K
+    if chains > 1:
+        whole = builder.mul(builder.udiv(K, index(chains)), index(chains))
+    with cgutils.for_range_slice(builder, index(0), whole, index(chains), index) as (k, _):
+        for i, chain in enumerate(sums):
+            step(builder.add(k, index(i)), chain)
+    if chains > 1:
+        with cgutils.for_range_slice(builder, whole, K, index(1), index) as (k, _):
+            step(k, sums[0])
+    totals = [[builder.load(place) for place in places] for places in sums[0]]
+    for chain in sums[1:]:
+        totals = [
+            [builder.fadd(total, builder.load(place)) for total, place in zip(line, places, strict=True)]
+            for line, places in zip(totals, chain, strict=True)
+        ]
+    return totals
+
+
+def _build_places(builder: Any, out: Any, out_row: Any, rows: int, vectors: int) -> list[list[Any]]:
+    lines = [builder.gep(out, [builder.mul(out_row, out_row.type(r))]) for r in range(rows)]
+    return [[builder.gep(line, [out_row.type(v * LANES)]) for v in range(vectors)] for line in lines]
+
+
+def _literals(*numbers: Any) -> Any:
+    if not all(isinstance(number, types.IntegerLiteral) for number in numbers):
+        raise TypeError("rows, vectors and chains must be literals")
+    return (number.literal_value for number in numbers)
+
+
 @intrinsic(prefer_literal=True)
 def combine(
     typingctx: Any, rows: Any, vectors: Any, chains: Any, x: Any, o_x: Any, x_row: Any, x_step: Any, w: Any, o_w: Any,
@@ -75,54 +124,67 @@ def combine(
 ) -> Any:  # fmt: skip
     """out[o_out + r out_row + j] += sum_k x[o_x + r x_row + k x_step] w[o_w + k w_step + j].
 
-    For r < rows and j < 16 vectors, literals both. chains, a literal: so many steps of k that follow each other are
-    added up apart, so that more sums are under way; rows and vectors change no bit, this does. Arrays are float32 [..].
+    For r < rows and j < 16 vectors. chains: so many k that follow each other are added up apart, so that more sums are
+    under way. Rows and vectors change no bit, chains do; all three are literals. Arrays are float32 [..].
     """
-    literals = (rows, vectors, chains)
-    if not all(isinstance(number, types.IntegerLiteral) for number in literals):
-        raise TypeError("rows, vectors and chains of a combination must be literals")
-    R, V, P = (number.literal_value for number in literals)
+    R, V, P = _literals(rows, vectors, chains)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         x, o_x, x_row, x_step, w, o_w, w_step, K, out, o_out, out_row = values[3:]
-        index = K.type
         x_data = build_pointer(context, builder, signature.args[3], x, o_x)
         w_data = build_pointer(context, builder, signature.args[7], w, o_w)
-        out_data = build_pointer(context, builder, signature.args[11], out, o_out)
-        x_rows = [builder.gep(x_data, [builder.mul(x_row, index(r))]) for r in range(R)]
-        places = [
-            builder.gep(out_data, [builder.add(builder.mul(out_row, index(r)), index(v * LANES))])
-            for r in range(R)
-            for v in range(V)
-        ]
-        sums = [[cgutils.alloca_once(builder, VECTOR) for _ in places] for _ in range(P)]
-        for chain in sums:
-            for place, total in zip(places, chain, strict=True):
-                builder.store(build_read(builder, place) if chain is sums[0] else ZERO, total)
-
-        def step(k: Any, chain: list[Any]) -> None:
-            row = builder.gep(w_data, [builder.mul(k, w_step)])
-            weights = [build_read(builder, builder.gep(row, [index(v * LANES)])) for v in range(V)]
-            for r, x_row in enumerate(x_rows):
-                factor = build_splat(builder, builder.load(builder.gep(x_row, [builder.mul(k, x_step)])))
-                for weight, total in zip(weights, chain[r * V : (r + 1) * V], strict=True):
-                    builder.store(build_fmuladd(builder, factor, weight, builder.load(total)), total)
-
-        whole = builder.mul(builder.sdiv(K, index(P)), index(P))
-        with cgutils.for_range_slice(builder, index(0), whole, index(P), index) as (k, _):
-            for i, chain in enumerate(sums):
-                step(builder.add(k, index(i)), chain)
-        with cgutils.for_range_slice(builder, whole, K, index(1), index) as (k, _):
-            step(k, sums[0])
-        for i, place in enumerate(places):
-            value = builder.load(sums[0][i])
-            for chain in sums[1:]:
-                value = builder.fadd(value, builder.load(chain[i]))
-            build_write(builder, value, place)
+        places = _build_places(
+            builder, build_pointer(context, builder, signature.args[11], out, o_out), out_row, R, V
+        )
+        x_rows = [builder.gep(x_data, [builder.mul(x_row, x_row.type(r))]) for r in range(R)]
+        first = [[build_read(builder, place) for place in line] for line in places]
+        sums = _build_combination(builder, first, x_rows, x_step, w_data, w_step, K, P)
+        for line, line_sums in zip(places, sums, strict=True):
+            for place, value in zip(line, line_sums, strict=True):
+                build_write(builder, value, place)
         return context.get_dummy_value()
 
     i = types.intp
-    return types.void(*literals, checked(x), i, i, i, checked(w), i, i, i, checked(out), i, i), codegen
+    return types.void(rows, vectors, chains, checked(x), i, i, i, checked(w), i, i, i, checked(out), i, i), codegen
+
+
+@intrinsic(prefer_literal=True)
+def fold(
+    typingctx: Any, rows: Any, vectors: Any, b: Any, o_b: Any, x: Any, o_x: Any, y: Any, o_y: Any, c: Any, o_c: Any,
+    c_step: Any, h: Any, o_h: Any, h_step: Any, K: Any, A: Any, o_A: Any, A_row: Any,
+) -> Any:  # fmt: skip
+    """A[o_A + r A_row + j] <- (1 - b_r) A[..] + x_r y_j + sum_k c[o_c + k c_step + r] h[o_h + k h_step + j].
+
+    For r < rows and j < 16 vectors, literals both, that change no bit. Arrays are float32 [..]; b_r stands for
+    b[o_b + r], and so on.
+    """
+    R, V = _literals(rows, vectors)
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        b, o_b, x, o_x, y, o_y, c, o_c, c_step, h, o_h, h_step, K, A, o_A, A_row = values[2:]
+        given = zip((2, 4, 6, 8, 11, 15), ((b, o_b), (x, o_x), (y, o_y), (c, o_c), (h, o_h), (A, o_A)), strict=True)
+        b, x, y, c, h, A = (build_pointer(context, builder, signature.args[i], *at) for i, at in given)
+        index = K.type
+        ys = [build_read(builder, builder.gep(y, [index(v * LANES)])) for v in range(V)]
+        places, first = _build_places(builder, A, A_row, R, V), []
+        for r, line in enumerate(places):
+            kept = builder.fsub(F32(1), builder.load(builder.gep(b, [index(r)])))
+            factor = build_splat(builder, builder.load(builder.gep(x, [index(r)])))
+            kept = build_splat(builder, kept)
+            first.append([
+                build_fmuladd(builder, factor, own, builder.fmul(kept, build_read(builder, place)))
+                for own, place in zip(ys, line, strict=True)
+            ])
+        c_rows = [builder.gep(c, [index(r)]) for r in range(R)]
+        sums = _build_combination(builder, first, c_rows, c_step, h, h_step, K, 1)
+        for line, line_sums in zip(places, sums, strict=True):
+            for place, value in zip(line, line_sums, strict=True):
+                build_write(builder, value, place)
+        return context.get_dummy_value()
+
+    i = types.intp
+    b, x, y, c, h, A = map(checked, (b, x, y, c, h, A))
+    return types.void(rows, vectors, b, i, x, i, y, i, c, i, i, h, i, i, i, A, i, i), codegen
 
 
 @intrinsic(prefer_literal=True)

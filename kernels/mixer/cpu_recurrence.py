@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from lattice_serve.kernels.cpu.products import combine, dots
+from lattice_serve.kernels.cpu.products import combine, dots, fold
 from lattice_serve.kernels.cpu.vector import fma, inverse_sqrt, load, maximum, splat, sqrt, store
 from lattice_serve.kernels.cpu_features import vectors
 from lattice_serve.kernels.lanes import LANES
@@ -86,27 +86,22 @@ def _add_pending(
 @njit(cache=True, error_model="numpy")
 def _fold(S: Any, o_A: int, o_h: int, o_c: int, o_b: int, d: int, m: int, C: int, x: Any, h: int, c: int, scales: int) -> None:
     """The anchor of the next chunk; h and c of this one's last token are in x."""
-    for j in range(m):
-        p, c_j = splat(np.float32(1) - S[o_b + j]), splat(x[c + j])
-        for i in range(0, d, LANES):
-            o_i = o_A + j * d + i
-            store(S, o_i, fma(c_j, load(x, h + i), p * load(S, o_i)))
+    for j in range(0, m, 4):
+        i = 0
+        while i + _FOUR_LINES * LANES <= d:
+            fold(4, _FOUR_LINES, S, o_b + j, x, c + j, x, h + i, S, o_c + j, m, S, o_h + i, d, C - 1, S, o_A + j * d + i, d)
+            i += _FOUR_LINES * LANES
+        while i < d:
+            fold(4, 1, S, o_b + j, x, c + j, x, h + i, S, o_c + j, m, S, o_h + i, d, C - 1, S, o_A + j * d + i, d)
+            i += LANES
     for j in range(0, m, LANES):
-        for k in range(j, j + LANES, 4):
-            i = 0
-            while i + _FOUR_LINES * LANES <= d:
-                combine(4, _FOUR_LINES, 1, S, o_c + k, 1, m, S, o_h + i, d, C - 1, S, o_A + k * d + i, d)
-                i += _FOUR_LINES * LANES
-            while i < d:
-                combine(4, 1, 1, S, o_c + k, 1, m, S, o_h + i, d, C - 1, S, o_A + k * d + i, d)
-                i += LANES
         o_j = o_A + j * d
         squares = maximum(splat(np.float32(_TINY)), dots(16, S, o_j, d, S, o_j, d, d))
-        store(x, scales, splat(np.float32(1)) / sqrt(squares))
-        for k in range(LANES):
-            scale = splat(x[scales + k])
-            for i in range(o_j + k * d, o_j + (k + 1) * d, LANES):
-                store(S, i, scale * load(S, i))
+        store(x, scales + j, splat(np.float32(1)) / sqrt(squares))
+    for j in range(m):
+        scale = splat(x[scales + j])
+        for i in range(o_A + j * d, o_A + (j + 1) * d, LANES):
+            store(S, i, scale * load(S, i))
 
 
 @njit(cache=True, error_model="numpy")
@@ -175,4 +170,4 @@ def recur(
         _add_pending(x, q + r * row, m, S, o_c, o_h, d, slot + r, y + r * row, scratch)
     if slot + tokens == C:
         at = (tokens - 1) * row
-        _fold(S, o_A, o_h, o_c, o_b, d, m, C, x, h + at, c + at, lanes)
+        _fold(S, o_A, o_h, o_c, o_b, d, m, C, x, h + at, c + at, w + at)
