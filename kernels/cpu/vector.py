@@ -26,6 +26,7 @@ from lattice_serve.kernels.cpu.lowering import (
     build_inverse_sqrt,
     build_neighbours,
     build_pointer,
+    build_prefetch,
     build_read,
     build_rounded,
     build_splat,
@@ -165,6 +166,18 @@ def pointer(typingctx: Any, array: Any) -> Any:
         return context.make_array(array)(context, builder, values[0]).data
 
     return types.CPointer(array.dtype)(array), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, array: Any, offset: Any) -> Any:
+    """Ask for the cache line of an element of a float32 array [n] before it is read."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        place = build_pointer(context, builder, signature.args[0], *values)
+        build_prefetch(builder, builder.bitcast(place, ir.IntType(8).as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(checked(array), types.intp), codegen
 
 
 @intrinsic

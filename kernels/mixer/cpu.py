@@ -15,7 +15,7 @@ from numba import njit
 from torch import Tensor
 
 from lattice_serve.kernels.cpu.math import sigmoid, silu
-from lattice_serve.kernels.cpu.vector import fma, inverse_sqrt, load, pointer, splat, store
+from lattice_serve.kernels.cpu.vector import fma, inverse_sqrt, load, pointer, prefetch, splat, store
 from lattice_serve.kernels.lanes import LANES
 from lattice_serve.kernels.linear.activations import put
 from lattice_serve.kernels.mixer.block import MixerBlock
@@ -99,6 +99,8 @@ def _mix_head(
     scales, gamma, mu = o_x, o_x + LANES, o_x + 2 * LANES
     o_q, o_k, row = o_x + 5 * LANES, o_x + 5 * LANES + m, n + m + max(d, m)
     o_y = o_q + n + m
+    for line in range(o, o + m * d, 512):
+        for more in range(0, 6 * LANES, LANES): prefetch(S, line+more)
     t = first
     while t < last:
         rows = min(last - t, LANES - position % LANES)
