@@ -94,7 +94,7 @@ class EngineClient:
 
     def _receive(self, message: FromEngine) -> None:
         if isinstance(message, Ready):
-            self._metrics.engine_started(message.rows)
+            self._metrics.engine_started(message.rows, again=self.ever_ready)
             self.ready = message
             self.ever_ready = True
             self.on_ready(message)
