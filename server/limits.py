@@ -18,16 +18,12 @@ from lattice_serve.server.errors import BodyTimedOut, BodyTooLarge, HeaderTooLar
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
 """Probes ask these without a key."""
 
-_DISCARD_SECONDS = 5.0
-"""How long a refused body is taken off the line: many clients do not read an answer while they send, and lose it with
-the connection if that is closed on them."""
-
 
 class Limits:
     """ASGI middleware: 401 without a key that is in `api_keys` (none: no key needed), 413 for large bodies, 408 for
     slow ones, 431 for large heads.
 
-    A body that says it is too large is not kept at all; one that does not say is read up to the limit. A head that does
+    A body that says it is too large is let pass unseen; one that does not say is read up to the limit. A head that does
     not end is the protocol's matter, see `server.protocol`.
     """
 
@@ -58,7 +54,7 @@ class Limits:
                 scope["state"]["cache_salt"] = self._check_key(headers)
             self._check_size(int(headers.get("content-length", 0)))
         except LatticeError as error:
-            await error_response(error)(scope, receive, _lingering(receive, send))
+            await error_response(error)(scope, receive, _lingering(receive, send, self._body_seconds))
             return
         size = 0
         deadline: float | None = time.monotonic() + self._body_seconds
@@ -103,8 +99,11 @@ class Limits:
             raise BodyTooLarge(f"the body has more than {self._max_body_bytes} bytes: send less in one request")
 
 
-def _lingering(receive: Receive, send: Send) -> Send:
-    """`send` for an answer in one piece that does not end before the body of its request does."""
+def _lingering(receive: Receive, send: Send, seconds: float) -> Send:
+    """`send` for an answer in one piece that does not end before the body of its request does, or the time for it.
+
+    Many clients do not read an answer while they send, and lose it when the connection is closed on them.
+    """
 
     async def discard() -> None:
         while (await receive()).get("more_body"):
@@ -114,7 +113,7 @@ def _lingering(receive: Receive, send: Send) -> Send:
         if message["type"] == "http.response.body":
             await send({**message, "more_body": True})
             with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(discard(), _DISCARD_SECONDS)
+                await asyncio.wait_for(discard(), seconds)
             message = {"type": "http.response.body"}
         await send(message)
 
