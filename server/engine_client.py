@@ -94,7 +94,7 @@ class EngineClient:
 
     def _receive(self, message: FromEngine) -> None:
         if isinstance(message, Ready):
-            self._metrics.engine_started(message.rows)
+            self._metrics.engine_started(message.rows, again=self.ever_ready)
             self.ready = message
             self.ever_ready = True
             self.on_ready(message)
@@ -126,7 +126,8 @@ class EngineClient:
         return live
 
     def _send(self, message: ToEngine) -> None:
-        if self._writer is not None:
+        # A connection that is lost is closed a moment before `run` hears of it, and ends what was submitted.
+        if self._writer is not None and not self._writer.is_closing():
             data = self._encoder.encode(message)
             self._writer.write(len(data).to_bytes(4, "big") + data)
 

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,7 +23,7 @@ class Limits:
     """ASGI middleware: 401 without a key that is in `api_keys` (none: no key needed), 413 for large bodies, 408 for
     slow ones, 431 for large heads.
 
-    A body that says it is too large is not read at all; one that does not say is read up to the limit. A head that does
+    A body that says it is too large is let pass unseen; one that does not say is read up to the limit. A head that does
     not end is the protocol's matter, see `server.protocol`.
     """
 
@@ -53,7 +54,7 @@ class Limits:
                 scope["state"]["cache_salt"] = self._check_key(headers)
             self._check_size(int(headers.get("content-length", 0)))
         except LatticeError as error:
-            await error_response(error)(scope, receive, send)
+            await error_response(error)(scope, receive, _lingering(receive, send, self._body_seconds))
             return
         size = 0
         deadline: float | None = time.monotonic() + self._body_seconds
@@ -96,3 +97,24 @@ class Limits:
     def _check_size(self, size: int) -> None:
         if size > self._max_body_bytes:
             raise BodyTooLarge(f"the body has more than {self._max_body_bytes} bytes: send less in one request")
+
+
+def _lingering(receive: Receive, send: Send, seconds: float) -> Send:
+    """`send` for an answer in one piece that does not end before the body of its request does, or the time for it.
+
+    Many clients do not read an answer while they send, and lose it when the connection is closed on them.
+    """
+
+    async def discard() -> None:
+        while (await receive()).get("more_body"):
+            pass
+
+    async def lingering(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await send({**message, "more_body": True})
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(discard(), seconds)
+            message = {"type": "http.response.body"}
+        await send(message)
+
+    return lingering

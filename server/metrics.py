@@ -45,6 +45,7 @@ class Metrics:
             return metric.labels(**labels)
 
         self.up = gauge("engine_up", "1 while the engine takes requests, else 0.")
+        self.restarts = counter("engine_restarts", "Times an engine took the place of one that had died.")
         self.running = gauge("num_requests_running", "Sequences that hold a state row.")
         self.waiting = gauge("num_requests_waiting", "Sequences that wait for a state row.")
         self.pool_usage = gauge("state_pool_usage_ratio", "Share of the state rows in use, 0 to 1.")
@@ -92,9 +93,10 @@ class Metrics:
     def finished(self, reason: str) -> None:
         self._finished.labels(**self._labels, finished_reason=reason).inc()
 
-    def engine_started(self, rows: int) -> None:
-        """A fresh engine process counts from zero. rows: 0 when it has ended."""
+    def engine_started(self, rows: int, again: bool = False) -> None:
+        """A fresh engine process counts from zero. rows: 0 when it has ended; again: another was there before it."""
         self.up.set(rows > 0)
+        self.restarts.inc(again)
         self._stats = EngineStats(rows=rows)
         self._show_gauges()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +34,43 @@ def panels() -> list[dict[str, Any]]:
     return [panel for each in made for panel in (each, *each.get("panels", []))]
 
 
-def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
-    text = ServerMetrics("m", 2).render().decode()
-    known = set(re.findall(r"^(lattice:\w+)", text, re.MULTILINE))
+@pytest.fixture(scope="module")
+def metrics() -> str:
+    """What Prometheus is given."""
+    return ServerMetrics("m", 2).render().decode()
+
+
+def is_answered(expression: str, metrics: str) -> bool:
+    """Whether every metric in it, and every value of a label that it names, is there."""
+    names = set(re.findall(r"lattice:\w+", expression))
+    values = set(re.findall(r"\w+!?=(\"\w+\")", expression))
+    known = set(re.findall(r"^(lattice:\w+)", metrics, re.MULTILINE))
+    return bool(names) and names <= known and all(f"={value}" in metrics for value in values)
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(metrics: str) -> None:
     asked = [target["expr"] for panel in panels() for target in panel.get("targets", [])]
     assert len(asked) > 20
-    for expression in asked:
-        names = set(re.findall(r"lattice:\w+", expression))
-        assert names, expression
-        assert names <= known, expression
+    assert [expression for expression in asked if not is_answered(expression, metrics)] == []
+
+
+def test_alerts_ask_for_metrics_that_there_are(metrics: str) -> None:
+    [group] = load("alerts.yml")["groups"]
+    [job] = load("prometheus.yml")["scrape_configs"]
+    down, *asked = [rule["expr"] for rule in group["rules"]]
+    assert down == f'up{{job="{job["job_name"]}"}} == 0'
+    assert [expression for expression in asked if not is_answered(expression, metrics)] == []
+
+
+def test_prometheus_is_given_its_rules() -> None:
+    [name] = load("prometheus.yml")["rule_files"]
+    mounted = {volume.split(":")[1] for volume in load("compose.yaml")["services"]["prometheus"]["volumes"]}
+    assert {"/etc/prometheus/prometheus.yml", f"/etc/prometheus/{name}"} <= mounted
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs Prometheus's promtool")
+def test_alerts_go_off() -> None:
+    subprocess.run(["promtool", "test", "rules", str(Path(__file__).with_name("alerts.yml"))], check=True)
 
 
 def test_prometheus_asks_the_server_with_its_key() -> None:

@@ -137,11 +137,17 @@ def test_the_content_type_does_not_matter(server: ServerProcess, encoding: str) 
     assert response.status_code == 200
 
 
-def test_a_body_of_100_mb_is_not_read(server: ServerProcess) -> None:
+def test_a_body_of_100_mb_is_refused(server: ServerProcess) -> None:
     response = server.http.post("/v1/completions", content=b" " * 100_000_000)
     error = check_error(response, 413)
     assert str(8 << 20) in error["message"]
     assert response.headers["connection"] == "close"
+
+
+async def test_who_does_not_read_while_it_sends_is_answered_too(server: ServerProcess) -> None:
+    # Unlike the client above, asyncio's transports lose what they have received when they cannot send.
+    async with httpx.AsyncClient(base_url=server.url, timeout=20) as client:
+        check_error(await client.post("/v1/completions", content=b" " * 100_000_000), 413)
 
 
 def test_large_heads_are_refused(server: ServerProcess) -> None:

@@ -27,6 +27,12 @@ def to_the_end(connection: socket.socket) -> bytes:
     return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
+def send_slowly(connection: socket.socket, data: bytes) -> None:
+    for start in range(0, len(data), 1000):
+        connection.sendall(data[start : start + 1000])
+        time.sleep(0.01)
+
+
 def answer(connection: socket.socket) -> tuple[int, bytes]:
     """Status and body of the next answer that tells its length."""
     with connection.makefile("rb") as stream:
@@ -127,6 +133,13 @@ class TestTime:
         with connect(hasty) as connection:
             connection.sendall(data)
             check_refusal(to_the_end(connection), 408, "the body did not come within 0.3 s")
+
+    def test_a_body_that_is_refused_has_to_end(self, hasty: ServerProcess) -> None:
+        with connect(hasty) as connection:
+            connection.sendall(POST + b"content-length: 100000000000\r\n\r\n")
+            assert answer(connection)[0] == 413
+            with pytest.raises(ConnectionError):
+                send_slowly(connection, b" " * 1_000_000)
 
     def test_an_answer_may_take_longer(self, hasty: ServerProcess) -> None:
         body = b'{"prompt": "!slow", "max_tokens": 12}'
