@@ -25,6 +25,7 @@ TILE_BYTES = 4 * TILE * TILE
 
 _FIRST, _LAST = 4, 7
 """Registers 0 to 3 hold sums; from 4 on lie activations, and weights behind them."""
+_PRODUCTS = ("tdpbf16ps", "tdpbssd")
 _BYTE, _LONG = ir.IntType(8), ir.IntType(64)
 _MEMORY = _BYTE.as_pointer()
 
@@ -123,7 +124,7 @@ def block(
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         x, x_next, w, w_next, steps, add, out, out_next = values[3:]
-        product = "tdpbssd" if int8 else "tdpbf16ps"
+        product = _PRODUCTS[int8]
         _build_begin(builder, R, S, add, out, out_next)
         with cgutils.for_range(builder, steps, intp=_LONG) as loop:
             at = builder.mul(loop.index, _LONG(TILE_BYTES))
@@ -137,7 +138,7 @@ def block(
 
 @intrinsic
 def begin(typingctx: Any, add: Any, out: Any, out_next: Any) -> Any:
-    """A `block` of 2 by 2 tiles of bfloat16 in pieces, between which other work can be done: the first."""
+    """A `block` of 2 by 2 tiles in pieces, between which other work can be done: the first."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         _build_begin(builder, 2, 2, *values)
@@ -146,15 +147,17 @@ def begin(typingctx: Any, add: Any, out: Any, out_next: Any) -> Any:
     return types.void(types.boolean, types.intp, types.intp), codegen
 
 
-@intrinsic
-def multiply(typingctx: Any, x: Any, x_next: Any, w: Any, w_next: Any) -> Any:
+@intrinsic(prefer_literal=True)
+def multiply(typingctx: Any, whole: Any, x: Any, x_next: Any, w: Any, w_next: Any) -> Any:
     """One step of it. Activations are loaded so that they pass the first cache by, and weights stay there."""
+    if not isinstance(whole, types.IntegerLiteral):
+        raise TypeError("whole of a step must be a literal")
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        _build_step(builder, 2, 2, "tdpbf16ps", "tileloaddt164", *values)
+        _build_step(builder, 2, 2, _PRODUCTS[whole.literal_value], "tileloaddt164", *values[1:])
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 4), codegen
+    return types.void(whole, *[types.intp] * 4), codegen
 
 
 @intrinsic

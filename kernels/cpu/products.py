@@ -133,9 +133,7 @@ def combine(
         x, o_x, x_row, x_step, w, o_w, w_step, K, out, o_out, out_row = values[3:]
         x_data = build_pointer(context, builder, signature.args[3], x, o_x)
         w_data = build_pointer(context, builder, signature.args[7], w, o_w)
-        places = _build_places(
-            builder, build_pointer(context, builder, signature.args[11], out, o_out), out_row, R, V
-        )
+        places = _build_places(builder, build_pointer(context, builder, signature.args[11], out, o_out), out_row, R, V)
         x_rows = [builder.gep(x_data, [builder.mul(x_row, x_row.type(r))]) for r in range(R)]
         first = [[build_read(builder, place) for place in line] for line in places]
         sums = _build_combination(builder, first, x_rows, x_step, w_data, w_step, K, P)
@@ -171,10 +169,12 @@ def fold(
             kept = builder.fsub(F32(1), builder.load(builder.gep(b, [index(r)])))
             factor = build_splat(builder, builder.load(builder.gep(x, [index(r)])))
             kept = build_splat(builder, kept)
-            first.append([
-                build_fmuladd(builder, factor, own, builder.fmul(kept, build_read(builder, place)))
-                for own, place in zip(ys, line, strict=True)
-            ])
+            first.append(
+                [
+                    build_fmuladd(builder, factor, own, builder.fmul(kept, build_read(builder, place)))
+                    for own, place in zip(ys, line, strict=True)
+                ]
+            )
         c_rows = [builder.gep(c, [index(r)]) for r in range(R)]
         sums = _build_combination(builder, first, c_rows, c_step, h, h_step, K, 1)
         for line, line_sums in zip(places, sums, strict=True):

@@ -28,17 +28,17 @@ from lattice_serve.kernels.linear.aside import take_turns
 
 _STRIPS = 4
 """Of a whole panel."""
-_MANY = 8 * TILE
+MANY = 8 * TILE
 """Rows from which on weights are used often enough to be kept in the first-level cache, part by part. For fewer they
 come from memory, strip by strip."""
-_DEPTH = 12
+DEPTH = 12
 """Tiles of a strip in such a part: two strips are half of the cache."""
 
 
 @register_jitable
 def stream_steps(M: int, steps: int) -> int:
     """Of a panel."""
-    return M // (2 * TILE) * (_STRIPS // 2) * steps if M >= _MANY else 0
+    return M // (2 * TILE) * (_STRIPS // 2) * steps if M >= MANY else 0
 
 
 @njit(cache=True)
@@ -51,7 +51,7 @@ def by_tiles_of_halves(
     A step does `share` turns of `aside`, if it has time for any; returns the next one.
     """
     x_next, next_row, i = steps * TILE_BYTES, 4 * out_row, 0
-    if M >= _MANY and strips == _STRIPS:
+    if M >= MANY and strips == _STRIPS:
         turn = _by_streams(w, size, steps, x, M, out, out_row, add, aside, turn, share)
         i = M // (2 * TILE) * 2 * TILE
     while i < M:
@@ -83,7 +83,7 @@ def _by_streams(
     """
     configure(TILE)
     x_next, next_row, blocks = steps * TILE_BYTES, 4 * out_row, M // (2 * TILE)
-    depth = -(-steps // -(-steps // _DEPTH))
+    depth = -(-steps // -(-steps // DEPTH))
     lines = -(-TILE // blocks)
     for s in range(0, _STRIPS, 2):
         for k in range(0, steps, depth):
@@ -94,7 +94,7 @@ def _by_streams(
                 place, at = out + 4 * (i * 2 * TILE * out_row + s * LANES), x + 2 * i * x_next + k * TILE_BYTES
                 begin(add or k > 0, place, next_row)
                 for step in range(count):
-                    multiply(at + step * TILE_BYTES, x_next, o_w + step * TILE_BYTES, size)
+                    multiply(0, at + step * TILE_BYTES, x_next, o_w + step * TILE_BYTES, size)
                     for _ in range(lines):
                         ask(wanted)
                         ask(wanted + size)

@@ -14,10 +14,22 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from lattice_serve.kernels.cpu.amx import TILE, TILE_BYTES, block, block_shape, configure, release
+from lattice_serve.kernels.cpu.amx import (
+    TILE,
+    TILE_BYTES,
+    ask,
+    begin,
+    block,
+    block_shape,
+    configure,
+    end,
+    multiply,
+    release,
+)
 from lattice_serve.kernels.cpu.vector import fma, load, splat, store, widened
 from lattice_serve.kernels.cpu.vnni import dots
 from lattice_serve.kernels.lanes import LANES
+from lattice_serve.kernels.linear.bf16 import DEPTH, MANY
 
 LARGEST_K = 65536
 """Of more products of bytes a sum might not fit int32."""
@@ -28,11 +40,13 @@ FEW = 1
 
 
 @njit(cache=True)
-def _emit(sums: Any, line: int, first: int, row_scales: Any, rows: int, column: int, to: Any) -> None:
+def _emit(
+    sums: Any, o_sums: int, line: int, first: int, row_scales: Any, rows: int, column: int, to: Any
+) -> None:  # fmt: skip
     """Sums of so many rows from `first` on, lines of so many outputs, to where they go to."""
     scales, o_s, out, o_out, out_row, add = to
     for r in range(rows):
-        high, low, o = 2 * r * line, (2 * r + 1) * line, o_out + (first + r) * out_row + column
+        high, low, o = o_sums + 2 * r * line, o_sums + (2 * r + 1) * line, o_out + (first + r) * out_row + column
         scale = splat(row_scales[first + r])
         for j in range(0, line, LANES):
             value = fma(splat(np.float32(256)), widened(sums, high + j), widened(sums, low + j))
@@ -73,7 +87,7 @@ def by_vectors_of_bytes(
                 dots(8, 2, at, o_w, size, steps, offset, place, next_line)
             else:
                 dots(8, 1, at, o_w, size, steps, offset, place, next_line)
-            _emit(sums, width * LANES, i // 2, row_scales, min(group, lines - i) // 2, column + s * LANES, to)
+            _emit(sums, 0, width * LANES, i // 2, row_scales, min(group, lines - i) // 2, column + s * LANES, to)
         i += group
 
 
@@ -82,8 +96,9 @@ def by_tiles_of_bytes(
     w: int, size: int, strips: int, steps: int, x: int, row_scales: Any, M: int, sums: Any, column: int, to: Any
 ) -> None:
     """The same by the matrix unit, which has the same sums."""
-    lines, place = 2 * M, sums.ctypes.data
-    i = 0
+    lines, place, i = 2 * M, sums.ctypes.data, 0
+    if M >= MANY and strips == _STRIPS and 2 * LANES * lines <= len(sums):
+        i = _by_streams_of_bytes(w, size, steps, x, row_scales, lines, sums, column, to)
     while i < lines:
         group, height, width = block_shape(lines - i, strips)
         if i == 0 or group < TILE:
@@ -97,6 +112,35 @@ def by_tiles_of_bytes(
                 block(1, 4, 1, at, next_tile, o_w, size, steps, False, place, next_line)
             else:
                 block(1, 1, 1, at, next_tile, o_w, size, steps, False, place, next_line)
-            _emit(sums, width * LANES, i // 2, row_scales, group // 2, column + s * LANES, to)
+            _emit(sums, 0, width * LANES, i // 2, row_scales, group // 2, column + s * LANES, to)
         i += group
     release()
+
+
+@njit(cache=True)
+def _by_streams_of_bytes(
+    w: int, size: int, steps: int, x: int, row_scales: Any, lines: int, sums: Any, column: int, to: Any
+) -> int:  # fmt: skip
+    """Two tiles of lines at a time, as in `linear.bf16`; how many lines that were."""
+    configure(TILE)
+    row, blocks, x_next = 2 * LANES, lines // (2 * TILE), steps * TILE_BYTES
+    depth = -(-steps // -(-steps // DEPTH))
+    asked = -(-TILE // blocks)
+    for s in range(0, _STRIPS, 2):
+        for k in range(0, steps, depth):
+            count, o_w = min(depth, steps - k), w + s * size + k * TILE_BYTES
+            wanted = o_w + depth * TILE_BYTES if k + depth < steps else w + (s + 2) * size
+            for i in range(blocks):
+                o = i * 2 * TILE * row if depth < steps else 0
+                place, at = sums.ctypes.data + 4 * o, x + 2 * i * x_next + k * TILE_BYTES
+                begin(k > 0, place, 4 * row)
+                for step in range(count):
+                    multiply(1, at + step * TILE_BYTES, x_next, o_w + step * TILE_BYTES, size)
+                    for _ in range(asked):
+                        ask(wanted)
+                        ask(wanted + size)
+                        wanted += 4 * LANES
+                end(place, 4 * row)
+                if k + depth >= steps:
+                    _emit(sums, o, row, i * TILE, row_scales, TILE, column + s * LANES, to)
+    return blocks * 2 * TILE
