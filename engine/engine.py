@@ -173,7 +173,9 @@ class Engine:
         """
         self.launch()
         self.collect()
-        return self.emit()
+        outputs = self.emit()
+        self.tidy()
+        return outputs
 
     def launch(self) -> None:
         """Schedule and run a step. It is there when `collect` returns, and on the CPU when this does."""
@@ -225,6 +227,11 @@ class Engine:
         failures, self._failures = self._failures, []
         return StepOutputs(outputs=[each.output() for each in taken], failures=failures, stats=self.stats())
 
+    def tidy(self) -> bool:
+        """Put states away for some milliseconds. To be called between steps, when the outputs of one are out; and where
+        it returns True and there is no work, again."""
+        return self.memory.tidy(idle=not self.has_work)
+
     def check_idle(self) -> None:
         """Assert that nothing is left of what has run. To be called when there is no work, and time for it."""
         self.memory.check_idle()
@@ -235,7 +242,7 @@ class Engine:
             running=len(self.scheduler.running),
             waiting=len(waiting) + len(self._compiling),
             rows=self.pool.rows,
-            rows_used=self.pool.used,
+            rows_used=self.memory.used,
             preempted=sum(sequence.status is Status.PARKED for sequence in waiting),
             preemptions_total=self.scheduler.preemptions,
             prompt_tokens_total=self._prompt_tokens,
@@ -305,7 +312,7 @@ class Engine:
         while self.has_work:
             self.step()
         self._prompt_tokens = self._generated = self._steps = self._step_tokens = 0
-        self.cache.clear()
+        self.memory.clear()
 
     def _ends(self, stop_token_ids: tuple[int, ...], ignore_eos: bool = False) -> tuple[int, ...]:
         eos = self.model.config.eos_token_id
