@@ -173,15 +173,15 @@ class Engine:
         """
         self.launch()
         self.collect()
-        outputs = self.emit()
         self.tidy()
-        return outputs
+        return self.emit()
 
     def launch(self) -> None:
         """Schedule and run a step. It is there when `collect` returns, and on the CPU when this does."""
         self._failures += self._queue_compiled()
         self.memory.move(self.scheduler.assign(), self.scheduler.running)
-        pieces = self.scheduler.schedule(self._pace.tokens(self.scheduler.decoding))
+        decoding = self.scheduler.decoding
+        pieces = self.scheduler.schedule(self._pace.tokens(decoding), self._pace.kept_tokens(decoding))
         self.memory.hold(pieces)
         self._began = time.monotonic()
         self._running = self.runner.launch(pieces) if pieces else None
@@ -208,7 +208,9 @@ class Engine:
             self._drafted += len(result.piece.draft)
             self._accepted += accepted
             self.memory.settle(result.piece, accepted)
-            self.memory.keep_prompt(result.piece, result.logits)
+            began = time.monotonic()
+            if self.memory.keep_prompt(result.piece, result.logits):
+                self._pace.record_kept(time.monotonic() - began)
             if not result.sampled and sequence.decoding and sequence.params.max_tokens == 0:
                 self._score(sequence)
             try:
@@ -228,8 +230,8 @@ class Engine:
         return StepOutputs(outputs=[each.output() for each in taken], failures=failures, stats=self.stats())
 
     def tidy(self) -> bool:
-        """Put states away for some milliseconds. To be called between steps, when the outputs of one are out; and where
-        it returns True and there is no work, again."""
+        """Put states away for some milliseconds, between steps, best when the outputs of one are out. Where it returns
+        True, and there is no work, there is more to do."""
         return self.memory.tidy(idle=not self.has_work)
 
     def check_idle(self) -> None:

@@ -82,27 +82,27 @@ class Memory:
         if sequence.drafter is not None:
             sequence.drafter.learn(len(piece.draft), accepted)
 
-    def keep_prompt(self, piece: Piece, logits: Tensor | None) -> None:
-        """Cache the state after a piece that has run, where it ends at a place of interest in its prompt.
+    def keep_prompt(self, piece: Piece, logits: Tensor | None) -> bool:
+        """Cache the state after a piece that has run, where it ends at a place of interest; whether it does.
 
         logits: [V] of its last token, if they are known.
         """
-        sequence = piece.sequence
-        if piece.tokens and (piece.ends_prompt or piece.end in sequence.marks):
-            self._keep(sequence, sequence.prompt_ids[: piece.end], logits if piece.ends_prompt else None, last=False)
+        if piece.keeps:
+            self._keep(piece.sequence, logits if piece.ends_prompt else None, last=False)
+        return piece.keeps
 
     def keep_answer(self, sequence: Sequence) -> None:
         """Cache the state at the end of an answer: the next turn of a conversation begins with this one."""
         # Where decode rounds otherwise than prefill, a next turn could not tell that its prompt was once an answer.
         if self._multiple == 1 and len(sequence.prompt_ids) < sequence.computed < sequence.length:
-            self._keep(sequence, sequence.seen(), None, last=True)
+            self._keep(sequence, None, last=True)
 
     def release(self, sequence: Sequence) -> None:
         """Scrub and take back whatever a sequence holds."""
         if sequence.row is not None:
             self._pool.free(sequence.row)
             sequence.row = None
-        sequence.parked = sequence.leader = sequence.recalled = sequence.drafter = None
+        sequence.parked = sequence.leader = sequence.known = sequence.recalled = sequence.drafter = None
 
     def clear(self) -> None:
         """Forget all that is cached."""
@@ -133,15 +133,18 @@ class Memory:
         self._pool.check_integrity([row for _, row in self._lent])
         self._cache.check()
 
-    def _keep(self, sequence: Sequence, ids: AbstractSequence[int], logits: Tensor | None, *, last: bool) -> None:
-        """last: whether the sequence needs its row no more."""
+    def _keep(self, sequence: Sequence, logits: Tensor | None, *, last: bool) -> None:
+        """Cache what a sequence remembers. last: whether it needs its row no more."""
         if not self._cache.enabled:
             return
+        # Only what follows the last state that is cached: however long the text is, that is not.
+        after = sequence.known if sequence.known is not None and sequence.known in self._cache else None
+        ids = sequence.seen(after.length if after else 0)
         row = _row(sequence)
-        lent = self._pool.lends and (last or self._pool.spare > 0)
-        snapshot = self._cache.put(sequence.cache_salt, ids, self._pool.read(row), logits, lent=lent)
-        if snapshot is not None and lent:
-            self._lent.append((snapshot, row))
+        state, lent = self._pool.read(row), self._pool.lends and (last or self._pool.spare > 0)
+        sequence.known = self._cache.put(sequence.cache_salt, ids, state, logits, lent=lent, after=after)
+        if sequence.known is not None and sequence.known.row is state:
+            self._lent.append((sequence.known, row))
             sequence.row = None if last else self._pool.copy(row)
 
     def _put_away(self) -> None:
@@ -164,6 +167,7 @@ class Memory:
         chooses = sequence.params.max_tokens > 0
         snapshot, shared = self._cache.find(sequence.cache_salt, sequence.prompt_ids, chooses=chooses)
         if snapshot is not None:
+            sequence.known = snapshot
             self._pool.write(_row(sequence), snapshot.row)
             sequence.computed = sequence.cached_tokens = snapshot.length
             if sequence.decoding:

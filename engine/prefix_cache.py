@@ -18,7 +18,6 @@ from torch import Tensor
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.radix_tree import Ids, RadixTree
 from lattice_serve.engine.tier import Snapshot, Tier
-from lattice_serve.engine.slab import Slab
 
 FIRST_INTERVAL = 512
 """Snapshots of a long prompt lie at this many tokens, twice as many, four times as many and so on."""
@@ -73,33 +72,44 @@ class PrefixCache:
         return None, shared
 
     def put(
-        self, salt: str, ids: Sequence[int], row: Tensor, logits: Tensor | None = None, *, lent: bool = False
+        self,
+        salt: str,
+        ids: Sequence[int],
+        row: Tensor,
+        logits: Tensor | None = None,
+        *,
+        lent: bool = False,
+        after: Snapshot | None = None,
     ) -> Snapshot | None:
         """Keep `row` [row_size], the state after `ids`, and the logits [V] of the last of them: copies, or the row
         itself if it is lent, which then must stay as it is until `settle`.
 
-        Returns the new snapshot; None where there is one already.
+        after: a snapshot that is kept; `ids` are those that follow its own. Returns the snapshot of all of them, new or
+        known before; None where nothing is kept.
         """
-        if not self.enabled or not len(ids):
+        if not self.enabled or not (len(ids) or after):
             return None
         tree = self._trees.setdefault(salt, RadixTree())
-        node = tree.node(_array(ids))
+        node = tree.node(_array(ids), None if after is None else after.node)
         if node.value is not None and (node.value.logits is not None or logits is None):
             self._use(node.value)
-            return None
+            return node.value
         if node.value is not None:
             self._tier(node.value).remove(node.value)
-        first = self._tiers[0]
-        snapshot = node.value = Snapshot(row, len(ids), None if logits is None else first.copy(logits), salt, node)
+        first, length = self._tiers[0], len(ids) + (0 if after is None else after.length)
+        snapshot = node.value = Snapshot(row, length, None if logits is None else first.copy(logits), salt, node)
         first.add(snapshot)
         self._shrink()
         if not lent:
             self.settle(snapshot)
-        return snapshot
+        return snapshot if snapshot in self else None
+
+    def __contains__(self, snapshot: Snapshot) -> bool:
+        return any(snapshot in tier for tier in self._tiers)
 
     def settle(self, snapshot: Snapshot) -> None:
         """Copy a row that was lent, if the snapshot is still there: its owner may do with it what it likes then."""
-        if snapshot.lent and any(snapshot in tier for tier in self._tiers):
+        if snapshot.lent and snapshot in self:
             self._tier(snapshot).settle(snapshot)
 
     def ready(self, rows: int) -> bool:
@@ -172,4 +182,4 @@ def intervals(start: int, end: int) -> list[int]:
 
 
 def _array(ids: Sequence[int]) -> Ids:
-    return np.array(ids, dtype=np.int32)
+    return np.asarray(ids, dtype=np.int32)
