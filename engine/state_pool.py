@@ -47,7 +47,7 @@ class StatePool:
         self.layout = layout
         self.rows = rows
         try:
-            # zeros, not empty: pages of rows that were never used are never touched, and cost nothing.
+            # zeros, not empty: it is all touched now, when nobody waits for it. The prefix cache counts on that, too.
             self.memory = torch.zeros(rows, layout.row_size, dtype=torch.float32, device=device)
         except RuntimeError as error:
             need = rows * layout.row_bytes
