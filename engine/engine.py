@@ -173,13 +173,15 @@ class Engine:
         """
         self.launch()
         self.collect()
+        self.tidy()
         return self.emit()
 
     def launch(self) -> None:
         """Schedule and run a step. It is there when `collect` returns, and on the CPU when this does."""
         self._failures += self._queue_compiled()
         self.memory.move(self.scheduler.assign(), self.scheduler.running)
-        pieces = self.scheduler.schedule(self._pace.tokens(self.scheduler.decoding))
+        decoding = self.scheduler.decoding
+        pieces = self.scheduler.schedule(self._pace.tokens(decoding), self._pace.kept_tokens(decoding))
         self.memory.hold(pieces)
         self._began = time.monotonic()
         self._running = self.runner.launch(pieces) if pieces else None
@@ -206,7 +208,9 @@ class Engine:
             self._drafted += len(result.piece.draft)
             self._accepted += accepted
             self.memory.settle(result.piece, accepted)
-            self.memory.keep_prompt(result.piece, result.logits)
+            began = time.monotonic()
+            if self.memory.keep_prompt(result.piece, result.logits):
+                self._pace.record_kept(time.monotonic() - began)
             if not result.sampled and sequence.decoding and sequence.params.max_tokens == 0:
                 self._score(sequence)
             try:
@@ -225,6 +229,11 @@ class Engine:
         failures, self._failures = self._failures, []
         return StepOutputs(outputs=[each.output() for each in taken], failures=failures, stats=self.stats())
 
+    def tidy(self) -> bool:
+        """Put states away for some milliseconds, between steps, best when the outputs of one are out. Where it returns
+        True, and there is no work, there is more to do."""
+        return self.memory.tidy(idle=not self.has_work)
+
     def check_idle(self) -> None:
         """Assert that nothing is left of what has run. To be called when there is no work, and time for it."""
         self.memory.check_idle()
@@ -235,7 +244,7 @@ class Engine:
             running=len(self.scheduler.running),
             waiting=len(waiting) + len(self._compiling),
             rows=self.pool.rows,
-            rows_used=self.pool.used,
+            rows_used=self.memory.used,
             preempted=sum(sequence.status is Status.PARKED for sequence in waiting),
             preemptions_total=self.scheduler.preemptions,
             prompt_tokens_total=self._prompt_tokens,
@@ -305,7 +314,7 @@ class Engine:
         while self.has_work:
             self.step()
         self._prompt_tokens = self._generated = self._steps = self._step_tokens = 0
-        self.cache.clear()
+        self.memory.clear()
 
     def _ends(self, stop_token_ids: tuple[int, ...], ignore_eos: bool = False) -> tuple[int, ...]:
         eos = self.model.config.eos_token_id

@@ -181,6 +181,7 @@ class LLM:
                     if output.finish_reason is not None:
                         del places[output.request_id]
                     yield place, output
+                self._engine.tidy()
         finally:
             for request_id in places:
                 self._engine.abort(request_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence as AbstractSequence
 from itertools import takewhile
 
@@ -12,6 +13,14 @@ from lattice_serve.engine.prefix_cache import FIRST_INTERVAL, PrefixCache, inter
 from lattice_serve.engine.scheduler import Moves, Piece
 from lattice_serve.engine.sequence import Sequence, Status
 from lattice_serve.engine.state_pool import StatePool
+from lattice_serve.engine.tier import Snapshot
+
+_TIDY_SECONDS = 0.003
+"""For so long others wait while states are put away: a part of the shortest step of a model with large ones."""
+_TIDY_BYTES = 1 << 18
+"""New memory that is touched at a time: up to a millisecond, on a virtual machine that has never had it."""
+_AHEAD = 8
+"""States that there is memory for before they come."""
 
 
 class Memory:
@@ -22,6 +31,13 @@ class Memory:
         self._pool, self._cache, self._multiple = pool, cache, multiple
         self._held: dict[Piece, Tensor] = {}
         """Rows as they were before pieces with drafts."""
+        self._lent: deque[tuple[Snapshot, int]] = deque()
+        """What the cache has in rows of the pool, which no sequence holds any more; the oldest first."""
+
+    @property
+    def used(self) -> int:
+        """Rows that sequences hold."""
+        return self._pool.used - len(self._lent)
 
     def mark(self, sequence: Sequence, places: AbstractSequence[int]) -> None:
         """Keep the state of a prompt at the last places that are no further than these, and at which it can be cut."""
@@ -34,6 +50,8 @@ class Memory:
             sequence.parked = self._pool.park(sequence.row)
             sequence.row = None
         for sequence in moves.admit:
+            if not self._pool.spare:
+                self._put_away()
             if sequence.parked is not None:
                 sequence.row, sequence.parked = self._pool.restore(sequence.parked), None
             else:
@@ -64,36 +82,75 @@ class Memory:
         if sequence.drafter is not None:
             sequence.drafter.learn(len(piece.draft), accepted)
 
-    def keep_prompt(self, piece: Piece, logits: Tensor | None) -> None:
-        """Cache the state after a piece that has run, where it ends at a place of interest in its prompt.
+    def keep_prompt(self, piece: Piece, logits: Tensor | None) -> bool:
+        """Cache the state after a piece that has run, where it ends at a place of interest; whether it does.
 
         logits: [V] of its last token, if they are known.
         """
-        sequence = piece.sequence
-        if piece.tokens and (piece.ends_prompt or piece.end in sequence.marks):
-            self._keep(sequence, sequence.prompt_ids[: piece.end], logits if piece.ends_prompt else None)
+        if piece.keeps:
+            self._keep(piece.sequence, logits if piece.ends_prompt else None, last=False)
+        return piece.keeps
 
     def keep_answer(self, sequence: Sequence) -> None:
         """Cache the state at the end of an answer: the next turn of a conversation begins with this one."""
         # Where decode rounds otherwise than prefill, a next turn could not tell that its prompt was once an answer.
         if self._multiple == 1 and len(sequence.prompt_ids) < sequence.computed < sequence.length:
-            self._keep(sequence, sequence.seen(), None)
+            self._keep(sequence, None, last=True)
 
     def release(self, sequence: Sequence) -> None:
         """Scrub and take back whatever a sequence holds."""
         if sequence.row is not None:
             self._pool.free(sequence.row)
             sequence.row = None
-        sequence.parked = sequence.leader = sequence.recalled = sequence.drafter = None
+        sequence.parked = sequence.leader = sequence.known = sequence.recalled = sequence.drafter = None
+
+    def clear(self) -> None:
+        """Forget all that is cached."""
+        self._cache.clear()
+        while self._lent:
+            self._put_away()
+
+    def tidy(self, *, idle: bool) -> bool:
+        """Put states away for a moment, if there is nothing else to do or rows become few; whether more is to be done.
+
+        They have been left in their rows, for a copy takes time, and more where its memory is new: many prompts and
+        answers may end in one step, and all would wait for it.
+        """
+        until = time.monotonic() + _TIDY_SECONDS
+        while self._cache.enabled and (idle or self._pool.spare <= self._pool.rows // 4):
+            if self._lent and self._cache.ready(1):
+                self._put_away()
+            elif not self._cache.ready(1 if self._lent else _AHEAD):
+                self._cache.prepare(_TIDY_BYTES)
+            else:
+                return False
+            if time.monotonic() >= until:
+                return True
+        return False
 
     def check_idle(self) -> None:
         """Assert that no sequence holds anything, and that nothing of the cache is lost."""
-        self._pool.check_integrity(())
+        self._pool.check_integrity([row for _, row in self._lent])
         self._cache.check()
 
-    def _keep(self, sequence: Sequence, ids: AbstractSequence[int], logits: Tensor | None) -> None:
-        if self._cache.enabled:
-            self._cache.put(sequence.cache_salt, ids, self._pool.read(_row(sequence)), logits)
+    def _keep(self, sequence: Sequence, logits: Tensor | None, *, last: bool) -> None:
+        """Cache what a sequence remembers. last: whether it needs its row no more."""
+        if not self._cache.enabled:
+            return
+        # Only what follows the last state that is cached: however long the text is, that is not.
+        after = sequence.known if sequence.known is not None and sequence.known in self._cache else None
+        ids = sequence.seen(after.length if after else 0)
+        row = _row(sequence)
+        state, lent = self._pool.read(row), self._pool.lends and (last or self._pool.spare > 0)
+        sequence.known = self._cache.put(sequence.cache_salt, ids, state, logits, lent=lent, after=after)
+        if sequence.known is not None and sequence.known.row is state:
+            self._lent.append((sequence.known, row))
+            sequence.row = None if last else self._pool.copy(row)
+
+    def _put_away(self) -> None:
+        snapshot, row = self._lent.popleft()
+        self._cache.settle(snapshot)
+        self._pool.free(row)
 
     def _begin(self, sequence: Sequence, running: AbstractSequence[Sequence]) -> None:
         """Give a sequence that has run nothing the state of as much of its prompt as is known, or let it wait for one
@@ -110,6 +167,7 @@ class Memory:
         chooses = sequence.params.max_tokens > 0
         snapshot, shared = self._cache.find(sequence.cache_salt, sequence.prompt_ids, chooses=chooses)
         if snapshot is not None:
+            sequence.known = snapshot
             self._pool.write(_row(sequence), snapshot.row)
             sequence.computed = sequence.cached_tokens = snapshot.length
             if sequence.decoding:

@@ -7,16 +7,17 @@ host memory, and from there for good.
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Literal, TypeAlias
 
 import numpy as np
 from torch import Tensor
 
 from lattice_serve.engine.config import EngineConfig
-from lattice_serve.engine.radix_tree import Ids, Node, RadixTree
+from lattice_serve.engine.radix_tree import Ids, RadixTree
+from lattice_serve.engine.tier import Snapshot, Tier
 
 FIRST_INTERVAL = 512
 """Snapshots of a long prompt lie at this many tokens, twice as many, four times as many and so on."""
@@ -25,33 +26,6 @@ _TOKEN_BYTES = 4
 Outcome: TypeAlias = Literal["hit", "new", "no_snapshot", "bypass"]
 """Of a look-up. new: nothing known begins like it; no_snapshot: no state of that beginning is kept; bypass: every token
 has to be run, for more than the state behind it was asked for."""
-
-
-@dataclass(slots=True, eq=False)
-class Snapshot:
-    """The state after `length` tokens."""
-
-    row: Tensor
-    """[row_size]"""
-    length: int
-    logits: Tensor | None
-    """[V] of the last of them, where they are known: without these, a sequence cannot go on from its very end."""
-    salt: str
-    node: Node[Snapshot]
-
-    @property
-    def nbytes(self) -> int:
-        return self.row.nbytes + (0 if self.logits is None else self.logits.nbytes)
-
-
-@dataclass(slots=True)
-class _Tier:
-    device: str
-    budget: int
-    """Bytes."""
-    used: int = 0
-    snapshots: OrderedDict[int, Snapshot] = field(default_factory=OrderedDict)
-    """By identity, the least recently used first."""
 
 
 class PrefixCache:
@@ -63,7 +37,7 @@ class PrefixCache:
         multiple: a longer prompt goes on from snapshots after multiples of so many tokens only.
         """
         self._multiple = multiple
-        self._tiers = [_Tier(device, budget) for device, budget in budgets]
+        self._tiers = [Tier(device, budget) for device, budget in budgets]
         self._trees: dict[str, RadixTree[Snapshot]] = {}
         self.outcomes: defaultdict[str, int] = defaultdict(int)
         """Look-ups so far, by `Outcome`."""
@@ -97,29 +71,61 @@ class PrefixCache:
         self.outcomes["no_snapshot" if shared else "new"] += 1
         return None, shared
 
-    def put(self, salt: str, ids: Sequence[int], row: Tensor, logits: Tensor | None = None) -> None:
-        """Keep a copy of `row`, the state after `ids`, and of the logits [V] of the last of them."""
-        if not self.enabled or not len(ids):
-            return
+    def put(
+        self,
+        salt: str,
+        ids: Sequence[int],
+        row: Tensor,
+        logits: Tensor | None = None,
+        *,
+        lent: bool = False,
+        after: Snapshot | None = None,
+    ) -> Snapshot | None:
+        """Keep `row` [row_size], the state after `ids`, and the logits [V] of the last of them: copies, or the row
+        itself if it is lent, which then must stay as it is until `settle`.
+
+        after: a snapshot that is kept; `ids` are those that follow its own. Returns the snapshot of all of them, new or
+        known before; None where nothing is kept.
+        """
+        if not self.enabled or not (len(ids) or after):
+            return None
         tree = self._trees.setdefault(salt, RadixTree())
-        node = tree.node(_array(ids))
+        node = tree.node(_array(ids), None if after is None else after.node)
         if node.value is not None and (node.value.logits is not None or logits is None):
             self._use(node.value)
-            return
+            return node.value
         if node.value is not None:
-            self._forget(node.value)
-        device = self._tiers[0].device
-        kept = None if logits is None else logits.to(device, copy=True)
-        node.value = Snapshot(row.to(device, copy=True), len(ids), kept, salt, node)
-        self._add(self._tiers[0], node.value)
+            self._tier(node.value).remove(node.value)
+        first, length = self._tiers[0], len(ids) + (0 if after is None else after.length)
+        snapshot = node.value = Snapshot(row, length, None if logits is None else first.copy(logits), salt, node)
+        first.add(snapshot)
         self._shrink()
+        if not lent:
+            self.settle(snapshot)
+        return snapshot if snapshot in self else None
+
+    def __contains__(self, snapshot: Snapshot) -> bool:
+        return any(snapshot in tier for tier in self._tiers)
+
+    def settle(self, snapshot: Snapshot) -> None:
+        """Copy a row that was lent, if the snapshot is still there: its owner may do with it what it likes then."""
+        if snapshot.lent and snapshot in self:
+            self._tier(snapshot).settle(snapshot)
+
+    def ready(self, rows: int) -> bool:
+        """Whether so many rows could be settled without new memory, as far as the budget goes."""
+        return self._tiers[0].ready(rows)
+
+    def prepare(self, nbytes: int) -> None:
+        """Touch so many bytes for rows, where it is not `ready` for them."""
+        self._tiers[0].prepare(nbytes)
 
     def clear(self) -> None:
         self.outcomes.clear()
         self._trees.clear()
         for tier in self._tiers:
-            tier.snapshots.clear()
-            tier.used = 0
+            for snapshot in list(tier.snapshots.values()):
+                tier.remove(snapshot)
 
     def check(self) -> None:
         """Assert that the tiers hold exactly what the trees hold, within their budgets."""
@@ -127,42 +133,28 @@ class PrefixCache:
         known = {id(node.value) for tree in self._trees.values() for node in tree}
         assert held == known, "a cached state is lost, or cannot be found"
         for tier in self._tiers:
-            assert tier.used == sum(snapshot.nbytes for snapshot in tier.snapshots.values()) <= tier.budget, (
-                "the cache has lost count of its bytes"
-            )
+            tier.check()
 
     @property
     def _tokens(self) -> int:
         return sum(tree.tokens for tree in self._trees.values())
 
-    def _add(self, tier: _Tier, snapshot: Snapshot) -> None:
-        tier.snapshots[id(snapshot)] = snapshot
-        tier.used += snapshot.nbytes
+    def _tier(self, snapshot: Snapshot) -> Tier:
+        return next(tier for tier in self._tiers if snapshot in tier)
 
     def _use(self, snapshot: Snapshot) -> None:
-        for tier in self._tiers:
-            if id(snapshot) in tier.snapshots:
-                tier.snapshots.move_to_end(id(snapshot))
+        self._tier(snapshot).snapshots.move_to_end(id(snapshot))
 
     def _shrink(self) -> None:
-        for place, tier in enumerate(self._tiers):
-            last = place == len(self._tiers) - 1
+        for tier, following in zip_longest(self._tiers, self._tiers[1:]):
             # The tokens themselves are kept in host memory, and count there.
-            while tier.snapshots and tier.used + (_TOKEN_BYTES * self._tokens if last else 0) > tier.budget:
-                _, oldest = tier.snapshots.popitem(last=False)
-                tier.used -= oldest.nbytes
-                if last:
-                    self._drop(oldest)
+            while tier.snapshots and tier.used + (0 if following else _TOKEN_BYTES * self._tokens) > tier.budget:
+                oldest = next(iter(tier.snapshots.values()))
+                if following:
+                    tier.move(oldest, following)
                 else:
-                    following = self._tiers[place + 1]
-                    oldest.row = oldest.row.to(following.device)
-                    oldest.logits = None if oldest.logits is None else oldest.logits.to(following.device)
-                    self._add(following, oldest)
-
-    def _forget(self, snapshot: Snapshot) -> None:
-        for tier in self._tiers:
-            if tier.snapshots.pop(id(snapshot), None) is not None:
-                tier.used -= snapshot.nbytes
+                    tier.remove(oldest)
+                    self._drop(oldest)
 
     def _drop(self, snapshot: Snapshot) -> None:
         tree = self._trees[snapshot.salt]
@@ -190,4 +182,4 @@ def intervals(start: int, end: int) -> list[int]:
 
 
 def _array(ids: Sequence[int]) -> Ids:
-    return np.array(ids, dtype=np.int32)
+    return np.asarray(ids, dtype=np.int32)

@@ -72,8 +72,10 @@ def serve(engine: Engine, connection: Connection) -> None:
     connection.send(engine.info)
     with suppress(EOFError):
         while True:
+            untidy = engine.tidy()
+            messages = connection.receive(wait=not (engine.has_work or untidy))
             failures = []
-            for message in connection.receive(wait=not engine.has_work):
+            for message in messages:
                 if isinstance(message, Abort):
                     engine.abort(message.request_id)
                     continue
@@ -88,7 +90,7 @@ def serve(engine: Engine, connection: Connection) -> None:
                 engine.collect()
                 if not engine.has_work:
                     engine.check_idle()
-            else:
+            elif messages:
                 connection.send(StepOutputs(outputs=[], failures=failures, stats=engine.stats()))
 
 

@@ -11,6 +11,9 @@ V = TypeVar("V")
 
 Ids: TypeAlias = "np.ndarray[Any, np.dtype[np.int32]]"
 
+_COMPARED = 1 << 14
+"""Tokens at a time, so that what a comparison writes stays in a cache."""
+
 
 class Node(Generic[V]):
     """The tokens on the way from its parent, and what is kept for the sequence that ends here."""
@@ -50,9 +53,12 @@ class RadixTree(Generic[V]):
                 return found, depth
             node = child
 
-    def node(self, ids: Ids) -> Node[V]:
-        """The node of this sequence, made if there is none. It must be given a value, or be removed."""
-        node, depth = self.root, 0
+    def node(self, ids: Ids, after: Node[V] | None = None) -> Node[V]:
+        """The node of this sequence, made if there is none. It must be given a value, or be removed.
+
+        after: a node of the tree; `ids` are those that follow its sequence.
+        """
+        node, depth = after or self.root, 0
         while depth < len(ids):
             child = node.children.get(int(ids[depth]))
             if child is None:
@@ -110,6 +116,10 @@ class RadixTree(Generic[V]):
 def _shared(a: Ids, b: Ids) -> int:
     """Length of the longest common prefix."""
     length = min(len(a), len(b))
-    different = a[:length] != b[:length]
-    first = int(different.argmax()) if length else 0
-    return first if length and different[first] else length
+    for begin in range(0, length, _COMPARED):
+        end = min(begin + _COMPARED, length)
+        different = a[begin:end] != b[begin:end]
+        first = int(different.argmax())
+        if different[first]:
+            return begin + first
+    return length

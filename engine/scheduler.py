@@ -61,6 +61,11 @@ class Piece:
         return self.end == len(self.sequence.prompt_ids)
 
     @property
+    def keeps(self) -> bool:
+        """Whether it ends at a place of interest in its prompt: the state there may come again."""
+        return self.tokens > 0 and (self.ends_prompt or self.end in self.sequence.marks)
+
+    @property
     def scored(self) -> list[int]:
         """Prompt tokens that follow those of this piece, if their log-probabilities are asked for."""
         if self.sequence.prompt_logprobs is None:
@@ -123,8 +128,11 @@ class Scheduler:
         self._assign_rows(moves)
         return moves
 
-    def schedule(self, tokens: int | None = None) -> list[Piece]:
-        """Choose what the next step runs, decode first, up to `tokens` or `max_step_tokens`."""
+    def schedule(self, tokens: int | None = None, kept: int = 0) -> list[Piece]:
+        """Choose what the next step runs, decode first, up to `tokens` or `max_step_tokens`.
+
+        kept: as how many tokens it counts that a piece ends where its sequence's state is to be kept.
+        """
         # Decode goes first: a long prompt may delay the others' next token by one step's budget, never more. Prompts
         # share the rest evenly, what the short ones leave going to the long: none waits for another's to end.
         decoding = [sequence for sequence in self.running if sequence.decoding]
@@ -141,8 +149,9 @@ class Scheduler:
             share = left // (len(order) - place)
             count = min(sequence.runnable, left) if place < len(decoding) else self._count(sequence, share, left)
             if count or sequence.recalled is not None:
-                pieces.append(Piece(sequence, sequence.computed, sequence.computed + count))
-                left -= count
+                piece = Piece(sequence, sequence.computed, sequence.computed + count)
+                pieces.append(piece)
+                left -= min(left, count + kept * piece.keeps)
         return [self._with_draft(piece, left // len(pieces)) for piece in pieces]
 
     def _with_draft(self, piece: Piece, room: int) -> Piece:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from lattice_serve.engine.detokenizer import Detokenizer
     from lattice_serve.engine.drafter import Drafter
     from lattice_serve.engine.pooled import Pooled
-    from lattice_serve.engine.prefix_cache import Snapshot
     from lattice_serve.engine.sampler import SampleRow
     from lattice_serve.engine.state_pool import ParkedState
+    from lattice_serve.engine.tier import Snapshot
 
 
 class Status(Enum):
@@ -62,6 +62,8 @@ class Sequence:
     cached_tokens: int = 0
     """Tokens whose state was not computed for it."""
     drafter: Drafter | None = None
+    known: Snapshot | None = None
+    """The last of its states that the cache was found to have, or was given."""
     recalled: Snapshot | None = None
     """A state of the whole prompt with the logits of its last token: the next one is chosen without running any."""
     started: float | None = None
@@ -118,9 +120,11 @@ class Sequence:
     def decoding(self) -> bool:
         return self.computed >= len(self.prompt_ids)
 
-    def seen(self) -> array[int]:
-        """Ids of all tokens that its state has seen."""
-        return self.prompt_ids[: self.computed] + self.output_ids[: max(0, self.computed - len(self.prompt_ids))]
+    def seen(self, start: int = 0) -> array[int]:
+        """Ids of the tokens that its state has seen, from place `start` on."""
+        prompt = len(self.prompt_ids)
+        answer = self.output_ids[max(0, start - prompt) : max(0, self.computed - prompt)]
+        return self.prompt_ids[start : self.computed] + answer
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Ids at places `start` to `end` of prompt and answer together."""

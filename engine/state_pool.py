@@ -40,11 +40,14 @@ class ParkedState:
 class StatePool:
     """`memory` is [rows, row_size] float32 on the device."""
 
+    lends = True
+    """Whether `read` gives the row itself, not a copy."""
+
     def __init__(self, layout: StateLayout, initial: Tensor, rows: int, device: str) -> None:
         self.layout = layout
         self.rows = rows
         try:
-            # zeros, not empty: pages of rows that were never used are never touched, and cost nothing.
+            # zeros, not empty: it is all touched now, when nobody waits for it. The prefix cache counts on that, too.
             self.memory = torch.zeros(rows, layout.row_size, dtype=torch.float32, device=device)
         except RuntimeError as error:
             need = rows * layout.row_bytes
@@ -73,6 +76,10 @@ class StatePool:
         return self.rows - len(self._free)
 
     @property
+    def spare(self) -> int:
+        return len(self._free)
+
+    @property
     def nbytes(self) -> int:
         return self.memory.nbytes
 
@@ -87,6 +94,12 @@ class StatePool:
         self.scrub(row)
         self._unchecked.add(row)
         heapq.heappush(self._free, row)
+
+    def copy(self, row: int) -> int:
+        """Another row with the state of this one. There must be a spare one."""
+        other = heapq.heappop(self._free)
+        self.write(other, self.read(row))
+        return other
 
     def park(self, row: int) -> ParkedState:
         """Copy a row to host memory, then free it."""

@@ -18,6 +18,8 @@ class ShardedPool(StatePool):
     """`memory` is the leader's share of each row. A state that leaves or enters the pool is whole: all shares, one
     after another, so that what is parked or cached is of one piece and cannot come apart."""
 
+    lends = False
+
     def __init__(
         self, layout: StateLayout, initial: Tensor, rows: int, device: str, workers: Workers, group: Group
     ) -> None:

@@ -96,6 +96,9 @@ def assert_idle(engine: Engine) -> None:
     """Nothing runs or waits, and nothing is left of what has run."""
     assert not engine.has_work
     assert len(engine.scheduler) == 0
+    engine.check_idle()
+    while engine.tidy():
+        pass
     assert engine.pool.used == 0
     engine.check_idle()
     assert not engine.pool.memory.any()

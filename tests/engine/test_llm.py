@@ -127,7 +127,7 @@ def test_a_stream_is_the_answer_token_by_token(llm: LLM, alone: list[Completion]
 def test_a_stream_that_is_dropped_frees_its_state(llm: LLM, inner: Engine) -> None:
     stream = llm.stream("Once", SamplingParams(max_tokens=10**6))
     next(stream)
-    assert inner.pool.used == 1
+    assert inner.stats().rows_used == 1
     stream.close()  # type: ignore[attr-defined]
     assert_idle(inner)
 

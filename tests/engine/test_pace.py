@@ -36,6 +36,18 @@ def test_tokens_of_a_step(rate: float, decoding: int, expected: int) -> None:
     assert learnt(rate).tokens(decoding) == pytest.approx(expected, abs=1)
 
 
+def test_states_that_are_kept_count() -> None:
+    pace = learnt(1000)
+    assert pace.kept_tokens(3) == 0
+    for _ in range(50):
+        pace.record_kept(0.01)
+    assert pace.kept_tokens(3) == pytest.approx(10, abs=1)
+    assert pace.kept_tokens(0) == 0, "nobody waits for a next token"
+    unlimited = learnt(1000, step_seconds=None)
+    unlimited.record_kept(1)
+    assert unlimited.kept_tokens(3) == 0
+
+
 def test_it_follows_a_change_and_ignores_small_steps() -> None:
     pace = learnt(1000)
     for _ in range(50):

@@ -15,7 +15,7 @@ from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.engine.messages import Submit
 from lattice_serve.engine.prefix_cache import PrefixCache, cache_budgets, intervals
 from lattice_serve.engine.sampling import SamplingParams
-from tests.engine.harness import Visit, complete, drive, make_engine, submit
+from tests.engine.harness import Visit, assert_idle, complete, drive, make_engine, submit
 
 ROW = 40
 """Bytes of a state row in these tests."""
@@ -64,6 +64,61 @@ def test_what_is_kept_is_a_copy() -> None:
     assert snapshot.logits is not None
     assert snapshot.row.all()
     assert snapshot.logits.all()
+
+
+def test_a_row_that_is_lent_is_copied_later() -> None:
+    cache = PrefixCache([("cpu", 1000)])
+    state = row(1)
+    snapshot = cache.put("", [1, 2], state, torch.ones(3), lent=True)
+    assert snapshot is not None
+    assert snapshot.row is state
+    assert found(cache, [1, 2]) == 2
+    cache.settle(snapshot)
+    state.zero_()
+    assert snapshot.row.tolist() == row(1).tolist()
+    cache.settle(snapshot)
+    assert snapshot.row.all()
+    cache.check()
+
+
+@pytest.mark.parametrize("tiers", [1, 2])
+def test_a_row_that_is_lent_may_be_pushed_out(tiers: int) -> None:
+    """To the next tier, which has a copy then; or for good, and then nothing is copied any more."""
+    cache = PrefixCache([("cpu", ROW + 8)] * tiers)
+    state = row(1)
+    first = cache.put("", [1], state, lent=True)
+    cache.put("", [2], row(2))
+    assert first is not None
+    assert (first in cache, first.row is state) == ((tiers == 2), (tiers == 1))
+    cache.settle(first)
+    state.zero_()
+    assert (found(cache, [1, 0]) == 1) == (tiers == 2)
+    assert first.row.all() == (tiers == 2)
+
+
+def test_what_follows_a_snapshot_is_enough() -> None:
+    cache = PrefixCache([("cpu", 1000)])
+    first = cache.put("", [1, 2], row(1))
+    second = cache.put("", [3], row(2), after=first)
+    assert second is not None
+    assert second.length == 3
+    assert cache.put("", [1, 2, 3], row(3)) is second
+    assert cache.put("", [], row(3), torch.ones(3), after=second) is not second, "it has logits now"
+    assert [found(cache, ids) for ids in ([1, 2, 3], [1, 2, 3, 4], [1, 2, 4], [3, 4])] == [3, 3, 2, None]
+
+
+def test_memory_of_what_went_is_used_again() -> None:
+    """What was held of it shows another state then, and cannot be found."""
+    cache = PrefixCache([("cpu", ROW + 4)])
+    snapshot = cache.put("", [1], row(1))
+    assert snapshot is not None
+    place = snapshot.row.data_ptr()
+    for token in range(2, 20):
+        snapshot = cache.put("", [token], row(token))
+        assert snapshot is not None
+        assert snapshot.row.data_ptr() == place
+        assert snapshot.row.tolist() == row(token).tolist()
+        assert (found(cache, [token, 0]), found(cache, [token - 1, 0])) == (1, None)
 
 
 def test_salts_part() -> None:
@@ -154,6 +209,79 @@ def test_callers_mark_places(cached: Engine) -> None:
     assert ask(cached, [*PROMPT[:17], 2, 2]) == (17, 2)
     with pytest.raises(InvalidParameter, match="cache_points"):
         cached.submit(Submit("r", PROMPT, params, cache_points=(41,)))
+
+
+def states(engine: Engine) -> dict[int, bytes]:
+    """Bits of what is cached, by length."""
+    found = [each for tier in engine.cache._tiers for each in tier.snapshots.values()]
+    return {each.length: each.row.numpy().tobytes() for each in found}
+
+
+def test_states_stay_in_their_rows_until_there_is_time(cached: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(cached.memory, "tidy", lambda idle: False)
+        request = submit("r", PROMPT, max_tokens=5, temperature=0, ignore_eos=True)
+        cached.submit(request)
+        answer = []
+        while cached.has_work:
+            step = cached.step()
+            answer += [output.token_id for output in step.outputs]
+            assert step.stats.rows_used == step.stats.running
+        cached.check_idle()
+        assert cached.pool.used == 2, "the states after the prompt and after the answer"
+        before = states(cached)
+        assert sorted(before) == [40, 44]
+        ids = [*PROMPT, *map(int, filter(None, answer)), 8, 9]
+    assert_idle(cached)
+    assert states(cached) == before
+    assert ask(cached, ids) == (44, len(ids) - 44)
+
+
+def test_rows_that_the_cache_has_are_for_those_who_come(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(tiny_model, prefix_cache_memory=1 << 20, max_rows=3)
+    other = make_engine(tiny_model, max_rows=3)
+    prompts = [[*PROMPT[:n], n] for n in range(1, 9)]
+    requests = [submit(f"r{n}", ids, max_tokens=3, seed=n, ignore_eos=True) for n, ids in enumerate(prompts)]
+    visits = [Visit(request, comes=place) for place, request in enumerate(requests)]
+    expected = drive(other, visits)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.memory, "tidy", lambda idle: False)
+        for request in requests:
+            engine.submit(request)
+        while engine.has_work:
+            engine.step()
+        engine.check_idle()
+        assert engine.pool.used > 0
+    before = engine.cache.outcomes["hit"]
+    assert drive(engine, visits) == expected
+    assert engine.cache.outcomes["hit"] == before + len(prompts)
+
+
+def test_an_answer_is_put_after_what_is_known(cached: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the text: only new tokens are given to the tree. All of them, where what was known has gone."""
+    given = []
+    put = cached.cache.put
+
+    def record(salt: str, ids: Any, *rest: Any, **options: Any) -> Any:
+        given.append(len(ids))
+        return put(salt, ids, *rest, **options)
+
+    monkeypatch.setattr(cached.cache, "put", record)
+    request = submit("r", PROMPT, max_tokens=5, temperature=0, ignore_eos=True)
+    answer = complete(cached, request).token_ids
+    assert given == [40, 4]
+    given.clear()
+    ids = [*PROMPT, *answer, 8, 9]
+    assert ask(cached, ids) == (44, 3)
+    assert given == [3, 2]
+    given.clear()
+    cached.submit(submit("r", ids, max_tokens=9, temperature=0, ignore_eos=True))
+    cached.step()
+    cached.memory.clear()
+    while cached.has_work:
+        cached.step()
+    assert given == [55]
+    assert ask(cached, [*ids, 1]) == (0, 48)
 
 
 def test_answers_to_one_prompt_run_it_once(cached: Engine) -> None:

@@ -28,6 +28,16 @@ class TreeMachine(RuleBasedStateMachine):
         node.value = str(key)
         self.known[key] = node
 
+    @rule(data=st.data(), following=keys)
+    def put_after(self, data: st.DataObject, following: tuple[int, ...]) -> None:
+        """From a known sequence on: the same node as from the root."""
+        if self.known:
+            before = data.draw(st.sampled_from(sorted(self.known)))
+            node = self.tree.node(array(following), self.known[before])
+            assert node is self.tree.node(array(before + following))
+            node.value = str(before + following)
+            self.known[before + following] = node
+
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
         if self.known:

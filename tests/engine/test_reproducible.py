@@ -16,6 +16,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from lattice_serve.engine import memory as memory_module
 from lattice_serve.engine import prefix_cache
 from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.llm import Completion
@@ -121,12 +122,18 @@ def test_an_answer_is_its_own(tiny_model: Path, visits: list[Visit], options: di
 
 
 @settings(max_examples=40)
-@given(st.lists(crowds(related), min_size=1, max_size=3), engine_options(), st.sampled_from([12_000, 40_000, 1 << 30]))
+@given(
+    st.lists(crowds(related), min_size=1, max_size=3),
+    engine_options(),
+    st.sampled_from([12_000, 40_000, 1 << 30]),
+    st.sampled_from([0.0, 1.0]),
+)
 def test_an_answer_does_not_depend_on_what_is_cached(
-    tiny_model: Path, rounds: list[list[Visit]], options: dict[str, Any], memory: int
+    tiny_model: Path, rounds: list[list[Visit]], options: dict[str, Any], memory: int, tidy_seconds: float
 ) -> None:
+    """Nor on where: in rows as long as those suffice, or put away after every step."""
     engine = make_engine(tiny_model, prefix_cache_memory=memory, **options)
-    with patch.object(prefix_cache, "FIRST_INTERVAL", 4):
+    with patch.object(prefix_cache, "FIRST_INTERVAL", 4), patch.object(memory_module, "_TIDY_SECONDS", tidy_seconds):
         for visits in rounds:
             results = drive(engine, visits)
             for visit in visits:

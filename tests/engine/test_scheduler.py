@@ -213,6 +213,22 @@ def test_a_pace_leaves_room_for_a_multiple_beside_decode() -> None:
     assert [piece.end - piece.start for piece in simulation.scheduler.schedule(3)] == [1, 8]
 
 
+@pytest.mark.parametrize(
+    ("kept", "ends"), [(0, [3, 3, 3, 3]), (4, [3, 2, 2, 2]), (100, [3, 0, 0, 0])], ids=["free", "dear", "dearer"]
+)
+def test_prompts_that_end_count_for_more(kept: int, ends: list[int]) -> None:
+    """Their states are kept after the step, while others wait: those that have to wait for that end in the next."""
+    simulation = Simulation(rows=5, budget=14)
+    decoding = simulation.add(prompt=1, max_tokens=50)
+    simulation.step()
+    prompts = [simulation.add(prompt=3, max_tokens=2) for _ in range(4)]
+    simulation.scheduler.assign()
+    pieces = simulation.scheduler.schedule(kept=kept)
+    counts = {piece.sequence.request_id: piece.tokens for piece in pieces}
+    assert counts[decoding.request_id] == 1
+    assert [counts.get(prompt.request_id, 0) for prompt in prompts] == ends
+
+
 def test_a_short_prompt_waits_for_no_long_one() -> None:
     simulation = Simulation(rows=2, budget=10)
     simulation.add(prompt=10_000)

@@ -1,0 +1,105 @@
+"""The cached states that lie in one kind of memory, a GPU's or the host's, within its budget."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lattice_serve.engine.radix_tree import Node
+from lattice_serve.engine.slab import Slab
+
+
+@dataclass(slots=True, eq=False)
+class Snapshot:
+    """The state after `length` tokens."""
+
+    row: Tensor
+    """[row_size]"""
+    length: int
+    logits: Tensor | None
+    """[V] of the last of them, where they are known: without these, a sequence cannot go on from its very end."""
+    salt: str
+    node: Node[Snapshot]
+    lent: bool = True
+    """Whether `row` is somebody else's memory, which stays as it is until `PrefixCache.settle`."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.row.nbytes + (0 if self.logits is None else self.logits.nbytes)
+
+
+class Tier:
+    """Takes what it is given; to keep to the budget is the cache's part."""
+
+    def __init__(self, device: str, budget: int) -> None:
+        """budget: bytes."""
+        self.device, self.budget = device, budget
+        self.used = 0
+        """Bytes of what is in it, lent ones included."""
+        self.snapshots: OrderedDict[int, Snapshot] = OrderedDict()
+        """By identity, the least recently used first."""
+        self._row_size: int | None = None
+        """Floats of a row, once one has come."""
+        self._slabs: dict[int, Slab] = {}
+        """Of host memory, by the size of what lies there; a GPU's is kept by torch."""
+
+    def __contains__(self, snapshot: Snapshot) -> bool:
+        return id(snapshot) in self.snapshots
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """`tensor`, from anywhere, in this tier's memory."""
+        if self.device == "cpu":
+            return self._slab(tensor.numel()).copy(tensor)
+        return tensor.to(self.device, copy=True)
+
+    def add(self, snapshot: Snapshot) -> None:
+        """All it has lies in this tier's memory, but for its row if that is lent."""
+        self.snapshots[id(snapshot)] = snapshot
+        self.used += snapshot.nbytes
+        self._row_size = snapshot.row.numel()
+
+    def settle(self, snapshot: Snapshot) -> None:
+        """Copy a row that is lent."""
+        snapshot.row, snapshot.lent = self.copy(snapshot.row), False
+
+    def remove(self, snapshot: Snapshot) -> None:
+        """Its memory is for others from now on."""
+        del self.snapshots[id(snapshot)]
+        self.used -= snapshot.nbytes
+        for tensor in (None if snapshot.lent else snapshot.row, snapshot.logits):
+            if tensor is not None and self.device == "cpu":
+                self._slab(tensor.numel()).give_back(tensor)
+
+    def move(self, snapshot: Snapshot, other: Tier) -> None:
+        """Give it to another tier, which has copies of what it has."""
+        row, logits = other.copy(snapshot.row), None if snapshot.logits is None else other.copy(snapshot.logits)
+        self.remove(snapshot)
+        snapshot.row, snapshot.logits, snapshot.lent = row, logits, False
+        other.add(snapshot)
+
+    def ready(self, rows: int) -> bool:
+        """Whether there is touched memory for so many rows more, as far as is known and the budget goes."""
+        if self.device != "cpu" or self._row_size is None:
+            return True
+        slab = self._slab(self._row_size)
+        return slab.ready >= min(rows, self.budget // (4 * self._row_size) - slab.places + slab.ready)
+
+    def prepare(self, nbytes: int) -> None:
+        """Touch so much memory for rows, where it is not `ready`."""
+        assert self._row_size is not None, "there is nothing to get ready for"
+        self._slab(self._row_size).prepare(nbytes)
+
+    def check(self) -> None:
+        """Assert that it knows its bytes, and that they are nobody else's."""
+        held = self.snapshots.values()
+        assert self.used == sum(snapshot.nbytes for snapshot in held) <= self.budget, "the cache has lost count"
+        places = [tensor.data_ptr() for each in held for tensor in (each.row, each.logits) if tensor is not None]
+        places += [place for slab in self._slabs.values() for place in slab.free]
+        assert len(set(places)) == len(places), "two cached states lie in one place"
+
+    def _slab(self, size: int) -> Slab:
+        if size not in self._slabs:
+            self._slabs[size] = Slab(size)
+        return self._slabs[size]
