@@ -107,8 +107,15 @@ def _build_combination(
 
 
 def _build_places(builder: Any, out: Any, out_row: Any, rows: int, vectors: int) -> list[list[Any]]:
+    """Of [rows, 16 vectors] of out."""
     lines = [builder.gep(out, [builder.mul(out_row, out_row.type(r))]) for r in range(rows)]
     return [[builder.gep(line, [out_row.type(v * LANES)]) for v in range(vectors)] for line in lines]
+
+
+def _build_writes(builder: Any, lines: list[list[Any]], places: list[list[Any]]) -> None:
+    for line, line_places in zip(lines, places, strict=True):
+        for value, place in zip(line, line_places, strict=True):
+            build_write(builder, value, place)
 
 
 def _literals(*numbers: Any) -> Any:
@@ -137,9 +144,7 @@ def combine(
         x_rows = [builder.gep(x_data, [builder.mul(x_row, x_row.type(r))]) for r in range(R)]
         first = [[build_read(builder, place) for place in line] for line in places]
         sums = _build_combination(builder, first, x_rows, x_step, w_data, w_step, K, P)
-        for line, line_sums in zip(places, sums, strict=True):
-            for place, value in zip(line, line_sums, strict=True):
-                build_write(builder, value, place)
+        _build_writes(builder, sums, places)
         return context.get_dummy_value()
 
     i = types.intp
@@ -148,43 +153,34 @@ def combine(
 
 @intrinsic(prefer_literal=True)
 def fold(
-    typingctx: Any, rows: Any, vectors: Any, b: Any, o_b: Any, x: Any, o_x: Any, y: Any, o_y: Any, c: Any, o_c: Any,
-    c_step: Any, h: Any, o_h: Any, h_step: Any, K: Any, A: Any, o_A: Any, A_row: Any,
+    typingctx: Any, vectors: Any, b: Any, o_b: Any, x: Any, o_x: Any, y: Any, o_y: Any, c: Any, o_c: Any, c_step: Any,
+    h: Any, o_h: Any, h_step: Any, K: Any, A: Any, o_A: Any, A_row: Any,
 ) -> Any:  # fmt: skip
-    """A[o_A + r A_row + j] <- (1 - b_r) A[..] + x_r y_j + sum_k c[o_c + k c_step + r] h[o_h + k h_step + j].
+    """A[r A_row + j] <- (1 - b[r]) A[r A_row + j] + x[r] y[j] + sum_k c[k c_step + r] h[k h_step + j].
 
-    For r < rows and j < 16 vectors, literals both, that change no bit. Arrays are float32 [..]; b_r stands for
-    b[o_b + r], and so on.
+    For r < 4 and j < 16 vectors, a literal, which changes no bit. Arrays are float32 [..], each from its own offset on.
     """
-    R, V = _literals(rows, vectors)
+    (V,) = _literals(vectors)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        b, o_b, x, o_x, y, o_y, c, o_c, c_step, h, o_h, h_step, K, A, o_A, A_row = values[2:]
-        given = zip((2, 4, 6, 8, 11, 15), ((b, o_b), (x, o_x), (y, o_y), (c, o_c), (h, o_h), (A, o_A)), strict=True)
+        b, o_b, x, o_x, y, o_y, c, o_c, c_step, h, o_h, h_step, K, A, o_A, A_row = values[1:]
+        given = zip((1, 3, 5, 7, 10, 14), ((b, o_b), (x, o_x), (y, o_y), (c, o_c), (h, o_h), (A, o_A)), strict=True)
         b, x, y, c, h, A = (build_pointer(context, builder, signature.args[i], *at) for i, at in given)
-        index = K.type
+        index, first = K.type, []
         ys = [build_read(builder, builder.gep(y, [index(v * LANES)])) for v in range(V)]
-        places, first = _build_places(builder, A, A_row, R, V), []
+        places = _build_places(builder, A, A_row, 4, V)
         for r, line in enumerate(places):
-            kept = builder.fsub(F32(1), builder.load(builder.gep(b, [index(r)])))
-            factor = build_splat(builder, builder.load(builder.gep(x, [index(r)])))
-            kept = build_splat(builder, kept)
-            first.append(
-                [
-                    build_fmuladd(builder, factor, own, builder.fmul(kept, build_read(builder, place)))
-                    for own, place in zip(ys, line, strict=True)
-                ]
-            )
-        c_rows = [builder.gep(c, [index(r)]) for r in range(R)]
-        sums = _build_combination(builder, first, c_rows, c_step, h, h_step, K, 1)
-        for line, line_sums in zip(places, sums, strict=True):
-            for place, value in zip(line, line_sums, strict=True):
-                build_write(builder, value, place)
+            lost, factor = (builder.load(builder.gep(each, [index(r)])) for each in (b, x))
+            kept, factor = (build_splat(builder, each) for each in (builder.fsub(F32(1), lost), factor))
+            whole = [builder.fmul(kept, build_read(builder, place)) for place in line]
+            first.append([build_fmuladd(builder, factor, *pair) for pair in zip(ys, whole, strict=True)])
+        c_rows = [builder.gep(c, [index(r)]) for r in range(4)]
+        _build_writes(builder, _build_combination(builder, first, c_rows, c_step, h, h_step, K, 1), places)
         return context.get_dummy_value()
 
     i = types.intp
     b, x, y, c, h, A = map(checked, (b, x, y, c, h, A))
-    return types.void(rows, vectors, b, i, x, i, y, i, c, i, i, h, i, i, i, A, i, i), codegen
+    return types.void(vectors, b, i, x, i, y, i, c, i, i, h, i, i, i, A, i, i), codegen
 
 
 @intrinsic(prefer_literal=True)

@@ -49,7 +49,7 @@ class MixerBlock:
     def scratch_size(self) -> int:
         layout = self.layout
         d, m = layout.d, layout.m
-        return LANES * (3 * m + d + max(d, m)) + 4 * layout.shape.C + 6 * LANES
+        return LANES * (3 * m + d + max(d, m)) + 4 * layout.shape.C + 5 * LANES
 
     def inputs(self, weight: Tensor) -> Tensor:
         """Rows [in_width of the shape, ...] of an input projection, or columns of z, in the order of the block."""

@@ -24,6 +24,9 @@ from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.segments import Segments
 from lattice_serve.kernels.mixer.shape import L2_EPS, MixerShape, MixerWeights
 
+_STREAM, _AHEAD = 512, 6 * LANES
+"""Floats of the anchor that the processor itself goes on to fetch, and those of them that make it begin."""
+
 
 @njit(cache=True, error_model="numpy")
 def _convolve(
@@ -35,7 +38,8 @@ def _convolve(
     for i in range(0, n, LANES):
         if taps == 4:  # what most models have goes from row to row in registers
             one, two = (ring + 1) % 3, (ring + 2) % 3
-            first, second, third = load(S, tail + ring * n + i), load(S, tail + one * n + i), load(S, tail + two * n + i)
+            first, second = load(S, tail + ring * n + i), load(S, tail + one * n + i)
+            third = load(S, tail + two * n + i)
             w_0, w_1 = load(weights, o_w + i), load(weights, o_w + n + i)
             w_2, w_3 = load(weights, o_w + 2 * n + i), load(weights, o_w + 3 * n + i)
             for r in range(rows):
@@ -96,11 +100,12 @@ def _mix_head(
     o_bias = o_weights + H * taps * n
     o_norm = o_bias + 2 * H
     floor, eps = weights[o_norm + d], weights[o_norm + d + 1]
-    scales, gamma, mu = o_x, o_x + LANES, o_x + 2 * LANES
-    o_q, o_k, row = o_x + 5 * LANES, o_x + 5 * LANES + m, n + m + max(d, m)
-    o_y = o_q + n + m
-    for line in range(o, o + m * d, 512):
-        for more in range(0, 6 * LANES, LANES): prefetch(S, line+more)
+    scales, gamma, mu, lanes = o_x, o_x + LANES, o_x + 2 * LANES, o_x + 3 * LANES
+    o_q, row = o_x + 4 * LANES, n + m + max(d, m)
+    o_k, o_y, factors = o_q + m, o_q + n + m, o_q + LANES * row
+    for begin in range(o, o + m * d, _STREAM):  # by now, for it may lie in memory: in decode it is read once
+        for line in range(begin, begin + _AHEAD, LANES):
+            prefetch(S, line)
     t = first
     while t < last:
         rows = min(last - t, LANES - position % LANES)
@@ -122,7 +127,7 @@ def _mix_head(
         while r < rows:
             slot = (position + r) % C
             tokens = min(rows - r, C - slot)
-            recur(S, o, places, dims, slot, tokens, x, o_q + r * row, gamma + r, mu + r, o_x + 3 * LANES, o_q + LANES * row)
+            recur(S, o, places, dims, slot, tokens, x, o_q + r * row, gamma + r, mu + r, lanes, factors)
             r += tokens
         means = row_dots(x, o_y, o_y, row, rows, d) * splat(np.float32(1) / np.float32(n_d))
         store(x, scales, inverse_sqrt(means + splat(eps)))

@@ -34,7 +34,7 @@ _TINY = 1e-30
 
 @njit(cache=True, error_model="numpy")
 def row_dots(x: Any, o_x: int, o_y: int, row: int, rows: int, n: int) -> Any:
-    """sum_i x[o_x + r row + i] x[o_y + r row + i] of n elements in lane r < rows, of up to 16 rows there is room for."""
+    """sum_i x[o_x + r row + i] x[o_y + r row + i], i < n, in lane r < rows <= 16; there is room for 16 rows."""
     if rows == 1:
         return dots(1, x, o_x, row, x, o_y, row, n)
     return dots(16, x, o_x, row, x, o_y, row, n)
@@ -84,16 +84,20 @@ def _add_pending(
 
 
 @njit(cache=True, error_model="numpy")
-def _fold(S: Any, o_A: int, o_h: int, o_c: int, o_b: int, d: int, m: int, C: int, x: Any, h: int, c: int, scales: int) -> None:
-    """The anchor of the next chunk; h and c of this one's last token are in x."""
+def _fold(
+    S: Any, o_A: int, o_h: int, o_c: int, o_b: int, d: int, m: int, C: int, x: Any, h: int, c: int, scales: int
+) -> None:  # fmt: skip
+    """The anchor of the next chunk; h [d] and c [m] of this one's last token are in x. scales: m floats of x."""
     for j in range(0, m, 4):
         i = 0
-        while i + _FOUR_LINES * LANES <= d:
-            fold(4, _FOUR_LINES, S, o_b + j, x, c + j, x, h + i, S, o_c + j, m, S, o_h + i, d, C - 1, S, o_A + j * d + i, d)
-            i += _FOUR_LINES * LANES
         while i < d:
-            fold(4, 1, S, o_b + j, x, c + j, x, h + i, S, o_c + j, m, S, o_h + i, d, C - 1, S, o_A + j * d + i, d)
-            i += LANES
+            o_i, lines, last = o_A + j * d + i, o_h + i, h + i
+            if i + _FOUR_LINES * LANES <= d:
+                fold(_FOUR_LINES, S, o_b + j, x, c + j, x, last, S, o_c + j, m, S, lines, d, C - 1, S, o_i, d)
+                i += _FOUR_LINES * LANES
+            else:
+                fold(1, S, o_b + j, x, c + j, x, last, S, o_c + j, m, S, lines, d, C - 1, S, o_i, d)
+                i += LANES
     for j in range(0, m, LANES):
         o_j = o_A + j * d
         squares = maximum(splat(np.float32(_TINY)), dots(16, S, o_j, d, S, o_j, d, d))

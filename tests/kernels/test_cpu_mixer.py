@@ -17,7 +17,7 @@ from tests.kernels.harness import bands, poison, same_bits
 from tests.kernels.naive import OBJECTIVES, cast, error, lengths, random_mixer
 
 SHAPE = MixerShape(H=2, d=24, m=17, C=4, taps=4, objective="decoding", use_forget_gate=True, norm_eps=1e-6)
-DIMENSIONS = [(24, 17, 4), (7, 9, 3), (5, 1, 2), (1, 3, 4)]  # d, m, taps
+DIMENSIONS = [(24, 17, 4), (7, 9, 3), (5, 1, 2), (1, 3, 4), (70, 50, 1)]  # d, m, taps
 LAYERS, LAYER = 3, 1
 
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES)
@@ -27,7 +27,7 @@ shapes = st.builds(
     lambda dims, **others: replace(SHAPE, d=dims[0], m=dims[1], taps=dims[2], **others),
     st.sampled_from(DIMENSIONS),
     H=st.sampled_from([1, 3]),
-    C=st.sampled_from([1, 2, 4, 16]),
+    C=st.sampled_from([1, 2, 3, 4, 16, 24]),
     objective=st.sampled_from(OBJECTIVES),
     use_forget_gate=st.booleans(),
 )

@@ -18,6 +18,7 @@ from lattice_serve.kernels import cpu_features
 from lattice_serve.kernels import rms_norm as reference_norm
 from lattice_serve.kernels import swiglu as reference_swiglu
 from lattice_serve.kernels.cpu.math import exp, sigmoid, silu
+from lattice_serve.kernels.cpu.products import dots
 from lattice_serve.kernels.cpu.vector import larger, largest, load, store
 from lattice_serve.kernels.cpu_features import Stored, has_bf16
 from lattice_serve.kernels.lanes import LANES, padded
@@ -178,6 +179,29 @@ def test_available_products(
     monkeypatch.setattr(cpu_features, "_may_use_tiles", lambda: allowed)
     found = cpu_features.available_products.__wrapped__(stored)
     assert list(found) == [each for each in expected if allowed or not each.startswith("amx")]
+
+
+def test_dots_of_rows_are_those_of_one_row() -> None:
+    """In the lanes that are said, with the same bits."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(16 * 48).astype(np.float32) for _ in range(2))
+    truth = (x.astype(np.float64) * w).reshape(16, 48).sum(axis=1)
+
+    def several(rows: Any) -> Any:
+        return njit(lambda x, w, r, out: store(out, 0, dots(rows, x, 48 * r, 48, w, 48 * r, 48, 48)))
+
+    alone = np.empty((16, LANES), dtype=np.float32)
+    one, four, sixteen = several(1), several(4), several(16)
+    for r in range(16):
+        one(x, w, r, alone[r])
+    assert (alone == alone[:, :1]).all()
+    np.testing.assert_allclose(alone[:, 0], truth, rtol=0, atol=1e-5)
+    out = np.empty(LANES, dtype=np.float32)
+    sixteen(x, w, 0, out)
+    np.testing.assert_array_equal(out, alone[:, 0])
+    for r in range(0, 16, 4):
+        four(x, w, r, out)
+        np.testing.assert_array_equal(out, alone[r : r + 4, 0].repeat(4))
 
 
 @pytest.mark.parametrize("bad", [0.0, 1e-38, float("inf"), float("nan"), -float("inf")])
