@@ -159,13 +159,16 @@ def splat(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic
-def pointer(typingctx: Any, array: Any) -> Any:
-    """To an array [n], in place of it: a call with an array counts its references and hands over seven numbers."""
+def pointer(typingctx: Any, array: Any, offset: Any) -> Any:
+    """To an element of an array [n], which begins there for who gets it.
+
+    A call with an array counts the array's references and hands over seven numbers; one with a pointer does not.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return context.make_array(array)(context, builder, values[0]).data
+        return build_pointer(context, builder, signature.args[0], *values)
 
-    return types.CPointer(array.dtype)(array), codegen
+    return types.CPointer(array.dtype)(array, types.intp), codegen
 
 
 @intrinsic

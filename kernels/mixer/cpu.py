@@ -72,7 +72,7 @@ def _normalize(x: Any, o_x: int, row: int, rows: int, n: int, sign: float, scale
             store(x, i, scale * load(x, i))
 
 
-@njit(cache=True, error_model="numpy")
+@njit(inline="always")
 def mix_head(
     S: Any, o: int, places: Any, dims: Any, position: int, first: int, last: int, z: Any, o_z: int, z_row: int,
     gates: Any, o_gates: int, gates_row: int, head: int, weights: Any, o_weights: int, out: Any, x: Any, o_x: int,
@@ -84,34 +84,34 @@ def mix_head(
     activations of all tokens; x: `scratch_size` floats at o_x. Arrays other than out are float32 [..].
     """
     _mix_head(
-        pointer(S), o, pointer(places), pointer(dims), position, first, last, pointer(z), o_z, z_row, pointer(gates),
-        o_gates, gates_row, head, pointer(weights), o_weights, out, pointer(x), o_x,
+        pointer(S, o), pointer(places, 0), pointer(dims, 0), position, first, last, pointer(z, o_z), z_row,
+        pointer(gates, o_gates), gates_row, head, pointer(weights, o_weights), out, pointer(x, o_x),
     )  # fmt: skip
 
 
 @njit(cache=True, error_model="numpy")
 def _mix_head(
-    S: Any, o: int, places: Any, dims: Any, position: int, first: int, last: int, z: Any, o_z: int, z_row: int,
-    gates: Any, o_gates: int, gates_row: int, head: int, weights: Any, o_weights: int, out: Any, x: Any, o_x: int,
+    S: Any, places: Any, dims: Any, position: int, first: int, last: int, z: Any, z_row: int, gates: Any,
+    gates_row: int, head: int, weights: Any, out: Any, x: Any,
 ) -> None:  # fmt: skip
+    """`mix_head` with pointers to where each begins."""
     H, d, m, n_d, C, taps, gated = dims[0], dims[1], dims[2], dims[3], dims[4], dims[5], dims[7]
     n = 2 * m + d
-    o_conv = o_weights + head * taps * n
-    o_bias = o_weights + H * taps * n
+    o_conv, o_bias = head * taps * n, H * taps * n
     o_norm = o_bias + 2 * H
     floor, eps = weights[o_norm + d], weights[o_norm + d + 1]
-    scales, gamma, mu, lanes = o_x, o_x + LANES, o_x + 2 * LANES, o_x + 3 * LANES
-    o_q, row = o_x + 4 * LANES, n + m + max(d, m)
+    scales, gamma, mu, lanes = 0 * LANES, 1 * LANES, 2 * LANES, 3 * LANES
+    o_q, row = 4 * LANES, n + m + max(d, m)
     o_k, o_y, factors = o_q + m, o_q + n + m, o_q + LANES * row
-    for begin in range(o, o + m * d, _STREAM):  # by now, for it may lie in memory: in decode it is read once
+    for begin in range(0, m * d, _STREAM):  # by now, for it may lie in memory: in decode it is read once
         for line in range(begin, begin + _AHEAD, LANES):
             prefetch(S, line)
     t = first
     while t < last:
         rows = min(last - t, LANES - position % LANES)
-        o_t, o_g = o_z + t * z_row, o_gates + t * gates_row + head
+        o_t, o_g = t * z_row, t * gates_row + head
         ring = position % (taps - 1) if taps > 1 else 0
-        _convolve(z, o_t, z_row, rows, S, o + places[6], ring, taps, weights, o_conv, n, x, o_q, row)
+        _convolve(z, o_t, z_row, rows, S, places[6], ring, taps, weights, o_conv, n, x, o_q, row)
         _normalize(x, o_q, row, rows, m, 1.0, scales)
         _normalize(x, o_k, row, rows, m, -1.0, scales)
         for r in range(rows):
@@ -127,7 +127,7 @@ def _mix_head(
         while r < rows:
             slot = (position + r) % C
             tokens = min(rows - r, C - slot)
-            recur(S, o, places, dims, slot, tokens, x, o_q + r * row, gamma + r, mu + r, lanes, factors)
+            recur(S, places, dims, slot, tokens, x, o_q + r * row, gamma + r, mu + r, lanes, factors)
             r += tokens
         means = row_dots(x, o_y, o_y, row, rows, d) * splat(np.float32(1) / np.float32(n_d))
         store(x, scales, inverse_sqrt(means + splat(eps)))

@@ -42,28 +42,33 @@ def row_dots(x: Any, o_x: int, o_y: int, row: int, rows: int, n: int) -> Any:
 
 @njit(cache=True, error_model="numpy")
 def _combine(
-    x: Any, o_x: int, x_row: int, x_step: int, rows: int, w: Any, o_w: int, w_step: int, K: int, out: Any, o_out: int,
-    out_row: int, n: int,
-) -> None:  # fmt: skip
-    """out[r out_row + j] += sum_k x[r x_row + k x_step] w[k w_step + j], r < rows, j < n, a multiple of 16."""
+    x: Any, o_x: int, x_step: int, w: Any, o_w: int, w_step: int, K: int, out: Any, o_out: int, n: int
+) -> None:
+    """out [n] += sum_k x[k x_step] w[k w_step + j], n a multiple of 16."""
+    j = 0
+    while j + _ONE_ROW * LANES <= n:
+        combine(1, _ONE_ROW, 2, x, o_x, 0, x_step, w, o_w + j, w_step, K, out, o_out + j, 0)
+        j += _ONE_ROW * LANES
+    while j < n:
+        combine(1, 1, 2, x, o_x, 0, x_step, w, o_w + j, w_step, K, out, o_out + j, 0)
+        j += LANES
+
+
+@njit(cache=True, error_model="numpy")
+def _combine_rows(x: Any, o_x: int, row: int, rows: int, w: Any, o_w: int, n: int, K: int, o_out: int) -> None:
+    """x[o_out + r row + j] += sum_k x[o_x + r row + k] w[k n + j], r < rows, j < n, a multiple of 16."""
     r = 0
     while r + 2 <= rows:
         j = 0
         while j + _TWO_ROWS * LANES <= n:
-            combine(2, _TWO_ROWS, 2, x, o_x, x_row, x_step, w, o_w + j, w_step, K, out, o_out + j, out_row)
+            combine(2, _TWO_ROWS, 2, x, o_x, row, 1, w, o_w + j, n, K, x, o_out + j, row)
             j += _TWO_ROWS * LANES
         while j < n:
-            combine(2, 1, 2, x, o_x, x_row, x_step, w, o_w + j, w_step, K, out, o_out + j, out_row)
+            combine(2, 1, 2, x, o_x, row, 1, w, o_w + j, n, K, x, o_out + j, row)
             j += LANES
-        r, o_x, o_out = r + 2, o_x + 2 * x_row, o_out + 2 * out_row
+        r, o_x, o_out = r + 2, o_x + 2 * row, o_out + 2 * row
     if r < rows:
-        j = 0
-        while j + _ONE_ROW * LANES <= n:
-            combine(1, _ONE_ROW, 2, x, o_x, x_row, x_step, w, o_w + j, w_step, K, out, o_out + j, out_row)
-            j += _ONE_ROW * LANES
-        while j < n:
-            combine(1, 1, 2, x, o_x, x_row, x_step, w, o_w + j, w_step, K, out, o_out + j, out_row)
-            j += LANES
+        _combine(x, o_x, np.int64(1), w, o_w, n, K, x, o_out, n)
 
 
 @njit(cache=True, error_model="numpy")
@@ -80,7 +85,7 @@ def _add_pending(
         store(x, factors + 4 * s, dots(1, x, o_x, 0, S, o_dots + s * n, n, n))
         s += 1
     if lines:
-        _combine(x, factors, 0, 4, 1, S, o_lines, width, lines, x, o_out, 0, width)
+        _combine(x, factors, np.int64(4), S, o_lines, width, lines, x, o_out, width)
 
 
 @njit(cache=True, error_model="numpy")
@@ -110,25 +115,25 @@ def _fold(
 
 @njit(cache=True, error_model="numpy")
 def recur(
-    S: Any, o: int, places: Any, dims: Any, slot: int, tokens: int, x: Any, o_x: int, gamma: int, mu: int, lanes: int,
+    S: Any, places: Any, dims: Any, slot: int, tokens: int, x: Any, o_x: int, gamma: int, mu: int, lanes: int,
     scratch: int,
 ) -> None:  # fmt: skip
-    """So many tokens of one chunk, from its place `slot` on; S: state rows, the head's block at o.
+    """So many tokens of one chunk, from its place `slot` on; S: the head's block.
 
     In x, a token's row at o_x, and those of the others behind it: q, -k [m], v [d] -> y [d] after m more; gamma, mu: a
     float a token; lanes: a vector, scratch: 4 C + 16 floats.
     """
     d, m, C, objective = dims[1], dims[2], dims[4], dims[6]
-    o_A, o_h, o_c, o_b, o_e = o + places[0], o + places[1], o + places[2], o + places[3], o + places[4]
+    o_A, o_h, o_c, o_b, o_e, o_a = places[0], places[1], places[2], places[3], places[4], places[5]
     q, c, h, w, y, row = o_x, o_x + m, o_x + 2 * m, o_x + 2 * m + d, o_x + 3 * m + d, 3 * m + d + max(d, m)
     if objective == _DECODING:
-        _combine(x, c, row, 1, tokens, S, o_A, d, m, x, h, row, d)
+        _combine_rows(x, c, row, tokens, S, o_A, d, m, h)
     for r in range(tokens):
         for j in range(0, m, LANES):
             store(x, w + r * row + j, dots(16, x, h + r * row, 0, S, o_A + j * d, d, d))
     store(x, lanes, row_dots(x, h, h, row, tokens, d))
     zero, one, half = splat(np.float32(0)), splat(np.float32(1)), splat(np.float32(0.5))
-    a = S[o + places[5]]
+    a = S[o_a]
     if slot == 0:
         a = np.float32(1)
         for j in range(0, 2 * m, LANES):
@@ -149,7 +154,7 @@ def recur(
         if s < C - 1:
             for i in range(0, d, LANES):
                 store(S, o_h + s * d + i, load(x, h + at + i))
-    S[o + places[5]] = a
+    S[o_a] = a
     for r in range(tokens):
         _add_pending(x, h + r * row, d, S, o_h, o_c, m, slot + r, y + r * row, scratch)
     for j in range(0, m, LANES):
@@ -169,7 +174,7 @@ def recur(
         own = splat(x[lanes + r])
         for i in range(r * row, r * row + d, LANES):
             store(x, y + i, own * load(x, h + i))
-    _combine(x, w, row, 1, tokens, S, o_A, d, m, x, y, row, d)
+    _combine_rows(x, w, row, tokens, S, o_A, d, m, y)
     for r in range(tokens):
         _add_pending(x, q + r * row, m, S, o_c, o_h, d, slot + r, y + r * row, scratch)
     if slot + tokens == C:
