@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,9 +48,8 @@ class StatePool:
         self.layout = layout
         self.rows = rows
         try:
-            # zeros, not empty: it is all touched now, when nobody waits for it. The prefix cache counts on that, too.
-            self.memory = torch.zeros(rows, layout.row_size, dtype=torch.float32, device=device)
-        except RuntimeError as error:
+            self.memory = _zeros(rows, layout.row_size, device)
+        except (RuntimeError, MemoryError) as error:
             need = rows * layout.row_bytes
             raise ConfigError(
                 f"no room for {rows} state rows of {layout.row_bytes:,} bytes ({need:,} in all): "
@@ -138,6 +138,16 @@ class StatePool:
         assert len(free) + len(held) == self.rows, "a state row is neither free nor held"
         self.check_scrubbed(free & self._unchecked)
         self._unchecked.clear()
+
+
+def _zeros(rows: int, size: int, device: str) -> Tensor:
+    """All touched now, when nobody waits for it: the prefix cache counts on that, too."""
+    if device != "cpu":
+        return torch.zeros(rows, size, dtype=torch.float32, device=device)
+    # NumPy asks for huge pages and torch does not: a step of many sequences would look up a page for every kilobyte.
+    memory = np.empty((rows, size), dtype=np.float32)
+    memory.fill(0)
+    return torch.from_numpy(memory)
 
 
 def row_count(config: EngineConfig, row_bytes: int, multiple: int) -> int:
