@@ -45,6 +45,7 @@ class Network:
         threads: int = 1,
         parallel_from: int = 0,
         wide_from: int = TOKENS + 1,
+        max_tokens: int = TOKENS,
         rows: int = 6,
         quantization: Any = None,
         products: Products | None = "float32",
@@ -67,7 +68,7 @@ class Network:
             decoder_weights(self.model),
             layout,
             self.pool,
-            max_tokens=TOKENS,
+            max_tokens=max_tokens,
             threads=threads,
             parallel_from=parallel_from,
             wide_from=wide_from,
@@ -253,6 +254,29 @@ def test_rows_shared_out_give_the_same_bits(
             batch = [(row, 3 + row, tokens(n, 9 + row)) for row, n in enumerate(sizes)]
             results.append((torch.cat(network.run(batch)), network.pool.clone()))
         assert all(map(same_bits, *results)), sizes
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("quantization", "products"), PRODUCTS)
+def test_prompts_of_many_rows_have_the_bits_of_short_pieces(
+    threads: int, quantization: str | None, products: Products
+) -> None:
+    """Where weights stay in a cache while rows pass by, and SwiGLU takes its turns beside them."""
+    narrow, wide = (
+        Network(
+            threads=threads, quantization=quantization, products=products, wide_from=wide_from, max_tokens=600,
+            hidden_size=96,
+        )
+        for wide_from in (601, 128)
+    )  # fmt: skip
+    for sizes in ([600], [270, 1, 300]):
+        parts = [tokens(n, row) for row, n in enumerate(sizes)]
+        wide.pool[:] = narrow.pool[:] = narrow.start
+        at_once = wide.run([(row, 0, part) for row, part in enumerate(parts)])
+        for row, part in enumerate(parts):
+            pieces = [narrow.run([(row, at, part[at : at + 48])])[0] for at in range(0, len(part), 48)]
+            assert same_bits(at_once[row], torch.cat(pieces)), (sizes, row)
+        assert same_bits(wide.pool, narrow.pool), sizes
 
 
 def test_members_that_sleep_are_woken() -> None:
