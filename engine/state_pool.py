@@ -18,6 +18,7 @@ from torch import Tensor
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import ConfigError
 from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.kernels.lanes import aligned
 from lattice_serve.kernels.mixer import MixerState, StateLayout
 
 P = TypeVar("P", bound="StatePool")
@@ -49,7 +50,7 @@ class StatePool:
         self.rows = rows
         try:
             self.memory = _zeros(rows, layout.row_size, device)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, ValueError) as error:  # NumPy has the last two
             need = rows * layout.row_bytes
             raise ConfigError(
                 f"no room for {rows} state rows of {layout.row_bytes:,} bytes ({need:,} in all): "
@@ -141,13 +142,13 @@ class StatePool:
 
 
 def _zeros(rows: int, size: int, device: str) -> Tensor:
-    """All touched now, when nobody waits for it: the prefix cache counts on that, too."""
+    """On a cache line, and all touched now, when nobody waits for it: the prefix cache counts on that, too."""
     if device != "cpu":
         return torch.zeros(rows, size, dtype=torch.float32, device=device)
     # NumPy asks for huge pages and torch does not: a step of many sequences would look up a page for every kilobyte.
-    memory = np.empty((rows, size), dtype=np.float32)
+    memory = aligned(rows * size, np.float32)
     memory.fill(0)
-    return torch.from_numpy(memory)
+    return torch.from_numpy(memory).view(rows, size)
 
 
 def row_count(config: EngineConfig, row_bytes: int, multiple: int) -> int:
