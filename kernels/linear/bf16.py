@@ -37,7 +37,7 @@ DEPTH = 12
 
 @register_jitable
 def stream_steps(M: int, steps: int) -> int:
-    """Of a panel."""
+    """Of a whole panel, those between which there is time for other work."""
     return M // (2 * TILE) * (_STRIPS // 2) * steps if M >= MANY else 0
 
 
