@@ -18,7 +18,6 @@ from numba import njit
 from torch import Tensor
 from torch.nn import functional as F
 
-from lattice_serve.kernels.cpu.amx import TILE
 from lattice_serve.kernels.cpu.team import Team, enter, finish, leave, take, wait_for
 from lattice_serve.kernels.cpu_features import Products, Stored, available_products, vectors
 from lattice_serve.kernels.decoder.prompt import (
@@ -122,7 +121,7 @@ class CpuDecoder:
         self._logits, self._final = logits.reshape(max_tokens, -1), final.reshape(max_tokens, -1)
         self._hidden_size = hidden
         head_rows = spread(2 * (layout.d + layout.m)) * min(HEAD_ROWS, max_tokens)
-        panels = 2 * spread(PANEL) * min(BLOCK_ROWS, -(-max_tokens // (2 * TILE)) * 2 * TILE)
+        panels = 2 * spread(PANEL) * BLOCK_ROWS
         gate_up_size = max(max(max_tokens, _GATES_UPS) * PANEL, head_rows, panels)
         gate_up = aligned(threads * gate_up_size, np.float32).reshape(threads, -1)
         need = padded(max(block.scratch_size, *map(scratch_size, (hidden, block.out_width, intermediate))))

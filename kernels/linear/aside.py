@@ -32,16 +32,16 @@ def take_turns(work: Any, turn: int, count: int) -> int:
     return turn
 
 
-def is_none(work: Any) -> bool:
+def _is_none(work: Any) -> bool:
     """Whether a type is that of no work."""
     return work is None or isinstance(work, types.NoneType) or (isinstance(work, types.Omitted) and work.value is None)
 
 
 @overload(turns, strict=False)
 def _no_turns(work: Any) -> Any:
-    return (lambda work: 0) if is_none(work) else None
+    return (lambda work: 0) if _is_none(work) else None
 
 
 @overload(take, strict=False)
 def _take_none(work: Any, turn: Any) -> Any:
-    return (lambda work, turn: None) if is_none(work) else None
+    return (lambda work, turn: None) if _is_none(work) else None

@@ -26,19 +26,32 @@ from lattice_serve.kernels.cpu.amx import (
 from lattice_serve.kernels.lanes import LANES
 from lattice_serve.kernels.linear.aside import take_turns
 
-_STRIPS = 4
+STRIPS = 4
 """Of a whole panel."""
 MANY = 8 * TILE
 """Rows from which on weights are used often enough to be kept in the first-level cache, part by part. For fewer they
 come from memory, strip by strip."""
-DEPTH = 12
+_DEPTH = 12
 """Tiles of a strip in such a part: two strips are half of the cache."""
 
 
 @register_jitable
 def stream_steps(M: int, steps: int) -> int:
     """Of a whole panel, those between which there is time for other work."""
-    return M // (2 * TILE) * (_STRIPS // 2) * steps if M >= MANY else 0
+    return M // (2 * TILE) * (STRIPS // 2) * steps if M >= MANY else 0
+
+
+@register_jitable
+def part_depth(steps: int) -> int:
+    """Tiles of a part, all but equally many in each."""
+    return -(-steps // -(-steps // _DEPTH))
+
+
+@register_jitable
+def next_part(w: int, size: int, steps: int, s: int, k: int) -> int:
+    """Address of the part behind that of strips s and s + 1 from tile k on; behind the last strip lies a panel."""
+    k += part_depth(steps)
+    return w + s * size + k * TILE_BYTES if k < steps else w + (s + 2) * size
 
 
 @njit(cache=True)
@@ -51,7 +64,7 @@ def by_tiles_of_halves(
     A step does `share` turns of `aside`, if it has time for any; returns the next one.
     """
     x_next, next_row, i = steps * TILE_BYTES, 4 * out_row, 0
-    if M >= MANY and strips == _STRIPS:
+    if M >= MANY and strips == STRIPS:
         turn = _by_streams(w, size, steps, x, M, out, out_row, add, aside, turn, share)
         i = M // (2 * TILE) * 2 * TILE
     while i < M:
@@ -63,7 +76,7 @@ def by_tiles_of_halves(
             place = out + 4 * (i * out_row + s * LANES)
             if height == 2:
                 block(2, 2, 0, at, x_next, w + s * size, size, steps, add, place, next_row)
-            elif width == _STRIPS:
+            elif width == STRIPS:
                 block(1, 4, 0, at, x_next, w + s * size, size, steps, add, place, next_row)
             else:
                 block(1, 1, 0, at, x_next, w + s * size, size, steps, add, place, next_row)
@@ -83,13 +96,11 @@ def _by_streams(
     """
     configure(TILE)
     x_next, next_row, blocks = steps * TILE_BYTES, 4 * out_row, M // (2 * TILE)
-    depth = -(-steps // -(-steps // DEPTH))
-    lines = -(-TILE // blocks)
-    for s in range(0, _STRIPS, 2):
+    depth, lines = part_depth(steps), -(-TILE // blocks)
+    for s in range(0, STRIPS, 2):
         for k in range(0, steps, depth):
             count, o_w = min(depth, steps - k), w + s * size + k * TILE_BYTES
-            # Behind the last strip lies the next panel.
-            wanted = o_w + depth * TILE_BYTES if k + depth < steps else w + (s + 2) * size
+            wanted = next_part(w, size, steps, s, k)
             for i in range(blocks):
                 place, at = out + 4 * (i * 2 * TILE * out_row + s * LANES), x + 2 * i * x_next + k * TILE_BYTES
                 begin(add or k > 0, place, next_row)

@@ -33,13 +33,12 @@ from lattice_serve.kernels.cpu_features import Products, Stored, available_produ
 from lattice_serve.kernels.lanes import LANES, aligned, padded
 from lattice_serve.kernels.linear.activations import ByteTiles, activations, fill
 from lattice_serve.kernels.linear.aside import take_turns, turns
-from lattice_serve.kernels.linear.bf16 import by_tiles_of_halves, stream_steps
+from lattice_serve.kernels.linear.bf16 import STRIPS, by_tiles_of_halves, stream_steps
 from lattice_serve.kernels.linear.int8 import FEW, LARGEST_K, by_tiles_of_bytes, by_vectors_of_bytes
 from lattice_serve.kernels.linear.quantize import quantize
 
-PANEL = 64
+PANEL = STRIPS * LANES
 """Outputs that a thread takes at once: four strips."""
-_STRIPS = PANEL // LANES
 _ROWS = 6
 """Rows of a tile of one vector: 12 sums in the 16 registers of AVX2."""
 _SUMS = 4 * TILE * TILE
@@ -111,7 +110,7 @@ class PackedWeight:
 
 def scratch_size(K: int) -> int:
     """Floats that `linear` wants of its thread, on a cache line."""
-    return _SUMS + _STRIPS * _filled_size(K)
+    return _SUMS + STRIPS * _filled_size(K)
 
 
 def _pack(weight: Tensor) -> Any:
@@ -167,7 +166,7 @@ def _by_vectors(
     w: Any, o_w: int, size: int, strips: int, steps: int, x: Any, x_row: int, M: int, sums: Any, column: int, to: Any
 ) -> None:
     """A panel of strips that are `size` apart, in so many steps along x_row; column: of its first output."""
-    if M == 1 and strips == _STRIPS:
+    if M == 1 and strips == STRIPS:
         tile(1, 4, x, 0, 0, w, o_w, LANES, size, steps, sums, 0, 0)
         _emit(sums, 0, 0, column, PANEL, to)
         return
@@ -184,7 +183,7 @@ def _by_vectors(
 
 @njit(cache=True)
 def _strips_of(panel: int, N: int) -> int:
-    return min(_STRIPS, padded(N) // LANES - panel * _STRIPS)
+    return min(STRIPS, padded(N) // LANES - panel * STRIPS)
 
 
 def _panels(
@@ -207,7 +206,7 @@ def _panels_of(
     ) -> int:  # fmt: skip
         size = strip_size(K, w)
         for panel in range(first, last):
-            at, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
+            at, strips = o_w + panel * STRIPS * size, _strips_of(panel, N)
             _by_vectors(w, at, size, strips, K, x, padded(K), M, scratch, panel * PANEL, to)
         return 0
 
@@ -216,7 +215,7 @@ def _panels_of(
     ) -> int:  # fmt: skip
         fours, size, steps = w.view(np.int32), strip_size(K, w) // 4, -(-K // 4) * 4
         for panel in range(first, last):
-            at, strips = o_w // 4 + panel * _STRIPS * size, _strips_of(panel, N)
+            at, strips = o_w // 4 + panel * STRIPS * size, _strips_of(panel, N)
             _by_vectors(fours, at, size, strips, steps, x, padded(K), M, scratch, panel * PANEL, to)
         return 0
 
@@ -225,7 +224,7 @@ def _panels_of(
     ) -> int:  # fmt: skip
         size = strip_size(K, w)
         for panel in range(first, last):
-            at, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
+            at, strips = o_w + panel * STRIPS * size, _strips_of(panel, N)
             _by_vectors(w, at, size, strips, (K + 1) // 2, x, padded(K) // 2, M, scratch, panel * PANEL, to)
         return 0
 
@@ -238,7 +237,7 @@ def _panels_of(
         turn, share = 0, -(-turns(aside) // max(1, (last - first) * stream_steps(M, steps)))
         control = flush_denormals()
         for panel in range(first, last):
-            o, strips = o_w + panel * _STRIPS * size, _strips_of(panel, N)
+            o, strips = o_w + panel * STRIPS * size, _strips_of(panel, N)
             at, bytes_ = weights + 4 * o, 4 * size
             if K % TILE_K > 0:
                 _fill_tiles(w, o, strips, K, scratch, _SUMS)
@@ -246,7 +245,7 @@ def _panels_of(
             to_ = place + 4 * panel * PANEL
             if M != 1:
                 turn = by_tiles_of_halves(at, bytes_, strips, steps, rows, M, to_, out_row, add, aside, turn, share)
-            elif strips == _STRIPS:
+            elif strips == STRIPS:
                 line(4, rows, at, bytes_, steps, add, to_)
             else:
                 for s in range(strips):
@@ -260,7 +259,7 @@ def _panels_of(
         size, steps, sums, weights = strip_size(K, w), -(-K // BYTE_TILE_K), scratch.view(np.int32), w.ctypes.data
         lines, offsets = x.lines.ctypes.data, x.offsets.ctypes.data
         for panel in range(first, last):
-            at, strips = weights + o_w + panel * _STRIPS * size, _strips_of(panel, N)
+            at, strips = weights + o_w + panel * STRIPS * size, _strips_of(panel, N)
             if M <= FEW:
                 by_vectors_of_bytes(at, size, strips, steps, lines, offsets, x.scales, M, sums, panel * PANEL, to)
             else:
@@ -273,7 +272,7 @@ def _panels_of(
         size, steps, sums, weights = strip_size(K, w), -(-K // BYTE_TILE_K), scratch.view(np.int32), w.ctypes.data
         lines, offsets = x.lines.ctypes.data, x.offsets.ctypes.data
         for panel in range(first, last):
-            at, strips = weights + o_w + panel * _STRIPS * size, _strips_of(panel, N)
+            at, strips = weights + o_w + panel * STRIPS * size, _strips_of(panel, N)
             by_vectors_of_bytes(at, size, strips, steps, lines, offsets, x.scales, M, sums, panel * PANEL, to)
         return 0
 

@@ -29,12 +29,10 @@ from lattice_serve.kernels.cpu.amx import (
 from lattice_serve.kernels.cpu.vector import fma, load, splat, store, widened
 from lattice_serve.kernels.cpu.vnni import dots
 from lattice_serve.kernels.lanes import LANES
-from lattice_serve.kernels.linear.bf16 import DEPTH, MANY
+from lattice_serve.kernels.linear.bf16 import MANY, STRIPS, next_part, part_depth
 
 LARGEST_K = 65536
 """Of more products of bytes a sum might not fit int32."""
-_STRIPS = 4
-"""Of a whole panel."""
 FEW = 1
 """Rows that vectors multiply sooner than tiles: they read ahead while they wait for memory."""
 
@@ -70,12 +68,12 @@ def by_vectors_of_bytes(
     while i < lines:
         # Groups of lines that go into a tile; of the last one some may be nobody's, and are left where they are.
         group = 2 if lines - i == 2 else 4 if lines - i == 4 else 8
-        width = 1 if strips < _STRIPS else _STRIPS if group == 2 else 2
+        width = 1 if strips < STRIPS else STRIPS if group == 2 else 2
         at = x + i // TILE * steps * TILE_BYTES + i % TILE * 4 * LANES
         offset, next_line = offsets + 4 * i, 4 * width * LANES
         for s in range(0, strips, width):
             o_w = w + s * size
-            if group == 2 and width == _STRIPS:
+            if group == 2 and width == STRIPS:
                 dots(2, 4, at, o_w, size, steps, offset, place, next_line)
             elif group == 2:
                 dots(2, 1, at, o_w, size, steps, offset, place, next_line)
@@ -97,7 +95,7 @@ def by_tiles_of_bytes(
 ) -> None:
     """The same by the matrix unit, which has the same sums."""
     lines, place, i = 2 * M, sums.ctypes.data, 0
-    if M >= MANY and strips == _STRIPS and 2 * LANES * lines <= len(sums):
+    if M >= MANY and strips == STRIPS and 2 * LANES * lines <= len(sums):
         i = _by_streams_of_bytes(w, size, steps, x, row_scales, lines, sums, column, to)
     while i < lines:
         group, height, width = block_shape(lines - i, strips)
@@ -108,7 +106,7 @@ def by_tiles_of_bytes(
             o_w, next_line = w + s * size, 4 * width * LANES
             if height == 2:
                 block(2, 2, 1, at, next_tile, o_w, size, steps, False, place, next_line)
-            elif width == _STRIPS:
+            elif width == STRIPS:
                 block(1, 4, 1, at, next_tile, o_w, size, steps, False, place, next_line)
             else:
                 block(1, 1, 1, at, next_tile, o_w, size, steps, False, place, next_line)
@@ -124,12 +122,11 @@ def _by_streams_of_bytes(
     """Two tiles of lines at a time, as in `linear.bf16`; how many lines that were."""
     configure(TILE)
     row, blocks, x_next = 2 * LANES, lines // (2 * TILE), steps * TILE_BYTES
-    depth = -(-steps // -(-steps // DEPTH))
-    asked = -(-TILE // blocks)
-    for s in range(0, _STRIPS, 2):
+    depth, asked = part_depth(steps), -(-TILE // blocks)
+    for s in range(0, STRIPS, 2):
         for k in range(0, steps, depth):
             count, o_w = min(depth, steps - k), w + s * size + k * TILE_BYTES
-            wanted = o_w + depth * TILE_BYTES if k + depth < steps else w + (s + 2) * size
+            wanted = next_part(w, size, steps, s, k)
             for i in range(blocks):
                 o = i * 2 * TILE * row if depth < steps else 0
                 place, at = sums.ctypes.data + 4 * o, x + 2 * i * x_next + k * TILE_BYTES
