@@ -163,17 +163,18 @@ def _close(sync: Any) -> None:
 
 
 class Team:
-    """`size` threads, the caller's among them, that run `work`.
+    """`size` threads, the caller's among them, that run `serve`.
 
-    work(thread, sync, *arguments) does a step's items. serve(sync, member, pipe, byte, *arguments) enters step after
-    step, does `work` and leaves, until there are no more. Both are compiled and give the interpreter's lock away. The
-    arguments are the same for every step: what changes is written into their arrays.
+    serve(sync, member, pipe, byte, *arguments) is compiled and gives the interpreter's lock away. For member 0, the
+    caller, it does the items of a step that was opened; for another it enters step after step, does them and leaves,
+    until there are no more. The arguments are the same for every step: what changes is written into their arrays.
     """
 
-    def __init__(self, size: int, work: Any, serve: Any, arguments: tuple[Any, ...]) -> None:
+    def __init__(self, size: int, serve: Any, arguments: tuple[Any, ...]) -> None:
         self.size = size
-        self._work, self._serve, self._arguments = work, serve, arguments
+        self._serve, self._arguments = serve, arguments
         self._sync = np.zeros(_ASLEEP + size, dtype=np.int64)
+        self._byte = np.zeros(1, dtype=np.uint8)
         self._steps = 0
         self._pipes: list[tuple[int, int]] = []
 
@@ -181,27 +182,27 @@ class Team:
         """One step, by one thread or by all."""
         if threads == 1 or self.size == 1:
             _open(self._sync, 0, 0)
-            self._work(0, self._sync, *self._arguments)
+            self._serve(self._sync, 0, 0, self._byte, *self._arguments)
             return
         if not self._pipes:
             self._gather()
         self._steps += 1
-        asleep = _open(self._sync, self._steps, len(self._pipes))
-        for member, (_, end) in enumerate(self._pipes):
+        asleep = _open(self._sync, self._steps, self.size)
+        for member, (_, end) in enumerate(self._pipes, 1):
             if asleep >> member & 1:
                 os.write(end, b"!")
-        self._work(0, self._sync, *self._arguments)
+        self._serve(self._sync, 0, 0, self._byte, *self._arguments)
         _close(self._sync)
 
     @property
     def sleepers(self) -> int:
         """Members that sleep: the next step will wake them."""
-        return int(self._sync[_ASLEEP : _ASLEEP + len(self._pipes)].sum())
+        return int(self._sync[_ASLEEP:].sum())
 
     def _gather(self) -> None:
         self._pipes = [os.pipe() for _ in range(self.size - 1)]
         threads = []
-        for member, (end, _) in enumerate(self._pipes):
+        for member, (end, _) in enumerate(self._pipes, 1):
             byte = np.zeros(1, dtype=np.uint8)
             arguments = (self._sync, member, end, byte, *self._arguments)
             threads.append(threading.Thread(target=self._serve, args=arguments, daemon=True))

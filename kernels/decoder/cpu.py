@@ -26,12 +26,12 @@ from lattice_serve.kernels.decoder.prompt import (
     block_rows,
     embed,
     head_phase,
-    mlp,
     norm_and_gates,
+    output_and_mlp,
 )
 from lattice_serve.kernels.decoder.weights import DecoderWeights, Packer
 from lattice_serve.kernels.lanes import LANES, aligned, padded, spread
-from lattice_serve.kernels.linear.activations import activations, has_to_settle, rows_from, settle
+from lattice_serve.kernels.linear.activations import activations, has_to_settle, settle
 from lattice_serve.kernels.linear.cpu import PANEL, linear, panel_count, scratch_size
 from lattice_serve.kernels.mixer.block import MixerBlock
 from lattice_serve.kernels.mixer.cpu import mix_head
@@ -128,7 +128,7 @@ class CpuDecoder:
         self.nbytes = sum(array.nbytes for array in (strips, scales, small))
         self._products = sum(matrix.numel() for layer in weights.layers for matrix in (
             layer.in_proj, layer.out_proj, layer.gate_up_proj, layer.down_proj))  # fmt: skip
-        self.team = Team(threads, _work, _serve, (
+        self.team = Team(threads, _serve, (
             self._step, self._ids, self._segments, self._wanted, pool.numpy().reshape(-1),
             np.array((layout.row_size, layout.layer_size, layout.head_size), dtype=np.int64), block.places, block.dims,
             np.array(widths, dtype=np.int64), np.float32(weights.norm_eps), np.array(table, dtype=np.int64),
@@ -195,6 +195,33 @@ def _linear_phase(
 
 
 @njit(cache=True)
+def _swiglu_phase(
+    sync: Any, ticket: int, base: int, threads: int, w: Any, o_w: int, scales: Any, o_s: int, K: int, inner: int,
+    x: Any, M: int, act: Any, gate_up: Any, scratch: Any,
+) -> tuple[int, int]:  # fmt: skip
+    """Gates and ups, and SwiGLU of them; gate_up: room for some panels of this thread's."""
+    N, together = 2 * padded(inner), max(1, _GATES_UPS // M)
+    panels = panel_count(N)
+    count = _parts(panels, threads)
+    while ticket < base + count:
+        wait_for(sync, base)
+        first, last = (ticket - base) * panels // count, (ticket - base + 1) * panels // count
+        while first < last:
+            end = min(first + together, last)
+            linear(
+                w, o_w, scales, o_s, N, K, x, M, gate_up, 0, together * PANEL, False, first, end, scratch
+            )  # fmt: skip
+            for panel in range(first, end):
+                k = panel * PANEL // 2
+                for t in range(M):
+                    place = (t * together + panel - first) * PANEL
+                    swiglu(gate_up, place, min(PANEL // 2, inner - k), act, t, inner, k)
+            first = end
+        ticket = finish(sync)
+    return ticket, base + count
+
+
+@njit(cache=True)
 def _settle_phase(sync: Any, ticket: int, base: int, x: Any, M: int, K: int) -> tuple[int, int]:
     count = _items(M, _ROWS) if has_to_settle(x) else 0
     while ticket < base + count:
@@ -206,7 +233,7 @@ def _settle_phase(sync: Any, ticket: int, base: int, x: Any, M: int, K: int) -> 
     return ticket, base + count
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def _work(
     thread: int, sync: Any, step: Any, ids: Any, segments: Any, wanted: Any, S: Any, sizes: Any, places: Any, dims: Any,
     widths: Any, eps: float, table: Any, ends: Any, embedding: Any, w: Any, scales: Any, small: Any, x: Any,
@@ -214,13 +241,12 @@ def _work(
 ) -> None:  # fmt: skip
     M, n, R, threads, E, wide = step[0], step[1], step[2], step[3], step[4], step[5] > 0
     width, z_width, y_width, inner, V = widths[0], widths[1], widths[2], widths[3], widths[4]
-    row, z_row, inner_row = spread(width), spread(z_width), padded(inner)
+    row, z_row = spread(width), spread(z_width)
     row_size, layer_size, head_size = sizes[0], sizes[1], sizes[2]
     H, head_width = dims[0], 2 * (dims[1] + dims[2])
     scratch, gate_up = scratches[thread], gates_ups[thread]
-    together = max(1, _GATES_UPS // M)
     by_rows = _items(M, _ROWS)
-    base = 0
+    base = np.int64(0)  # Numba would compile each phase for a literal 0, too
     ticket = take(sync)
     if wide:
         block = block_rows(M, threads)
@@ -240,14 +266,8 @@ def _work(
                 if layer < 0:
                     embed(x, row, width, embedding, ids, first, last)
                 else:
-                    for t in range(first, last):
-                        settle(mixed, t, y_width)
-                    linear(
-                        w, at[2], scales, at[3], width, y_width, rows_from(mixed, first, y_width), last - first, x,
-                        first * row, row, True, 0, panel_count(width), scratch,
-                    )  # fmt: skip
-                    mlp(
-                        x, first, last, width, inner, small, at[10], eps, normed, w, scales, at[4], at[5], at[6], at[7],
+                    output_and_mlp(
+                        x, first, last, width, y_width, inner, mixed, small, at[10], eps, normed, w, scales, at[2:8],
                         act, gate_up, scratch,
                     )  # fmt: skip
                 if layer + 1 < len(table):
@@ -299,25 +319,9 @@ def _work(
                 rms_norm(x, t * row, width, small, at[10], eps, normed, t)
             ticket = finish(sync)
         base += by_rows
-        panels = panel_count(2 * inner_row)
-        count = _parts(panels, threads)
-        while ticket < base + count:
-            wait_for(sync, base)
-            first, last = (ticket - base) * panels // count, (ticket - base + 1) * panels // count
-            while first < last:
-                end = min(first + together, last)
-                linear(
-                    w, at[4], scales, at[5], 2 * inner_row, width, normed, M, gate_up, 0, together * PANEL, False,
-                    first, end, scratch,
-                )  # fmt: skip
-                for panel in range(first, end):
-                    k = panel * PANEL // 2
-                    for t in range(M):
-                        place = (t * together + panel - first) * PANEL
-                        swiglu(gate_up, place, min(PANEL // 2, inner - k), act, t, inner, k)
-                first = end
-            ticket = finish(sync)
-        base += count
+        ticket, base = _swiglu_phase(
+            sync, ticket, base, threads, w, at[4], scales, at[5], width, inner, normed, M, act, gate_up, scratch
+        )
         ticket, base = _settle_phase(sync, ticket, base, act, M, inner)
         ticket, base = _linear_phase(
             sync, ticket, base, threads, w, at[6], scales, at[7], width, inner, act, M, x, row, True, scratch
@@ -341,11 +345,20 @@ def _work(
 
 
 @njit(nogil=True, cache=True)
-def _serve(sync: Any, member: int, pipe: int, byte: Any, *arguments: Any) -> None:
-    step = 0
-    while True:
-        step = enter(sync, step, member, pipe, byte)
-        if step < 0:
-            return
-        _work(member + 1, sync, *arguments)
-        leave(sync)
+def _serve(
+    sync: Any, member: int, pipe: int, byte: Any, plan: Any, ids: Any, segments: Any, wanted: Any, S: Any, sizes: Any,
+    places: Any, dims: Any, widths: Any, eps: float, table: Any, ends: Any, embedding: Any, w: Any, scales: Any,
+    small: Any, x: Any, normed: Any, z: Any, mixed: Any, act: Any, chosen: Any, final: Any, logits: Any,
+    gates_ups: Any, scratches: Any,
+) -> None:  # fmt: skip
+    step = np.int64(0)
+    while step >= 0:
+        # The caller's thread does but the step that it has opened.
+        step = enter(sync, step, member, pipe, byte) if member > 0 else np.int64(-1)
+        if member == 0 or step >= 0:
+            _work(
+                member, sync, plan, ids, segments, wanted, S, sizes, places, dims, widths, eps, table, ends, embedding,
+                w, scales, small, x, normed, z, mixed, act, chosen, final, logits, gates_ups, scratches,
+            )  # fmt: skip
+        if step >= 0:
+            leave(sync)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numba import njit
 
 from lattice_serve.kernels.cpu.amx import TILE
@@ -17,11 +18,10 @@ from lattice_serve.kernels.cpu.team import finish, wait_for
 from lattice_serve.kernels.cpu.vector import store, widened
 from lattice_serve.kernels.lanes import LANES, padded, spread
 from lattice_serve.kernels.linear.activations import rows_from, settle
-from lattice_serve.kernels.linear.aside import take_turns
-from lattice_serve.kernels.linear.cpu import PANEL, linear, panel_count, strip_size
+from lattice_serve.kernels.linear.aside import SwigluRows, nothing, take_turns
+from lattice_serve.kernels.linear.cpu import PANEL, linear, linear_beside, panel_count, strip_size
 from lattice_serve.kernels.mixer.cpu import mix_head
 from lattice_serve.kernels.norm.cpu import rms_norm
-from lattice_serve.kernels.swiglu.cpu import SwigluRows
 
 HEAD_ROWS = 256
 """Rows of a head that are projected and then mixed."""
@@ -96,28 +96,34 @@ def norm_and_gates(
 
 
 @njit(cache=True)
-def mlp(
-    x: Any, first: int, last: int, width: int, inner: int, small: Any, o_norm: int, eps: float, normed: Any, w: Any,
-    scales: Any, o_up: int, o_up_scales: int, o_down: int, o_down_scales: int, act: Any, gate_up: Any, scratch: Any,
+def output_and_mlp(
+    x: Any, first: int, last: int, width: int, y_width: int, inner: int, mixed: Any, small: Any, o_norm: int,
+    eps: float, normed: Any, w: Any, scales: Any, at: Any, act: Any, gate_up: Any, scratch: Any,
 ) -> None:  # fmt: skip
-    """Norm, SwiGLU and residual of some rows of x."""
+    """Output projection, norm and SwiGLU of some rows, added to x; at: where weights and scales of the three are."""
     row, N, M, panels = spread(width), 2 * padded(inner), last - first, panel_count(2 * padded(inner))
+    for t in range(first, last):
+        settle(mixed, t, y_width)
+    linear(
+        w, at[0], scales, at[1], width, y_width, rows_from(mixed, first, y_width), M, x, first * row, row, True, 0,
+        panel_count(width), scratch,
+    )  # fmt: skip
     for t in range(first, last):
         rms_norm(x, t * row, width, small, o_norm, eps, normed, t)
     rows, gate_up_row = rows_from(normed, first, width), spread(PANEL)
     # Two panels by turns: one is multiplied while SwiGLU takes the other.
-    done = SwigluRows(gate_up, 0, gate_up_row, 0, act, first, 0, inner, 0)
+    done = nothing(gate_up, act)
     for panel in range(panels):
         o, k = panel % 2 * M * gate_up_row, panel * PANEL // 2
-        linear(
-            w, o_up, scales, o_up_scales, N, width, rows, M, gate_up, o, gate_up_row, False, panel, panel + 1, scratch,
+        linear_beside(
+            w, at[2], scales, at[3], N, width, rows, M, gate_up, o, gate_up_row, False, panel, panel + 1, scratch,
             done,
         )  # fmt: skip
         done = SwigluRows(gate_up, o, gate_up_row, min(PANEL // 2, inner - k), act, first, M, inner, k)
-    take_turns(done, 0, M)
+    take_turns(done, np.int64(0), M)
     for t in range(first, last):
         settle(act, t, inner)
     linear(
-        w, o_down, scales, o_down_scales, width, inner, rows_from(act, first, inner), M, x, first * row, row, True, 0,
+        w, at[4], scales, at[5], width, inner, rows_from(act, first, inner), M, x, first * row, row, True, 0,
         panel_count(width), scratch,
     )  # fmt: skip

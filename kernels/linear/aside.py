@@ -1,47 +1,45 @@
 """Work for vectors while the matrix unit multiplies, in turns: the unit leaves most of the processor idle.
 
-A piece of work is a named tuple of what it needs. Who defines one says, by overloads of two functions for its type, how
-many turns there are and what is done in one; None is no work.
+It is of one type, whoever multiplies, so that products are compiled once.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from numba import types
-from numba.extending import overload, register_jitable
+from numba import njit
+from numba.extending import register_jitable
 
-
-def turns(work: Any) -> int:
-    """How many turns there are; in compiled code only."""
-    raise NotImplementedError
+from lattice_serve.kernels.swiglu.cpu import swiglu
 
 
-def take(work: Any, turn: int) -> None:
-    """Take one of them; in compiled code only."""
-    raise NotImplementedError
+class SwigluRows(NamedTuple):
+    """`swiglu` of some rows, one a turn."""
+
+    x: Any
+    o_x: int
+    x_row: int
+    """Floats from row to row."""
+    n: int
+    out: Any
+    first: int
+    """The row of `out` for the first one."""
+    rows: int
+    K: int
+    k: int
 
 
 @register_jitable
+def nothing(x: Any, out: Any) -> SwigluRows:
+    """No work, of the type that work with such arrays has."""
+    return SwigluRows(x, 0, 0, 0, out, 0, 0, 0, 0)
+
+
+@njit(cache=True)
 def take_turns(work: Any, turn: int, count: int) -> int:
     """Take up to so many turns from `turn` on; the one that is next."""
-    end = min(turn + count, turns(work))
+    end = min(turn + count, work.rows)
     while turn < end:
-        take(work, turn)
+        swiglu(work.x, work.o_x + turn * work.x_row, work.n, work.out, work.first + turn, work.K, work.k)
         turn += 1
     return turn
-
-
-def _is_none(work: Any) -> bool:
-    """Whether a type is that of no work."""
-    return work is None or isinstance(work, types.NoneType) or (isinstance(work, types.Omitted) and work.value is None)
-
-
-@overload(turns, strict=False)
-def _no_turns(work: Any) -> Any:
-    return (lambda work: 0) if _is_none(work) else None
-
-
-@overload(take, strict=False)
-def _take_none(work: Any, turn: Any) -> Any:
-    return (lambda work, turn: None) if _is_none(work) else None

@@ -110,6 +110,7 @@ def _by_streams(
                         ask(wanted)
                         ask(wanted + size)
                         wanted += 4 * LANES
-                    turn = take_turns(aside, turn, share)
+                    if share > 0:
+                        turn = take_turns(aside, turn, share)
                 end(place, next_row)
     return turn

@@ -32,7 +32,7 @@ from lattice_serve.kernels.cpu.vector import load, splat, store
 from lattice_serve.kernels.cpu_features import Products, Stored, available_products
 from lattice_serve.kernels.lanes import LANES, aligned, padded
 from lattice_serve.kernels.linear.activations import ByteTiles, activations, fill
-from lattice_serve.kernels.linear.aside import take_turns, turns
+from lattice_serve.kernels.linear.aside import nothing, take_turns
 from lattice_serve.kernels.linear.bf16 import STRIPS, by_tiles_of_halves, stream_steps
 from lattice_serve.kernels.linear.int8 import FEW, LARGEST_K, by_tiles_of_bytes, by_vectors_of_bytes
 from lattice_serve.kernels.linear.quantize import quantize
@@ -234,7 +234,7 @@ def _panels_of(
         _, _, out, o_out, out_row, add = to
         size, steps, place = strip_size(K, w), -(-K // TILE_K), out.ctypes.data + 4 * o_out
         weights, filled, rows = w.ctypes.data, scratch.ctypes.data + 4 * _SUMS, x.ctypes.data
-        turn, share = 0, -(-turns(aside) // max(1, (last - first) * stream_steps(M, steps)))
+        turn, share = np.int64(0), -(-aside.rows // max(1, (last - first) * stream_steps(M, steps)))
         control = flush_denormals()
         for panel in range(first, last):
             o, strips = o_w + panel * STRIPS * size, _strips_of(panel, N)
@@ -315,18 +315,28 @@ def _fill_tiles(w: Any, o_w: int, strips: int, K: int, out: Any, o_out: int) -> 
             store(out, to + i, splat(np.float32(0)))
 
 
-@njit(cache=True)
+# Both are put in place where they are called, so that products are compiled once, not for each literal argument.
+@njit(inline="always")
 def linear(
     w: Any, o_w: int, scales: Any, o_s: int, N: int, K: int, x: Any, M: int, out: Any, o_out: int, out_row: int,
-    add: bool, first: int, last: int, scratch: Any, aside: Any = None,
+    add: bool, first: int, last: int, scratch: Any,
 ) -> None:  # fmt: skip
     """Panels `first` to `last` of a packed weight: those outputs of x [M, K] weight^T to out, or added to it.
 
     The strips begin at o_w of w, the scales at o_s of scales; x: `activations` of M rows of K; row after row of the
     outputs begins at o_out of out, out_row on; scratch: `scratch_size` floats on a cache line. All arrays are [..].
-    Outputs beyond N up to `padded(N)` become 0. aside: `linear.aside`, done meanwhile where there is time, and else
-    after it.
+    Outputs beyond N up to `padded(N)` become 0.
     """
+    linear_beside(
+        w, o_w, scales, o_s, N, K, x, M, out, o_out, out_row, add, first, last, scratch, nothing(out, x)
+    )  # fmt: skip
+
+
+@njit(inline="always")
+def linear_beside(
+    w: Any, o_w: int, scales: Any, o_s: int, N: int, K: int, x: Any, M: int, out: Any, o_out: int, out_row: int,
+    add: bool, first: int, last: int, scratch: Any, aside: Any,
+) -> None:  # fmt: skip
+    """The same, and `linear.aside` meanwhile where there is time, and else after it."""
     to = (scales, o_s, out, o_out - first * PANEL, out_row, add)
-    turn = _panels(w, o_w, N, K, x, M, first, last, scratch, to, aside)
-    take_turns(aside, turn, turns(aside))
+    take_turns(aside, _panels(w, o_w, N, K, x, M, first, last, scratch, to, aside), aside.rows)
