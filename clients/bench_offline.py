@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import statistics
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -133,7 +134,7 @@ class OfflineBench:
             grown_bytes=resident_bytes() - held,
         )
 
-    def _stream(self, prompt: list[int], tokens: int) -> float:
+    def _stream(self, prompt: Sequence[int], tokens: int) -> float:
         """Tokens a second from the first to the last but one; with the last, the cache is given the whole text."""
         params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
         times = [self._clock() for _ in self._llm.stream(prompt, params)]
@@ -157,9 +158,9 @@ class OfflineBench:
             fastest=max(rates),
         )
 
-    def _prompts(self, batch: int, tokens: int) -> list[list[int]]:
+    def _prompts(self, batch: int, tokens: int) -> list[array[int]]:
         vocabulary = range(self._llm.info.vocab_size)
-        return [self._draw.choices(vocabulary, k=tokens) for _ in range(batch)]
+        return [array("i", self._draw.choices(vocabulary, k=tokens)) for _ in range(batch)]
 
     def _generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)

@@ -310,7 +310,7 @@ class Engine:
     def _warm_up(self) -> None:
         """Compile what compiles at its first call, on a row that is then scrubbed: no request waits for it."""
         params = SamplingParams(max_tokens=1, temperature=0)
-        self.submit(Submit("warm-up", [0, 0], params))
+        self.submit(Submit("warm-up", Tokenizer.checked([0, 0], self.model.config.vocab_size), params))
         while self.has_work:
             self.step()
         self._prompt_tokens = self._generated = self._steps = self._step_tokens = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -129,7 +130,7 @@ class LLM:
         return [done.embedding or [] for done in self._complete(requests, progress)]
 
     def _complete(self, requests: Sequence[Submit], progress: bool) -> list[Completion]:
-        completions = [Completion(request.prompt_ids) for request in requests]
+        completions = [Completion(request.prompt_ids.tolist()) for request in requests]
         with (
             tqdm(total=len(requests), desc="generate", unit="prompt", disable=not progress) as bar,
             closing(self._run(requests)) as outputs,
@@ -140,18 +141,21 @@ class LLM:
                     bar.update()
         return completions
 
-    def _encode_all(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+    def _encode_all(self, prompts: Prompt | Sequence[Prompt]) -> list[array[int]]:
         if isinstance(prompts, str):
             return [self._encode(prompts)]
         ids = [item for item in prompts if isinstance(item, int)]
         if len(ids) not in (0, len(prompts)):
             raise InvalidParameter("prompts mixes token ids with prompts: give one list of either", param="prompt")
         if ids:
-            return [ids]
+            return [self._checked(ids)]
         return [self._encode(item) for item in prompts if not isinstance(item, int)]
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    def _encode(self, prompt: Prompt) -> array[int]:
+        return self._checked(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+
+    def _checked(self, ids: Sequence[int]) -> array[int]:
+        return Tokenizer.checked(ids, self.info.vocab_size)
 
     def _run(self, requests: Sequence[Submit]) -> Generator[tuple[int, TokenOutput], None, None]:
         """(place of its request, output), as they come; no more in the queue than the engine takes."""

@@ -8,12 +8,17 @@ answered by nothing more.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from array import array
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
 
 from lattice_serve.engine.sampling import SamplingParams
 
+if TYPE_CHECKING:
+    TokenIds: TypeAlias = array[int]
+else:  # Python 3.11 has no array[int], and msgspec looks at what it says
+    TokenIds = array
 FinishReason: TypeAlias = Literal["stop", "length"]
 Pooling: TypeAlias = Literal["mean", "last"]
 """Of the final hidden states of a prompt's tokens: all of them, or the last."""
@@ -30,7 +35,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
     request_id: str
-    prompt_ids: list[int]
+    prompt_ids: TokenIds
+    """int32; on the wire as bytes, for a list of a million would hold up other requests while it is read."""
     params: SamplingParams
     priority: int = 0
     """Lower runs first; equal ones in order of arrival."""
@@ -125,3 +131,27 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True):
 
 ToEngine: TypeAlias = Submit | Abort
 FromEngine: TypeAlias = Ready | StepOutputs
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    """A frame."""
+    data = _ENCODER.encode(message)
+    return len(data).to_bytes(4, "big") + data
+
+
+def _packed(value: Any) -> Any:
+    if isinstance(value, array):
+        return memoryview(value).cast("B")
+    raise NotImplementedError(f"{type(value).__name__} is nothing that messages hold")
+
+
+def _unpacked(kind: Any, value: Any) -> Any:
+    if not isinstance(value, bytes):
+        raise TypeError(f"token ids come as the bytes of int32, not as {type(value).__name__}")
+    return array("i", value)
+
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_packed)
+TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(Submit | Abort, dec_hook=_unpacked)
+FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(Ready | StepOutputs)
+"""What is in a frame, behind its length. Both raise `msgspec.MsgspecError` for what is no such message."""

@@ -21,7 +21,7 @@ import msgspec
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.engine import Engine, failure
 from lattice_serve.engine.errors import LatticeError
-from lattice_serve.engine.messages import Abort, FromEngine, StepOutputs, Submit, ToEngine
+from lattice_serve.engine.messages import TO_ENGINE, Abort, FromEngine, StepOutputs, ToEngine, encode
 
 
 class Connection:
@@ -49,22 +49,19 @@ class Connection:
         return messages
 
     def _read(self) -> None:
-        decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(Submit | Abort)
         try:
             with self._link.makefile("rb") as stream:
                 while header := stream.read(4):
-                    self._inbox.put(decoder.decode(stream.read(int.from_bytes(header, "big"))))
+                    self._inbox.put(TO_ENGINE.decode(stream.read(int.from_bytes(header, "big"))))
         except (OSError, msgspec.MsgspecError, LatticeError) as error:
             print(f"engine: connection lost: {error}", file=sys.stderr)
         finally:
             self._inbox.put(None)
 
     def _write(self) -> None:
-        encoder = msgspec.msgpack.Encoder()
         with suppress(OSError):  # The server has gone: the reader sees it too.
             while True:
-                data = encoder.encode(self._outbox.get())
-                self._link.sendall(len(data).to_bytes(4, "big") + data)
+                self._link.sendall(encode(self._outbox.get()))
 
 
 def serve(engine: Engine, connection: Connection) -> None:

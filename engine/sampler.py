@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +36,7 @@ class TokenCounts:
     def __init__(self, prompt_ids: Sequence[int], vocab_size: int, device: torch.device | str = "cpu") -> None:
         # Tensors of inference mode could not be counted up outside it.
         with torch.inference_mode(False):
-            prompt = torch.bincount(torch.tensor(prompt_ids, dtype=torch.int64), minlength=vocab_size) > 0
+            prompt = torch.bincount(torch.from_numpy(np.array(prompt_ids, dtype=np.int64)), minlength=vocab_size) > 0
             self.prompt = prompt.to(device)
             """`[V]` bool: in the prompt."""
             self.output = torch.zeros(vocab_size, dtype=torch.int32, device=device)

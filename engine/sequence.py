@@ -85,7 +85,7 @@ class Sequence:
         scored: list[TokenLogprob | None] | None = None if request.params.prompt_logprobs is None else [None]
         return cls(
             request_id=request.request_id,
-            prompt_ids=array("i", request.prompt_ids),
+            prompt_ids=request.prompt_ids,
             params=request.params,
             priority=request.priority,
             arrived=arrived,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar, Generic, TypeVar
@@ -42,7 +43,7 @@ class Answer(ABC, Generic[R, C]):
     """Both have `id`, `created`, `model`, `choices` and `usage`."""
 
     def __init__(
-        self, services: Services, request: R, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+        self, services: Services, request: R, prompts: Sequence[array[int]], params: Sequence[SamplingParams]
     ) -> None:
         """Every prompt is answered once with each of `params`: sequence i is of prompt i // len(params)."""
         self._services = services

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from array import array
 from typing import Any
 
 import msgspec
@@ -44,7 +45,7 @@ class ChatAnswer(Answer[ChatRequest, ChunkChoice]):
     whole_type = ChatCompletion
     chunk_type = ChatChunk
 
-    def __init__(self, services: Services, request: ChatRequest, prompt_ids: list[int]) -> None:
+    def __init__(self, services: Services, request: ChatRequest, prompt_ids: array[int]) -> None:
         template = services.template
         params = [_stopped(request.sampling(choice), template.stop) for choice in range(request.choices)]
         super().__init__(services, request, [prompt_ids], params)
@@ -71,7 +72,7 @@ class ChatAnswer(Answer[ChatRequest, ChunkChoice]):
         return [_joined(choice) for choice in parts]
 
 
-async def prompt_ids(services: Services, request: ChatPrompt) -> list[int]:
+async def prompt_ids(services: Services, request: ChatPrompt) -> array[int]:
     """Token ids of the prompt that the messages make. Raises what `ChatTemplate.render` does."""
     tokenizer, template = services.tokenizer, services.template
     messages = [_variables(message, template.knows_developers) for message in request.messages]

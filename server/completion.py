@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ class CompletionAnswer(Answer[CompletionRequest, Choice]):
 
 @dataclass(frozen=True)
 class _Prompt:
-    ids: list[int]
+    ids: array[int]
     text: str
     """Empty where it was given as ids and is not echoed."""
 
@@ -135,8 +136,8 @@ async def _read(services: Services, request: CompletionRequest, prompt: str | li
     """Raises `InvalidParameter` when an id is not in the vocabulary."""
     if isinstance(prompt, str):
         return _Prompt(await services.encode(prompt), prompt)
-    Tokenizer.check(prompt, services.tokenizer.vocab_size)
-    return _Prompt(prompt, await services.decode(prompt) if request.echo else "")
+    ids = Tokenizer.checked(prompt, services.tokenizer.vocab_size)
+    return _Prompt(ids, await services.decode(ids) if request.echo else "")
 
 
 def _joined(index: int, parts: list[Choice]) -> Choice:

@@ -35,11 +35,10 @@ async def embed(services: Services, request: EmbeddingRequest) -> Embeddings:
     return Embeddings(data, services.settings.model_name, EmbeddingUsage(tokens, tokens))
 
 
-async def _ids(services: Services, text: str | list[int]) -> list[int]:
+async def _ids(services: Services, text: str | list[int]) -> array[int]:
     if isinstance(text, str):
         return await services.encode(text)
-    Tokenizer.check(text, services.tokenizer.vocab_size, param="input")
-    return text
+    return Tokenizer.checked(text, services.tokenizer.vocab_size, param="input")
 
 
 def _unit(vector: list[float]) -> list[float]:

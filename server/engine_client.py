@@ -16,14 +16,15 @@ import structlog
 from lattice_serve.engine import errors
 from lattice_serve.engine.errors import EngineDied, LatticeError
 from lattice_serve.engine.messages import (
+    FROM_ENGINE,
     Abort,
     FromEngine,
     Ready,
     RequestFailed,
-    StepOutputs,
     Submit,
     ToEngine,
     TokenOutput,
+    encode,
 )
 from lattice_serve.server.errors import TimedOut
 from lattice_serve.server.metrics import Metrics, SequenceMeter
@@ -47,8 +48,6 @@ class EngineClient:
         self._metrics = metrics
         self._live: dict[str, _Live] = {}
         self._writer: asyncio.StreamWriter | None = None
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(Ready | StepOutputs)
 
     @property
     def live(self) -> int:
@@ -78,7 +77,7 @@ class EngineClient:
         try:
             while True:
                 size = int.from_bytes(await reader.readexactly(4), "big")
-                self._receive(self._decoder.decode(await reader.readexactly(size)))
+                self._receive(FROM_ENGINE.decode(await reader.readexactly(size)))
         except (OSError, asyncio.IncompleteReadError):
             log.warning("engine connection closed")
         except msgspec.DecodeError as error:
@@ -128,8 +127,7 @@ class EngineClient:
     def _send(self, message: ToEngine) -> None:
         # A connection that is lost is closed a moment before `run` hears of it, and ends what was submitted.
         if self._writer is not None and not self._writer.is_closing():
-            data = self._encoder.encode(message)
-            self._writer.write(len(data).to_bytes(4, "big") + data)
+            self._writer.write(encode(message))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
@@ -74,13 +75,13 @@ class Services:
                 f"there is no model {name[:100]!r} here: use {self.settings.model_name!r}", param="model"
             )
 
-    async def encode(self, text: str) -> list[int]:
-        return await _offload(self.tokenizer.encode, text)
+    async def encode(self, text: str) -> array[int]:
+        return await _offload(lambda text: array("i", self.tokenizer.encode(text)), text)
 
-    async def encode_marked(self, text: str) -> list[int]:
-        return await _offload(self.tokenizer.encode_marked, text)
+    async def encode_marked(self, text: str) -> array[int]:
+        return await _offload(lambda text: array("i", self.tokenizer.encode_marked(text)), text)
 
-    async def decode(self, ids: list[int]) -> str:
+    async def decode(self, ids: Sequence[int]) -> str:
         return await _offload(self.tokenizer.decode, ids)
 
 

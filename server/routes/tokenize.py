@@ -26,12 +26,12 @@ async def tokenize(request: Request, services: Injected) -> dict[str, Any]:
     asked = TokenizeRequest.parse(data)
     services.check_model(asked.model)
     if asked.prompt is None:
-        ids = await prompt_ids(services, TokenizeChatRequest.parse(data))
+        ids = (await prompt_ids(services, TokenizeChatRequest.parse(data))).tolist()
     elif asked.prompt in services.tokenizer.controls:
         # Clients ask so for the id of the end of text, whose name is never part of a prompt.
         ids = [services.tokenizer.controls[asked.prompt]]
     else:
-        ids = await services.encode(asked.prompt)
+        ids = (await services.encode(asked.prompt)).tolist()
     texts = [services.tokenizer.token_text(token_id) for token_id in ids] if asked.return_token_strs else None
     return {"tokens": ids, "count": len(ids), "max_model_len": MAX_MODEL_LEN, "token_strs": texts}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ def submit(
     pooling: Pooling | None = None,
     **params: Any,
 ) -> Submit:
-    return Submit(request_id, list(prompt_ids), SamplingParams(**params), priority, pooling=pooling)
+    return Submit(request_id, array("i", prompt_ids), SamplingParams(**params), priority, pooling=pooling)
 
 
 def make_engine(model: Path, *, quantum: int | None = None, **settings: Any) -> Engine:

@@ -262,7 +262,7 @@ class TestRefusals:
             ([], {}, "prompt", "prompt is empty"),
             ([3, -1], {}, "prompt", "token id -1: give ids from 0 to 4095"),
             ([3, VOCAB_SIZE], {}, "prompt", "token id 4096"),
-            ([2**70], {}, "prompt", "token id"),
+            ([2**31 - 1], {}, "prompt", "token id"),
             ([3], {"stop_token_ids": (3, VOCAB_SIZE)}, "stop_token_ids", "token id 4096"),
             ([3], {"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias", "token id 4096"),
             ([3], {"max_tokens": 0}, "max_tokens", "max_tokens is 0"),

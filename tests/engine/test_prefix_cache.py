@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -204,11 +205,11 @@ def test_a_shared_beginning_is_kept_at_its_second_sight(cached: Engine) -> None:
 
 def test_callers_mark_places(cached: Engine) -> None:
     params = SamplingParams(max_tokens=1)
-    drive(cached, [Visit(Submit("r", [*PROMPT, 1, 1], params, cache_points=(17, 40)))])
+    drive(cached, [Visit(Submit("r", array("i", [*PROMPT, 1, 1]), params, cache_points=(17, 40)))])
     assert ask(cached, [*PROMPT, 2, 2]) == (40, 2)
     assert ask(cached, [*PROMPT[:17], 2, 2]) == (17, 2)
     with pytest.raises(InvalidParameter, match="cache_points"):
-        cached.submit(Submit("r", PROMPT, params, cache_points=(41,)))
+        cached.submit(Submit("r", array("i", PROMPT), params, cache_points=(41,)))
 
 
 def states(engine: Engine) -> dict[int, bytes]:
@@ -301,7 +302,7 @@ def test_who_follows_goes_on_when_its_leader_leaves(cached: Engine) -> None:
 def test_keys_do_not_share(cached: Engine) -> None:
     params = SamplingParams(max_tokens=1)
     for salt in ("a", "b", "a"):
-        drive(cached, [Visit(Submit("r", PROMPT, params, cache_salt=salt))])
+        drive(cached, [Visit(Submit("r", array("i", PROMPT), params, cache_salt=salt))])
     assert cached.stats().prompt_tokens_total == 80
     assert cached.stats().cache_outcomes == {"new": 2, "hit": 1}
 
@@ -323,7 +324,7 @@ def test_without_memory_nothing_is_kept(tiny_model: Path) -> None:
 
 
 def test_a_request_for_no_tokens_warms_the_cache(cached: Engine) -> None:
-    warm = Submit("w", PROMPT, SamplingParams(max_tokens=0), cache_points=(40,))
+    warm = Submit("w", array("i", PROMPT), SamplingParams(max_tokens=0), cache_points=(40,))
     for runs in (40, 0):
         before = cached.stats().prompt_tokens_total
         drive(cached, [Visit(warm)])

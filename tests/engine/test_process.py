@@ -18,7 +18,17 @@ import pytest
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.llm import Completion
-from lattice_serve.engine.messages import Abort, FromEngine, Ready, RequestFailed, StepOutputs, Submit, ToEngine
+from lattice_serve.engine.messages import (
+    FROM_ENGINE,
+    Abort,
+    FromEngine,
+    Ready,
+    RequestFailed,
+    StepOutputs,
+    Submit,
+    ToEngine,
+    encode,
+)
 from lattice_serve.engine.process import Connection, serve
 from tests.engine.harness import assert_idle, complete, live, make_engine, submit, take_in
 from tests.server.harness import wait_for
@@ -34,6 +44,8 @@ REQUESTS = [
 ]
 ENDLESS = submit("endless", [7, 7], max_tokens=10**9, ignore_eos=True)
 
+IDS = bytes((1, 0, 0, 0))
+
 
 def frame(data: bytes) -> bytes:
     return len(data).to_bytes(4, "big") + data
@@ -46,19 +58,18 @@ class Peer:
         link.settimeout(SECONDS)
         self.link = link
         self._stream = link.makefile("rb")
-        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(Ready | StepOutputs)
 
     def close(self) -> None:
         self._stream.close()
         self.link.close()
 
     def send(self, *messages: ToEngine) -> None:
-        self.link.sendall(b"".join(frame(msgspec.msgpack.encode(message)) for message in messages))
+        self.link.sendall(b"".join(map(encode, messages)))
 
     def receive(self) -> FromEngine | None:
         """The next message; None when the engine has closed the connection."""
         header = self._stream.read(4)
-        return self._decoder.decode(self._stream.read(int.from_bytes(header, "big"))) if header else None
+        return FROM_ENGINE.decode(self._stream.read(int.from_bytes(header, "big"))) if header else None
 
     def ready(self) -> Ready:
         message = self.receive()
@@ -201,16 +212,30 @@ class TestServe:
             frame(b"\xff" * 100),
             frame(msgspec.msgpack.encode({"type": "Unknown", "request_id": "r"})),
             frame(msgspec.msgpack.encode({"type": "Submit", "request_id": "r"})),
-            frame(msgspec.msgpack.encode({"type": "Submit", "request_id": 1, "prompt_ids": [1], "params": {}})),
+            frame(msgspec.msgpack.encode({"type": "Submit", "request_id": 1, "prompt_ids": IDS, "params": {}})),
+            frame(msgspec.msgpack.encode({"type": "Submit", "request_id": "r", "prompt_ids": [1], "params": {}})),
+            frame(msgspec.msgpack.encode({"type": "Submit", "request_id": "r", "prompt_ids": IDS[1:], "params": {}})),
             frame(
                 msgspec.msgpack.encode(
-                    {"type": "Submit", "request_id": "r", "prompt_ids": [1], "params": {"temperature": -1.0}}
+                    {"type": "Submit", "request_id": "r", "prompt_ids": IDS, "params": {"temperature": -1.0}}
                 )
             ),
-            frame(msgspec.msgpack.encode(REQUESTS[0]))[:-1],
+            encode(REQUESTS[0])[:-1],
             b"\0\0",
         ],
-        ids=["no msgpack", "empty", "noise", "no such type", "fields missing", "wrong type", "range", "cut", "header"],
+        ids=[
+            "no msgpack",
+            "empty",
+            "noise",
+            "no such type",
+            "fields missing",
+            "wrong type",
+            "a list",
+            "part of an id",
+            "range",
+            "cut",
+            "header",
+        ],
     )
     def test_what_is_no_message_ends_the_connection_with_a_word(
         self, engine: Engine, data: bytes, capfd: pytest.CaptureFixture[str]

@@ -6,6 +6,7 @@ rows, in another order, beside requests that are aborted.
 
 from __future__ import annotations
 
+from array import array
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,11 @@ def check(model: Path, visits: list[Visit], dtype: str = "auto", **options: Any)
     return engine
 
 
-_answers: dict[tuple[Path, str, bytes], Completion] = {}
+_answers: dict[tuple[Path, str, bytes, bytes], Completion] = {}
 
 
 def alone(model: Path, dtype: str, request: Submit) -> Completion:
-    key = model, dtype, msgspec.msgpack.encode((request.prompt_ids, request.params))
+    key = model, dtype, request.prompt_ids.tobytes(), msgspec.msgpack.encode(request.params)
     if key not in _answers:
         _answers[key] = complete(whole_engine(model, dtype), request)
     return _answers[key]
@@ -89,7 +90,7 @@ def visit(draw: st.DrawFn, prompts: st.SearchStrategy[list[int]] = prompts) -> V
     params = SamplingParams(**draw(sampling))
     comes = draw(st.integers(0, 12))
     leaves = draw(st.none() | st.none() | st.integers(comes, comes + 12))
-    return Visit(Submit("", draw(prompts), params, draw(st.integers(-1, 1))), comes, leaves)
+    return Visit(Submit("", array("i", draw(prompts)), params, draw(st.integers(-1, 1))), comes, leaves)
 
 
 @st.composite

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ class Simulation:
     def add(self, prompt: int = 1, max_tokens: int = 1, priority: int = 0) -> Sequence:
         params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=0 if max_tokens == 0 else None)
         sequence = Sequence.of(
-            Submit(f"s{self._made}", [0] * prompt, params, priority),
+            Submit(f"s{self._made}", array("i", [0] * prompt), params, priority),
             arrived=0.0,
             sample_row=SampleRow(params, seed=0, index=0),
             detokenizer=Detokenizer(lambda token_id: b"x"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from array import array
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -117,7 +118,9 @@ class TestTwoProcesses:
     def test_what_is_cached_has_the_bits_of_what_is_not(self, two: Engine) -> None:
         first = submit("first", PROMPT, max_tokens=2, seed=1, logprobs=1, ignore_eos=True)
         prompts = {"again": PROMPT, "parts within a chunk": [*PROMPT[:9], 7, 7, 7], "parts there too": [*PROMPT[:9], 8]}
-        requests = [msgspec.structs.replace(first, request_id=name, prompt_ids=ids) for name, ids in prompts.items()]
+        requests = [
+            msgspec.structs.replace(first, request_id=name, prompt_ids=array("i", ids)) for name, ids in prompts.items()
+        ]
         cold = []
         for request in requests:
             two.cache.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,14 @@ def test_a_lone_surrogate_is_the_callers_mistake(text: str) -> None:
 @pytest.mark.parametrize("ids", [[], [0], [4095], [3, 0, 4095]])
 def test_check_takes_the_vocabulary(ids: list[int]) -> None:
     Tokenizer.check(ids, 4096)
+    assert Tokenizer.checked(ids, 4096) == Tokenizer.checked(array("i", ids), 4096) == array("i", ids)
+
+
+def test_what_was_checked_is_the_callers_no_more() -> None:
+    mine = array("i", [1, 2, 3])
+    checked = Tokenizer.checked(mine, 4096)
+    mine[0] = 5000
+    assert checked[0] == 1
 
 
 @pytest.mark.parametrize(("ids", "wrong"), [([4096], "4096"), ([1, -1, 5000], "-1"), ([2**70], str(2**70))])
@@ -96,9 +105,10 @@ def test_check_names_the_field_the_id_and_the_range(ids: list[int], wrong: str) 
     with pytest.raises(InvalidParameter, match=f"logit_bias holds token id {wrong}: give ids from 0 to 4095") as caught:
         Tokenizer.check(dict.fromkeys(ids, 1.0), 4096, param="logit_bias")
     assert caught.value.param == "logit_bias"
-    with pytest.raises(InvalidParameter) as caught:
-        Tokenizer.check(ids, 4096)
-    assert caught.value.param == "prompt"
+    for check in (Tokenizer.check, Tokenizer.checked):
+        with pytest.raises(InvalidParameter, match=f"prompt holds token id {wrong}: ") as caught:
+            check(ids, 4096)
+        assert caught.value.param == "prompt"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -30,15 +30,15 @@ import msgspec
 
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.messages import (
-    Abort,
+    TO_ENGINE,
     EngineStats,
     Ready,
     RequestFailed,
     StepOutputs,
     Submit,
-    ToEngine,
     TokenLogprob,
     TokenOutput,
+    encode,
 )
 from lattice_serve.engine.tokenizer import Tokenizer
 
@@ -69,17 +69,16 @@ class FakeEngine:
         self.writer = writer
         rows = self.config.max_rows or 8
         self.send(Ready("fake", os.getpid(), rows, 1000, self.tokenizer.vocab_size, "cpu", "float32", 0.0))
-        decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(Submit | Abort)
         while True:
             size = int.from_bytes(await reader.readexactly(4), "big")
-            message = decoder.decode(await reader.readexactly(size))
+            message = TO_ENGINE.decode(await reader.readexactly(size))
             if isinstance(message, Submit):
                 params = message.params
                 self.record(
                     "submit",
                     pid=os.getpid(),
                     id=message.request_id,
-                    ids=message.prompt_ids,
+                    ids=message.prompt_ids.tolist(),
                     seed=params.seed,
                     stop=params.stop,
                     grammar=msgspec.to_builtins(params.grammar),
@@ -91,8 +90,7 @@ class FakeEngine:
                     self.tasks.pop(message.request_id).cancel()
 
     def send(self, message: Ready | StepOutputs) -> None:
-        data = msgspec.msgpack.encode(message)
-        self.writer.write(len(data).to_bytes(4, "big") + data)
+        self.writer.write(encode(message))
 
     def step(self, *outputs: TokenOutput, failures: list[RequestFailed] | None = None) -> None:
         used = self.counts["rows_used"]
@@ -157,7 +155,7 @@ class FakeEngine:
             await asyncio.sleep(0)
 
     def word(self, request: Submit, place: int) -> int:
-        digest = hashlib.sha256(repr((request.prompt_ids, request.params.seed, place)).encode()).digest()
+        digest = hashlib.sha256(repr((request.prompt_ids.tolist(), request.params.seed, place)).encode()).digest()
         return self.words[int.from_bytes(digest[:4], "big") % len(self.words)]
 
     def output(

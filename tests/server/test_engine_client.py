@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from pathlib import Path
 
-import msgspec
 import pytest
 import uvloop
 
 from lattice_serve.engine.errors import EngineDied
-from lattice_serve.engine.messages import Ready, Submit
+from lattice_serve.engine.messages import Ready, Submit, encode
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.server.engine_client import EngineClient, Generation
 from lattice_serve.server.metrics import Metrics
 
-READY = msgspec.msgpack.encode(Ready("m", 1, 8, 1000, 300, "cpu", "float32", 0.0))
+READY = encode(Ready("m", 1, 8, 1000, 300, "cpu", "float32", 0.0))
 
 
 async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """An engine that is ready, and no more."""
-    writer.write(len(READY).to_bytes(4, "big") + READY)
+    writer.write(READY)
     await reader.read()
     writer.close()
 
@@ -34,7 +34,7 @@ def test_what_comes_between_an_engines_death_and_its_news_ends_like_what_came_be
         client._writer.transport.abort()  # as when something cannot be sent
         generation = Generation(None)
         for index in range(2):
-            client.submit(generation, index, Submit("", [1], SamplingParams()))
+            client.submit(generation, index, Submit("", array("i", [1]), SamplingParams()))
             await asyncio.sleep(0)  # the transport is closed now; `run` goes on next
         with pytest.raises(EngineDied):
             await anext(generation)
