@@ -29,6 +29,8 @@ wants the processors; some milliseconds where threads would mostly take them fro
 
 class Backend(Protocol):
     name: str
+    arithmetic: str
+    """What the bits of a state depend on, beside weights and tokens."""
     multiple: int
     """A prompt is cut into segments at multiples of so many tokens."""
 
@@ -47,7 +49,7 @@ class Backend(Protocol):
 class TorchBackend:
     """The torch reference on any device, one segment after another."""
 
-    name = "torch reference"
+    name = arithmetic = "torch reference"
 
     def __init__(
         self,

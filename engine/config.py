@@ -13,6 +13,9 @@ from lattice_serve.engine.errors import CheckpointError
 Objective: TypeAlias = Literal["decoding", "similarity", "encoding"]
 DType: TypeAlias = Literal["float32", "bfloat16"]
 
+SAVE_SECONDS = 60.0
+"""In which an engine has to write its cached states, once its server is gone."""
+
 
 class ModelConfig(BaseModel):
     """`config.json` of a model folder. d is `head_dim`, m is `num_slots`, C is `chunk_size`."""

@@ -7,6 +7,7 @@ LatticeError
 │   ├── InvalidParameter     400  one field is wrong: names the field and the remedy
 │   ├── ModelNotFound        404  no such model is served
 │   └── ResponseNotFound     404  no such response is stored
+├── CacheFileError           500  a file of cached states is not what it should be; the engine does without it
 ├── Overloaded               429  the waiting queue is full: come back after `retry_after` seconds
 ├── Draining                 503  the server is shutting down
 ├── EngineUnavailable        503  the engine is starting or being restarted
@@ -34,6 +35,10 @@ class ConfigError(LatticeError):
 
 
 class CheckpointError(ConfigError):
+    status = 500
+
+
+class CacheFileError(LatticeError):
     status = 500
 
 

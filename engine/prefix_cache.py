@@ -47,6 +47,11 @@ class PrefixCache:
         return any(tier.budget for tier in self._tiers)
 
     @property
+    def budget(self) -> int:
+        """Bytes, of all devices."""
+        return sum(tier.budget for tier in self._tiers)
+
+    @property
     def nbytes(self) -> int:
         return sum(tier.used for tier in self._tiers) + _TOKEN_BYTES * self._tokens
 
@@ -66,7 +71,7 @@ class PrefixCache:
             whole = depth == len(ids)
             if (whole and (not chooses or snapshot.logits is not None)) or (not whole and depth % self._multiple == 0):
                 self.outcomes["hit"] += 1
-                self._use(snapshot)
+                self.renew(snapshot)
                 return snapshot, shared
         self.outcomes["no_snapshot" if shared else "new"] += 1
         return None, shared
@@ -92,7 +97,7 @@ class PrefixCache:
         tree = self._trees.setdefault(salt, RadixTree())
         node = tree.node(_array(ids), None if after is None else after.node)
         if node.value is not None and (node.value.logits is not None or logits is None):
-            self._use(node.value)
+            self.renew(node.value)
             return node.value
         if node.value is not None:
             self._tier(node.value).remove(node.value)
@@ -120,6 +125,14 @@ class PrefixCache:
         """Touch so many bytes for rows, where it is not `ready` for them."""
         self._tiers[0].prepare(nbytes)
 
+    def snapshots(self) -> list[Snapshot]:
+        """All of them, the least recently used first."""
+        return [snapshot for tier in reversed(self._tiers) for snapshot in tier.snapshots.values()]
+
+    def renew(self, snapshot: Snapshot) -> None:
+        """Count a snapshot that is kept as used just now."""
+        self._tier(snapshot).snapshots.move_to_end(id(snapshot))
+
     def clear(self) -> None:
         self.outcomes.clear()
         self._trees.clear()
@@ -141,9 +154,6 @@ class PrefixCache:
 
     def _tier(self, snapshot: Snapshot) -> Tier:
         return next(tier for tier in self._tiers if snapshot in tier)
-
-    def _use(self, snapshot: Snapshot) -> None:
-        self._tier(snapshot).snapshots.move_to_end(id(snapshot))
 
     def _shrink(self) -> None:
         for tier, following in zip_longest(self._tiers, self._tiers[1:]):

@@ -1,7 +1,8 @@
 """The engine as a process of its own: `python -m lattice_serve.engine.process --socket PATH --config JSON`.
 
 It binds a Unix socket at PATH, takes one connection, says `Ready` and speaks the messages of `engine.messages`. The
-connection is its life line: when the server closes it, or the server's end of stdin goes, the process ends.
+connection is its life line: when the server closes it, or the server's end of stdin goes, the process ends. With
+`--cache-file` it begins with the states that one before it has cached, and leaves its own there.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import signal
 import socket
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
-from lattice_serve.engine.config import EngineConfig
+from lattice_serve.engine import cache_file
+from lattice_serve.engine.config import SAVE_SECONDS, EngineConfig
 from lattice_serve.engine.engine import Engine, failure
-from lattice_serve.engine.errors import LatticeError
+from lattice_serve.engine.errors import CacheFileError, LatticeError
 from lattice_serve.engine.messages import TO_ENGINE, Abort, FromEngine, StepOutputs, ToEngine, encode
 
 
@@ -91,11 +94,31 @@ def serve(engine: Engine, connection: Connection) -> None:
                 connection.send(StepOutputs(outputs=[], failures=failures, stats=engine.stats()))
 
 
-def _end_with_parent() -> None:
-    """Exit when stdin ends: its other end is the server's, and goes with it however it dies."""
+def _end_with_parent(seconds: float) -> None:
+    """Exit when stdin ends, or that much later: its other end is the server's, and goes with it however it dies."""
     while os.read(0, 1024):
         pass
+    time.sleep(seconds)
     os._exit(0)
+
+
+def _load(engine: Engine, path: Path, identity: str) -> None:
+    began = time.monotonic()
+    if path.exists():
+        try:
+            states = cache_file.load(path, engine.cache, identity)
+            print(f"engine: {states} cached states from {path}, {time.monotonic() - began:.1f} s", file=sys.stderr)
+        except CacheFileError as error:
+            print(f"engine: the cache begins empty: {error.message}", file=sys.stderr)
+
+
+def _save(engine: Engine, path: Path, identity: str) -> None:
+    began = time.monotonic()
+    try:
+        states = cache_file.save(path, engine.cache, identity)
+        print(f"engine: {states} cached states to {path}, {time.monotonic() - began:.1f} s", file=sys.stderr)
+    except CacheFileError as error:
+        print(f"engine: cached states are lost: {error.message}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -103,10 +126,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lattice_serve.engine.process", description=__doc__)
     parser.add_argument("--socket", type=Path, required=True, help="path of the Unix socket to bind")
     parser.add_argument("--config", required=True, help="EngineConfig as JSON")
+    parser.add_argument("--cache-file", type=Path, help="where cached states outlive the process")
     options = parser.parse_args(arguments)
     # Who stops a whole process group means the server, which has yet to drain: its end is this process's, see below.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    last = SAVE_SECONDS if options.cache_file else 0.0
+    threading.Thread(target=_end_with_parent, args=(last,), daemon=True).start()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(options.socket))
         listener.listen(1)
@@ -114,9 +139,15 @@ def main(arguments: list[str] | None = None) -> int:
             engine = Engine(EngineConfig.model_validate_json(options.config), progress=True, beside=True)
             if engine.workers is not None:
                 engine.workers.watch(lambda: os._exit(1))  # whatever it is at: what it waits for may never come
+            if options.cache_file:
+                settings = engine.runner.backend.arithmetic, engine.info.dtype, engine.config.tensor_parallel_size
+                identity = cache_file.identity(engine.config.model, *settings)
+                _load(engine, options.cache_file, identity)
             link, _ = listener.accept()
             with link:
                 serve(engine, Connection(link))
+            if options.cache_file:
+                _save(engine, options.cache_file, identity)
         except LatticeError as error:
             print(f"error: {error.message}", file=sys.stderr)
             return 1

@@ -32,7 +32,7 @@ class StepResult:
 class Runner:
     def __init__(self, backend: Backend, device: torch.device) -> None:
         """device: where the backend's tensors are, and tokens are chosen."""
-        self._backend, self._device = backend, device
+        self.backend, self._device = backend, device
 
     @torch.inference_mode()
     def launch(self, pieces: Sequence[Piece]) -> Running:
@@ -41,7 +41,7 @@ class Runner:
         parts = [plan.add(piece) for piece in pieces]
         logits = hidden = torch.empty(0, device=self._device)
         if plan.ids:
-            logits, hidden = self._backend(plan.ids, Segments.of(plan.segments, plan.decodes), plan.wanted, plan.pooled)
+            logits, hidden = self.backend(plan.ids, Segments.of(plan.segments, plan.decodes), plan.wanted, plan.pooled)
         chosen = plan.chosen(logits)
         return Running(parts, logits, hidden, chosen, start(chosen, plan.rows))
 

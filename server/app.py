@@ -87,8 +87,10 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
     tokenizer = Tokenizer.load(settings.model, ModelConfig.load(settings.model).vocab_size)
     metrics = ServerMetrics(settings.model_name, settings.replicas)
     replicas = [
-        Replica(config, each, engine_command)
-        for config, each in zip(settings.engine_configs(), metrics.engines, strict=True)
+        Replica(config, each, engine_command, cache_file)
+        for config, each, cache_file in zip(
+            settings.engine_configs(), metrics.engines, settings.cache_files(), strict=True
+        )
     ]
     router = Router(replicas, max_waiting=settings.max_waiting)
     services = Services(settings, router, tokenizer, ChatTemplate(settings.model), metrics)

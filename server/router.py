@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, TypeAlias
 
@@ -22,9 +23,11 @@ ReplicaState: TypeAlias = Literal["starting", "ready", "restarting"]
 class Replica:
     """One engine: the way to it, and what keeps it running."""
 
-    def __init__(self, config: EngineConfig, metrics: Metrics, command: Sequence[str]) -> None:
+    def __init__(
+        self, config: EngineConfig, metrics: Metrics, command: Sequence[str], cache_file: Path | None = None
+    ) -> None:
         self.client = EngineClient(metrics)
-        self.supervisor = Supervisor(config, self.client, command)
+        self.supervisor = Supervisor(config, self.client, command, cache_file)
 
     @property
     def state(self) -> ReplicaState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,6 +51,9 @@ class Settings(EngineConfig, BaseSettings):
     between them."""
     replicas: int = Field(default=1, ge=1)
     """Engines, each with all that the engine's fields say: with GPUs of their own, or sharing the processors."""
+    prefix_cache_file: Path | None = None
+    """Where cached states outlive the engine: read at its start, written at its end. Of several replicas each has its
+    own, the path with `.0`, `.1`, ... behind it."""
     step_seconds: float | None = Field(default=0.05, gt=0, allow_inf_nan=False)
     """As the engine's, but limited: a server's clients wait for their next tokens."""
     grace_period: float = Field(default=30.0, ge=0, allow_inf_nan=False)
@@ -84,6 +88,16 @@ class Settings(EngineConfig, BaseSettings):
                 f"host is {self.host!r}, which others can reach: set an API key (LATTICE_API_KEY, or api_key_file), "
                 "or use 127.0.0.1",
                 param="host",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_cache_file(self) -> Settings:
+        path = self.prefix_cache_file
+        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise ConfigError(
+                f"prefix_cache_file is {str(path)!r}: give a file in a folder that can be written",
+                param="prefix_cache_file",
             )
         return self
 
@@ -134,6 +148,13 @@ class Settings(EngineConfig, BaseSettings):
             return [EngineConfig(**fields)]
         first = range(0, self.replicas * self.tensor_parallel_size, self.tensor_parallel_size)
         return [EngineConfig(**fields | {"device": f"{self.device}:{i}"}) for i in first]
+
+    def cache_files(self) -> list[Path | None]:
+        """One a replica."""
+        path = self.prefix_cache_file
+        if path is None or self.replicas == 1:
+            return [path] * self.replicas
+        return [path.with_name(f"{path.name}.{i}") for i in range(self.replicas)]
 
 
 def _is_loopback(host: str) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import structlog
 
-from lattice_serve.engine.config import EngineConfig
+from lattice_serve.engine.config import SAVE_SECONDS, EngineConfig
 from lattice_serve.engine.errors import ConfigError
 from lattice_serve.server.engine_client import EngineClient
 
@@ -37,13 +37,21 @@ class Supervisor:
     can drain first; and its stdin ends when the server does, however that happens.
     """
 
-    def __init__(self, config: EngineConfig, client: EngineClient, command: Sequence[str] = ENGINE_COMMAND) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        client: EngineClient,
+        command: Sequence[str] = ENGINE_COMMAND,
+        cache_file: Path | None = None,
+    ) -> None:
+        """cache_file: where what an engine has cached outlives it; writing it may take a while at the end."""
         self.restarts = 0
         self.failure: ConfigError | None = None
         """Set when the engine ended before it was ever ready: starting it again would not help."""
         self._config = config
         self._client = client
-        self._command = command
+        self._command = [*command, *(() if cache_file is None else ("--cache-file", str(cache_file)))]
+        self._stop_seconds = _STOP_SECONDS if cache_file is None else SAVE_SECONDS
 
     async def run(self) -> None:
         """Until cancelled, or until an engine ends that was never ready."""
@@ -85,15 +93,15 @@ class Supervisor:
         finally:
             link.cancel()
             await asyncio.gather(link, return_exceptions=True)
-            await _stop(process)
+            await _stop(process, self._stop_seconds)
         return await exited
 
 
-async def _stop(process: asyncio.subprocess.Process) -> None:
+async def _stop(process: asyncio.subprocess.Process, seconds: float) -> None:
     assert process.stdin is not None
     process.stdin.close()  # ends it, see `engine.process`
     try:
-        await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+        await asyncio.wait_for(process.wait(), seconds)
     except asyncio.TimeoutError:
         process.kill()
         await process.wait()

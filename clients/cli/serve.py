@@ -61,6 +61,9 @@ def serve(
     prefix_cache_memory: Annotated[
         str | None, typer.Option(help="Memory for states that may come again; 0 keeps none.", show_default="1G")
     ] = None,
+    prefix_cache_file: Annotated[
+        Path | None, typer.Option(help="Where such states outlive the server.", show_default="nowhere")
+    ] = None,
     prefix_cache_device_memory: Annotated[
         str | None, typer.Option(help="On a GPU: its memory, for those used last.", show_default="256M")
     ] = None,
@@ -112,6 +115,7 @@ def serve(
             state_memory=None if state_memory is None else parse_size(state_memory),
             speculative_tokens=speculative_tokens,
             prefix_cache_memory=None if prefix_cache_memory is None else parse_size(prefix_cache_memory),
+            prefix_cache_file=prefix_cache_file,
             prefix_cache_device_memory=(
                 None if prefix_cache_device_memory is None else parse_size(prefix_cache_device_memory)
             ),

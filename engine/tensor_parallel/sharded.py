@@ -52,7 +52,7 @@ class ShardedBackend:
 
     def __init__(self, share: Backend, workers: Workers, size: int) -> None:
         """share: the backend of the leader's share."""
-        self.name = f"{share.name}, tensor parallel {size}"
+        self.name, self.arithmetic = f"{share.name}, tensor parallel {size}", share.arithmetic
         self.multiple = share.multiple
         self._share, self._workers = share, workers
 

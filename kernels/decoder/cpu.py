@@ -45,10 +45,10 @@ _ROWS = 8
 _GATES_UPS = 8
 """Panels of gates and ups that are worked out before SwiGLU takes them, times rows, where these are few."""
 _NAMES: dict[Products, str] = {
-    "amx_int8": "int8 by AMX, ",
-    "avx512_vnni": "int8 by VPDPBUSD, ",
-    "amx": "bfloat16 by AMX, ",
-    "avx512_bf16": "bfloat16 by VDPBF16PS, ",
+    "amx_int8": "int8 by AMX",
+    "avx512_vnni": "int8 by VPDPBUSD",
+    "amx": "bfloat16 by AMX",
+    "avx512_bf16": "bfloat16 by VDPBF16PS",
     "float32": "",
 }
 
@@ -105,7 +105,9 @@ class CpuDecoder:
         embedding = (lines.view(torch.uint16) if lines.dtype == torch.bfloat16 else lines).numpy().reshape(-1)
         widths = (hidden, block.in_width, block.out_width, intermediate, V)
         self._parallel_from, self._wide_from = parallel_from, wide_from
-        self.name = f"{vectors()}, {_NAMES[products]}{threads} {'thread' if threads == 1 else 'threads'}"
+        self.arithmetic = ", ".join(filter(None, (vectors(), _NAMES[products])))
+        """What bits depend on, beside weights and tokens."""
+        self.name = f"{self.arithmetic}, {threads} {'thread' if threads == 1 else 'threads'}"
         """What it runs on."""
         self._step = np.zeros(6, dtype=np.int64)
         self._ids = np.zeros(max_tokens, dtype=np.int64)

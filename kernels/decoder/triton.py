@@ -64,8 +64,9 @@ class TritonDecoder:
         self.multiple = layout.shape.C
         """A prompt is cut into segments at multiples of so many tokens."""
         on_gpu = pool.device.type == "cuda"
-        name = torch.cuda.get_device_name(pool.device) if on_gpu else "Triton's interpreter"
-        self.name = f"{name}, CUDA graphs" if on_gpu else name
+        self.arithmetic = torch.cuda.get_device_name(pool.device) if on_gpu else "Triton's interpreter"
+        """What bits depend on, beside weights and tokens."""
+        self.name = f"{self.arithmetic}, CUDA graphs" if on_gpu else self.arithmetic
         self._sizes = ladder(len(pool))
         most = self._sizes[-1]
         self._inputs = torch.zeros(3 * most, dtype=torch.int64, device=pool.device)

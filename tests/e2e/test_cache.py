@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 
 from lattice_serve.engine.weights import bundled_model
 from tests.e2e.harness import RealServer
+from tests.server.harness import alive, wait_for
 
 
 def test_a_conversation_of_20_turns(start_server: Callable[..., RealServer]) -> None:
@@ -84,3 +86,30 @@ def test_choices_of_one_prompt_run_it_once(server: RealServer) -> None:
     answer = ask(server, prompt=list(range(950, 1010)), n=8, temperature=1, seed=1)
     assert len({choice["text"] for choice in answer["choices"]}) > 1
     assert server.metrics()["prompt_tokens_total"] == before + 60
+
+
+def test_states_outlive_the_server(start_server: Callable[..., RealServer], tmp_path: Path) -> None:
+    path, prompt = tmp_path / "states", list(range(700, 760))
+    server = start_server(prefix_cache_file=path)
+    first = ask(server, prompt=prompt, logprobs=3)
+    server.process.terminate()
+    assert server.process.wait(20) == 0
+    server = start_server(prefix_cache_file=path)
+    again = ask(server, prompt=prompt, logprobs=3)
+    assert (cached(first), cached(again)) == (0, 60)
+    assert again["choices"] == first["choices"]
+    longer = ask(server, prompt=[*prompt, 7, 8, 9])
+    # The engine's process outlives a server that is killed, for as long as it takes to write them.
+    engine = server.engine_pid
+    server.process.kill()
+    server.process.wait()
+    wait_for(lambda: not alive(engine))
+    server = start_server(prefix_cache_file=path)
+    assert cached(ask(server, prompt=[*prompt, 7, 8, 9])) == 63
+    assert longer["choices"] == ask(server, prompt=[*prompt, 7, 8, 9])["choices"]
+    server.process.terminate()
+    assert server.process.wait(20) == 0
+    path.write_bytes(path.read_bytes()[:-100])
+    server = start_server(prefix_cache_file=path)
+    assert cached(ask(server, prompt=prompt)) == 0
+    assert "the cache begins empty" in server.log_path.read_text()

@@ -49,9 +49,9 @@ def logits(engine: Engine, ids: Sequence[int], prompt: int) -> Tensor:
     """[tokens, V] of all of them, the first `prompt` as a prompt, then one by one."""
     row = engine.pool.allocate()
     with torch.inference_mode():
-        parts = [engine.runner._backend(ids[:prompt], Segments.of([(row, 0, prompt)]), range(prompt))[0].clone()]
+        parts = [engine.runner.backend(ids[:prompt], Segments.of([(row, 0, prompt)]), range(prompt))[0].clone()]
         for place in range(prompt, len(ids)):
-            parts.append(engine.runner._backend([ids[place]], Segments.of([(row, place, 1)], 1), [0])[0].clone())
+            parts.append(engine.runner.backend([ids[place]], Segments.of([(row, place, 1)], 1), [0])[0].clone())
     engine.pool.free(row)
     return torch.cat(parts)
 

@@ -104,3 +104,19 @@ def test_a_fault_names_its_field(name: str, value: object) -> None:
 def test_faults_across_fields_are_told_too() -> None:
     with pytest.raises(ConfigError, match="max_step_tokens"):
         Settings.load(max_rows=600, max_step_tokens=100)
+
+
+def test_each_replica_has_a_cache_file_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "states"
+    assert Settings.load(prefix_cache_file=path).cache_files() == [path]
+    assert Settings.load(prefix_cache_file=path, replicas=2).cache_files() == [
+        tmp_path / "states.0",
+        tmp_path / "states.1",
+    ]
+    assert Settings.load(replicas=2).cache_files() == [None, None]
+
+
+@pytest.mark.parametrize("name", ["", "none/states"])
+def test_a_cache_file_needs_a_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"prefix_cache_file is .*: give a file in a folder that can be written"):
+        Settings.load(prefix_cache_file=tmp_path / name)
