@@ -13,6 +13,7 @@ import zlib
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO, Any
@@ -57,8 +58,9 @@ class _Head(msgspec.Struct, frozen=True):
 
 
 def identity(model: Path, *settings: object) -> str:
-    """Of all that the bits of a state depend on: the model's files, the kernels, and `settings`."""
-    digest = hashlib.sha256(repr((sys.byteorder, settings)).encode())
+    """Of all that the bits of a state depend on: the model's files, the kernels, what compiles them, and `settings`."""
+    compilers = [version(name) for name in ("llvmlite", "torch")]  # and torch's own Triton
+    digest = hashlib.sha256(repr((sys.byteorder, compilers, settings)).encode())
     code = sorted(Path(kernels.__file__).parent.rglob("*.py"))
     for path in (model / "config.json", *sorted(model.glob("*.safetensors")), *code):
         digest.update(path.name.encode())

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from llvmlite.binding import get_host_cpu_name
 from numba import njit
 from torch import Tensor
 from torch.nn import functional as F
@@ -105,9 +106,10 @@ class CpuDecoder:
         embedding = (lines.view(torch.uint16) if lines.dtype == torch.bfloat16 else lines).numpy().reshape(-1)
         widths = (hidden, block.in_width, block.out_width, intermediate, V)
         self._parallel_from, self._wide_from = parallel_from, wide_from
-        self.arithmetic = ", ".join(filter(None, (vectors(), _NAMES[products])))
-        """What bits depend on, beside weights and tokens."""
-        self.name = f"{self.arithmetic}, {threads} {'thread' if threads == 1 else 'threads'}"
+        picked = ", ".join(filter(None, (vectors(), _NAMES[products])))
+        self.arithmetic = f"{get_host_cpu_name()}, {picked}"
+        """What bits depend on, beside weights and tokens: each maker of processors estimates reciprocals its own way."""
+        self.name = f"{picked}, {threads} {'thread' if threads == 1 else 'threads'}"
         """What it runs on."""
         self._step = np.zeros(6, dtype=np.int64)
         self._ids = np.zeros(max_tokens, dtype=np.int64)
