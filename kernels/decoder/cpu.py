@@ -108,7 +108,7 @@ class CpuDecoder:
         self._parallel_from, self._wide_from = parallel_from, wide_from
         picked = ", ".join(filter(None, (vectors(), _NAMES[products])))
         self.arithmetic = f"{get_host_cpu_name()}, {picked}"
-        """What bits depend on, beside weights and tokens: each maker of processors estimates reciprocals its own way."""
+        """What bits depend on, beside weights and tokens: each maker of processors estimates reciprocals its way."""
         self.name = f"{picked}, {threads} {'thread' if threads == 1 else 'threads'}"
         """What it runs on."""
         self._step = np.zeros(6, dtype=np.int64)
