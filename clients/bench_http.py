@@ -13,7 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import perf_counter, process_time
 
 import msgspec
 
@@ -107,9 +107,11 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     e2e_ms: Spread | None
     goodput: float | None
     """Share of all requests that met the goal; None without one."""
+    busy: float = 0.0
+    """Share of the time for which this process kept a processor busy: near 1 what it saw is its own slowness."""
 
     @classmethod
-    def of(cls, load: Load, samples: Sequence[Sample], goal: Goal) -> LoadReport:
+    def of(cls, load: Load, samples: Sequence[Sample], goal: Goal, processor_seconds: float = 0.0) -> LoadReport:
         good = [sample for sample in samples if sample.error is None]
         seconds = max(s.end for s in samples) - min(s.due for s in samples)
         output_tokens = sum(s.tokens for s in good)
@@ -124,6 +126,7 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
             itl_ms=Spread.of([gap * 1e3 for s in good for gap in s.gaps]),
             e2e_ms=Spread.of([(s.end - s.due) * 1e3 for s in good]),
             goodput=None if goal == Goal() else sum(map(goal.met, samples)) / len(samples),
+            busy=processor_seconds / seconds,
         )
 
 
@@ -133,6 +136,7 @@ async def run_load(client: AsyncClient, load: Load, goal: Goal, advance: Callabl
     `client` should not retry: a refusal is a failure.
     """
     samples: list[Sample] = []
+    began = process_time()
 
     async def send(index: int, due: float) -> None:
         samples.append(await _request(client, load, index, due))
@@ -154,7 +158,7 @@ async def run_load(client: AsyncClient, load: Load, goal: Goal, advance: Callabl
             await send(index, start + after)
 
         await asyncio.gather(*(arrive(index, after) for index, after in enumerate(load.arrivals())))
-    return LoadReport.of(load, samples, goal)
+    return LoadReport.of(load, samples, goal, process_time() - began)
 
 
 async def _request(client: AsyncClient, load: Load, index: int, due: float) -> Sample:

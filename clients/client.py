@@ -142,10 +142,12 @@ class AsyncClient:
         model: str | None = None,
         max_retries: int = 2,
         timeout: float = 600.0,
+        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        """transport: what carries the requests, in place of httpx's own."""
         self.model = model
         self.max_retries = max_retries
-        self._http = httpx.AsyncClient(**_transport(base_url, api_key, timeout))
+        self._http = httpx.AsyncClient(**_transport(base_url, api_key, timeout), transport=transport)
 
     @overload
     async def completions(

@@ -55,7 +55,8 @@ def test_a_report_by_hand() -> None:
         Sample(due=11.0, arrivals=[11.3, 11.35, 11.4], tokens=3, end=12.0),
         Sample(due=10.5, arrivals=[10.6], end=15.0, error="500: died"),
     ]
-    report = LoadReport.of(LOAD, samples, Goal(ttft_ms=200))
+    report = LoadReport.of(LOAD, samples, Goal(ttft_ms=200), processor_seconds=2.0)
+    assert report.busy == pytest.approx(0.4)
     assert (report.failed, report.errors, report.seconds) == (1, {"500: died": 1}, 5.0)
     assert report.output_tokens == 6
     assert report.output_tokens_per_second == pytest.approx(1.2)

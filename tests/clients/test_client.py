@@ -13,6 +13,7 @@ from lattice_serve.clients import wire
 from lattice_serve.clients.client import AsyncClient, Client
 from lattice_serve.clients.errors import APIError, ConnectionFailed
 from lattice_serve.clients.streams import AsyncStream, Stream
+from lattice_serve.clients.transport import LeanTransport
 from lattice_serve.clients.types import ChatCompletion, Completion
 
 if TYPE_CHECKING:
@@ -36,7 +37,11 @@ def _ask_async(url: str, method: str, *args: Any, options: dict[str, Any] | None
     return asyncio.run(ask())
 
 
-@pytest.fixture(params=[_ask, _ask_async], ids=["sync", "async"])
+def _ask_lean(*args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    return _ask_async(*args, options={"transport": LeanTransport(), **(options or {})}, **kwargs)
+
+
+@pytest.fixture(params=[_ask, _ask_async, _ask_lean], ids=["sync", "async", "lean"])
 def ask(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """Calls one method of a client and returns its answer, a stream as a list."""
     result: Callable[..., Any] = request.param
@@ -161,11 +166,12 @@ def test_a_stream_that_fails_gives_its_chunks_and_raises(
             next(stream)
 
 
+@pytest.mark.parametrize("transport", [lambda: None, LeanTransport], ids=["httpx", "lean"])
 @pytest.mark.parametrize(("scene", "error", "message"), SCENES)
 async def test_an_async_stream_that_fails_gives_its_chunks_and_raises(
-    played: PlayedServer, scene: str, error: type[Exception], message: str
+    played: PlayedServer, scene: str, error: type[Exception], message: str, transport: Callable[[], Any]
 ) -> None:
-    async with AsyncClient(played.url) as client:
+    async with AsyncClient(played.url, transport=transport()) as client:
         stream = await client.completions(scene, stream=True)
         assert [(await anext(stream)).text, (await anext(stream)).text] == ["Once", " upon"]
         with pytest.raises(error, match=message):
@@ -189,8 +195,11 @@ def test_a_stream_let_go_closes_its_connection(played: PlayedServer, read: int, 
 
 @pytest.mark.parametrize("read", [0, 3])
 @pytest.mark.parametrize("way", ["drop", "close", "cancel"])
-async def test_an_async_stream_let_go_closes_its_connection(played: PlayedServer, read: int, way: str) -> None:
-    async with AsyncClient(played.url) as client:
+@pytest.mark.parametrize("transport", [lambda: None, LeanTransport], ids=["httpx", "lean"])
+async def test_an_async_stream_let_go_closes_its_connection(
+    played: PlayedServer, read: int, way: str, transport: Callable[[], Any]
+) -> None:
+    async with AsyncClient(played.url, transport=transport()) as client:
         stream = await client.completions("slow", stream=True)
         for _ in range(read):
             assert (await anext(stream)).text == "x"
