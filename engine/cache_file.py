@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO, Any
@@ -21,7 +22,6 @@ from typing import IO, Any
 import msgspec
 import numpy as np
 import torch
-from torch import Tensor
 
 from lattice_serve import kernels
 from lattice_serve.engine.errors import CacheFileError
@@ -31,6 +31,7 @@ from lattice_serve.engine.tier import Snapshot
 
 _MAGIC = b"lattice-serve states 1\n"
 _READ = 1 << 20
+_CHECKSUM_BYTES = 4
 _LINE = 64
 """Bytes: numbers begin at a multiple of so many."""
 
@@ -122,31 +123,26 @@ def load(path: Path, cache: PrefixCache, identity: str) -> int:
     head, at = _head(path, data)
     if head.identity != identity:
         raise CacheFileError(f"{path} has the states of another model, version or kind of processor")
-    rows, logits = [], []
-    for entry in head.entries:
-        rows.append(_floats(data, at, head.row_size))
-        at += 4 * head.row_size
-        logits.append(_floats(data, at, head.vocab_size) if entry.has_logits else None)
-        at += 4 * head.vocab_size * entry.has_logits
-    chosen = _chosen(head, cache.budget)
+    places = _places(head, at)
+    if not _is_sound(head) or places[-1] != len(data) - _CHECKSUM_BYTES:
+        raise CacheFileError(f"{path} has states that do not fit together")
     loaded: dict[int, Snapshot] = {}
-    for number in sorted(chosen):
-        entry, ids, before = head.entries[number], [head.entries[number].ids], head.entries[number].after
-        while before >= 0 and before not in loaded:
+    for number in sorted(_chosen(head, cache.budget)):
+        entry = head.entries[number]
+        ids, before = [entry.ids], entry.after
+        while before >= 0 and (before not in loaded or loaded[before] not in cache):
             ids.insert(0, head.entries[before].ids)
             before = head.entries[before].after
-        snapshot = cache.put(
-            head.salts[entry.salt],
-            array("i", b"".join(ids)),
-            rows[number],
-            logits[number],
-            after=loaded.get(before),
-        )
+        numbers = torch.from_numpy(data[places[number] : places[number + 1]].view(np.float32))
+        row, logits = numbers[: head.row_size], numbers[head.row_size :] if entry.has_logits else None
+        together = array("i", b"".join(ids))
+        snapshot = cache.put(head.salts[entry.salt], together, row, logits, after=loaded.get(before))
         if snapshot is not None:
             loaded[number] = snapshot
-    for number in sorted(loaded, key=lambda number: head.entries[number].used):
+    kept = [number for number, snapshot in loaded.items() if snapshot in cache]
+    for number in sorted(kept, key=lambda number: head.entries[number].used):
         cache.renew(loaded[number])
-    return len(loaded)
+    return len(kept)
 
 
 def _before(snapshot: Snapshot) -> tuple[Snapshot | None, Ids]:
@@ -171,14 +167,14 @@ def _write(file: IO[bytes], parts: tuple[Any, ...]) -> None:
     for part in parts:
         file.write(part)
         checksum = zlib.crc32(part, checksum)
-    file.write(checksum.to_bytes(4, "little"))
+    file.write(checksum.to_bytes(_CHECKSUM_BYTES, "little"))
 
 
 def _head(path: Path, data: Any) -> tuple[_Head, int]:
     """What the file says it has, and where that begins."""
     begin = len(_MAGIC) + 8
-    checksum = int.from_bytes(data[-4:].tobytes(), "little")
-    if data[: len(_MAGIC)].tobytes() != _MAGIC or zlib.crc32(data[:-4]) != checksum:
+    checksum = int.from_bytes(data[-_CHECKSUM_BYTES:].tobytes(), "little")
+    if data[: len(_MAGIC)].tobytes() != _MAGIC or zlib.crc32(data[:-_CHECKSUM_BYTES]) != checksum:
         raise CacheFileError(f"{path} is no file of states, or is damaged")
     end = begin + int.from_bytes(data[len(_MAGIC) : begin].tobytes(), "little")
     try:
@@ -192,8 +188,18 @@ def _gap(head: Any) -> int:
     return -(len(_MAGIC) + 8 + len(head)) % _LINE
 
 
-def _floats(data: Any, at: int, count: int) -> Tensor:
-    return torch.from_numpy(data[at : at + 4 * count].view(np.float32))
+def _is_sound(head: _Head) -> bool:
+    """Whether what entries say of each other can be."""
+    return all(
+        -1 <= entry.after < number and 0 <= entry.salt < len(head.salts) and entry.ids and len(entry.ids) % 4 == 0
+        for number, entry in enumerate(head.entries)
+    )
+
+
+def _places(head: _Head, at: int) -> list[int]:
+    """Where the numbers of each entry begin, and where the last ones end."""
+    sizes = (4 * (head.row_size + head.vocab_size * entry.has_logits) for entry in head.entries)
+    return list(accumulate(sizes, initial=at))
 
 
 def _chosen(head: _Head, budget: int) -> set[int]:

@@ -94,7 +94,7 @@ class Settings(EngineConfig, BaseSettings):
     @model_validator(mode="after")
     def _check_cache_file(self) -> Settings:
         path = self.prefix_cache_file
-        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        if path is not None and ((path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK)):
             raise ConfigError(
                 f"prefix_cache_file is {str(path)!r}: give a file in a folder that can be written",
                 param="prefix_cache_file",

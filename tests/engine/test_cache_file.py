@@ -3,7 +3,9 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -103,6 +105,26 @@ def test_a_damaged_file_is_left_alone(path: Path) -> None:
         with pytest.raises(CacheFileError, match="states"):
             cache_file.load(path, cache, "same")
         assert len(cache) == 0
+
+
+@pytest.mark.parametrize(
+    "change", [{"after": 1}, {"after": -2}, {"salt": 2}, {"ids": b"123"}, {"ids": b""}, {"has_logits": True}]
+)
+def test_so_is_one_that_cannot_be(path: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Changed(cache_file._Entry, frozen=True, array_like=True):
+        def __post_init__(self) -> None:
+            if self.after < 0 and not self.has_logits:
+                for name, value in change.items():
+                    msgspec.structs.force_setattr(self, name, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_file, "_Entry", Changed)
+        cache = filled(PrefixCache([("cpu", 1 << 20)]), [("", (1, 2), True), ("s", (1, 2, 3), False)])
+        cache_file.save(path, cache, "same")
+    empty = PrefixCache([("cpu", 1 << 20)])
+    with pytest.raises(CacheFileError, match="do not fit together"):
+        cache_file.load(path, empty, "same")
+    assert len(empty) == 0
 
 
 def test_so_is_one_of_another_engine_and_none_at_all(path: Path) -> None:
