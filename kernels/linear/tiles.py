@@ -12,6 +12,7 @@ from shared memory, and from the number of processors that decode has to keep lo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, TypeAlias
 
 import torch
@@ -86,6 +87,7 @@ _FAMILIES = {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_80"}
 """By major compute capability; 12 (RTX 50) has the shared memory and the instructions of 8."""
 
 
+@cache
 def architecture(device: torch.device) -> Architecture:
     """The entry for a device; that of Ampere, or of MI300 on AMD, for one that is not listed."""
     if device.type == "cpu":

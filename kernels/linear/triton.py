@@ -13,6 +13,7 @@ library's product cannot promise. Decode is bound by reading the weight: N K byt
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -96,8 +97,8 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor | None, phase: Phase, out: 
     (M, K), N, P = x.shape, len(weight), len(out)
     _check(x, weight, scales, out, (N, K), (P, M, N))
     if M:
-        tiles, options = _plan(x, weight, scales, phase, P)
-        _linear[(triton.cdiv(M, tiles.b_m), triton.cdiv(N, tiles.b_n), P)](
+        tiles, options = _plan(x.device, x.dtype, M, N, K, scales is not None, phase, P)
+        _linear[(-(-M // tiles.b_m), -(-N // tiles.b_n), P)](
             x, weight, x if scales is None else scales, out, M, N=N, **options
         )
     return out
@@ -111,19 +112,22 @@ def gated_linear(x: Tensor, weight: Tensor, scales: Tensor | None, phase: Phase,
     (M, K), n = x.shape, len(weight) // 2
     _check(x, weight, scales, out, (2 * n, K), (M, n))
     if M:
-        tiles, options = _plan(x, weight, scales, phase, 1)
-        _gated_linear[(triton.cdiv(M, tiles.b_m), triton.cdiv(n, tiles.b_n))](
+        tiles, options = _plan(x.device, x.dtype, M, 2 * n, K, scales is not None, phase, 1)
+        _gated_linear[(-(-M // tiles.b_m), -(-n // tiles.b_n))](
             x, weight, x if scales is None else scales, out, M, n=n, **options
         )
     return out
 
 
-def _plan(x: Tensor, weight: Tensor, scales: Tensor | None, phase: Phase, P: int) -> tuple[Tiles, dict[str, Any]]:
-    tiles = architecture(x.device).tiles(phase, len(x), len(weight), x.element_size())
+@lru_cache(1 << 12)
+def _plan(
+    device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, scaled: bool, phase: Phase, P: int
+) -> tuple[Tiles, dict[str, Any]]:
+    """Tiles and constants for activations [M, K] and a weight [N, K]."""
+    tiles = architecture(device).tiles(phase, M, N, dtype.itemsize)
     # Triton's interpreter takes the bits of a bfloat16 for an integer when it multiplies.
-    kind = tl.float32 if x.device.type == "cpu" or x.dtype == torch.float32 else tl.bfloat16
-    options = linear_options(tiles, x.shape[1], P, x.element_size())
-    return tiles, options | {"scaled": scales is not None, "kind": kind}
+    kind = tl.float32 if device.type == "cpu" or dtype == torch.float32 else tl.bfloat16
+    return tiles, linear_options(tiles, K, P, dtype.itemsize) | {"scaled": scaled, "kind": kind}
 
 
 def _check(

@@ -19,6 +19,7 @@ which is not in the row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,9 +31,9 @@ from lattice_serve.kernels.mixer.reference import MixerState
 from lattice_serve.kernels.mixer.shape import MixerShape
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StateLayout:
-    """Offsets, in floats, into a state row of `layers` layers of one shape."""
+    """Offsets, in floats, into a state row of `layers` layers of one shape; worked out once, for every launch asks."""
 
     shape: MixerShape
     layers: int
@@ -52,7 +53,7 @@ class StateLayout:
         """Floats of a line of the convolution's tail."""
         return 2 * self.m + self.d
 
-    @property
+    @cached_property
     def offsets(self) -> tuple[int, int, int, int, int, int, int]:
         """Of A^T, h, c, b, e, a and tail in a head's block."""
         d, m, C = self.d, self.m, self.shape.C
@@ -61,15 +62,15 @@ class StateLayout:
         b = c + (C - 1) * m
         return 0, h, c, b, b + m, b + 2 * m, b + 2 * m + LANES
 
-    @property
+    @cached_property
     def head_size(self) -> int:
         return self.offsets[-1] + (self.shape.taps - 1) * self.channels
 
-    @property
+    @cached_property
     def layer_size(self) -> int:
         return self.shape.H * self.head_size
 
-    @property
+    @cached_property
     def row_size(self) -> int:
         """Floats a sequence."""
         return self.layers * self.layer_size

@@ -18,6 +18,7 @@ multiprocessors idle: its step takes the time of one program, which is latency.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import triton
@@ -166,6 +167,7 @@ def _mix_token(
         tl.store(p_a, a)
 
 
+@cache
 def decode_options(layout: StateLayout) -> dict[str, Any]:
     """Constants that `_mix_token` is launched with."""
     s = layout.shape

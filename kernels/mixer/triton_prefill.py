@@ -27,6 +27,7 @@ split over programs without sums across them in every chunk.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -280,6 +281,7 @@ def _read(
         tl.store(p_e + o_m, tl.sum(tl.where((o_t == b_t - 1)[:, None], e, 0.0), axis=0), mask=in_m)
 
 
+@cache
 def prepare_options(layout: StateLayout, unit: int) -> dict[str, Any]:
     """Constants that `_prepare` is launched with."""
     s = layout.shape
@@ -290,6 +292,7 @@ def prepare_options(layout: StateLayout, unit: int) -> dict[str, Any]:
     return tile_options(layout, names, rows=tile_tokens(s.C), unit=unit, num_warps=num_warps)
 
 
+@cache
 def advance_options(layout: StateLayout, precision: str, kind: tl.dtype) -> dict[str, Any]:
     """Constants that `_advance` is launched with."""
     s = layout.shape
@@ -298,6 +301,7 @@ def advance_options(layout: StateLayout, precision: str, kind: tl.dtype) -> dict
     return tile_options(layout, names, precision=precision, kind=kind, ahead=3, num_warps=num_warps)
 
 
+@cache
 def read_options(layout: StateLayout, precision: str, kind: tl.dtype, unit: int) -> dict[str, Any]:
     """Constants that `_read` is launched with."""
     s = layout.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from typing import Any
 
 import triton
@@ -19,11 +20,13 @@ def tile_tokens(C: int) -> int:
     return C if C > 1 else _ROWS
 
 
+@cache
 def tile_rows(C: int) -> int:
     """Rows b_t of a tile: a tensor core has no smaller product than one of 16."""
     return max(_ROWS, triton.next_power_of_2(C))
 
 
+@cache
 def tile_lines(layout: StateLayout) -> tuple[tuple[int, ...], int]:
     """Where a tile of one head has its parts, in elements, and its size: q | -k | c [b_t, b_m] | v [b_t, b_d] |
     A^T, the memory that the chunk begins with [b_m, b_d]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import triton
@@ -71,6 +72,7 @@ def mix_tokens(
     keep_tail(p_z, z_stride, i_head, start, end, position, p_tail, o_d, o_m, H, d, m, line_d, line_m, taps)
 
 
+@cache
 def token_options(layout: StateLayout) -> dict[str, Any]:
     """Constants that `_mix_tokens` is launched with."""
     s = layout.shape

@@ -11,6 +11,8 @@ One program has one row in registers, so a row's bits depend on nothing but the 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -36,6 +38,12 @@ def _add_rms_norm(
     tl.store(p_out + i_row * n + o_n, x * scale * weight, mask=inside)
 
 
+@cache
+def _block(n: int) -> int:
+    """Values that a program takes at once."""
+    return int(triton.next_power_of_2(n))
+
+
 def add_rms_norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     """Add `parts` [P, M, n] to x [M, n] in place, and write the norm of that to `out` [M, n], which is returned.
 
@@ -52,7 +60,7 @@ def add_rms_norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float, ou
         if tensor.dtype not in kinds:
             raise ValueError(f"{name} must be {' or '.join(map(str, kinds))}, not {tensor.dtype}")
     if M:
-        b_n = triton.next_power_of_2(n)
+        b_n = _block(n)
         _add_rms_norm[(M,)](
             x, x if parts is None else parts, weight, out, M, eps,
             P=0 if parts is None else len(parts), n=n, b_n=b_n, num_warps=min(max(b_n // 512, 1), 8),

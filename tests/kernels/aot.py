@@ -135,7 +135,12 @@ def launches(target: str) -> dict[str, Launch]:
     """By name, each once, of all `MODELS` on a target."""
     from triton.runtime.jit import JITFunction
 
+    from lattice_serve.kernels.linear import tiles, triton
+    from lattice_serve.kernels.mixer import triton_prefill
+
     recorder = _Recorder(target)
+    for known in (tiles.architecture, triton._plan, triton_prefill.prepare_options, triton_prefill.read_options):
+        known.cache_clear()  # a process has one kind of device otherwise
     kind, number, _ = TARGETS[target]
     capability = divmod(int(number), 10) if kind == "cuda" else (9, 4)
     with ExitStack() as stack:
