@@ -243,6 +243,7 @@ STATUSES = {
     "LatticeError": 500,
     "ConfigError": 500,
     "CheckpointError": 500,
+    "CacheFileError": 500,
     "RequestError": 400,
     "InvalidParameter": 400,
     "ModelNotFound": 404,
