@@ -15,7 +15,11 @@ from lattice_serve.engine.errors import ConfigError, EngineUnavailable, LatticeE
 from lattice_serve.engine.messages import Ready, Submit
 from lattice_serve.server.engine_client import EngineClient, Generation
 from lattice_serve.server.metrics import Metrics
+from lattice_serve.server.seen import Seen
 from lattice_serve.server.supervisor import Supervisor
+
+_SLACK = 8
+"""An engine may have so much more to do than another, a part of its rows, for the sake of what it has read."""
 
 ReplicaState: TypeAlias = Literal["starting", "ready", "restarting"]
 
@@ -42,6 +46,7 @@ class Router:
     def __init__(self, replicas: Sequence[Replica], *, max_waiting: int) -> None:
         self.replicas = replicas
         self._max_waiting = max_waiting
+        self._seen: Seen[EngineClient] = Seen()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Router:
@@ -92,23 +97,36 @@ class Router:
         ready.
         """
         generation = Generation(timeout)
-        client = self.route()
+        client: EngineClient | None = None
         for index, request in enumerate(requests):
             same = index > 0 and request.prompt_ids is requests[index - 1].prompt_ids
-            if not same or client.live >= self._capacity(client):
-                client = self.route()
+            if client is None or not same or client.live >= self._capacity(client):
+                client = self.route(request)
             client.submit(generation, index, request)
         return generation
 
-    def route(self) -> EngineClient:
-        """The engine for the next sequence: of those that are ready the least loaded, the first of equals.
+    def route(self, request: Submit) -> EngineClient:
+        """The engine for the next sequence: of those that are ready the one that has read the beginning of its prompt,
+        unless others have much less to do; else the least loaded, the first of equals.
 
         Raises `EngineUnavailable` when none is ready.
         """
         clients = [replica.client for replica in self.replicas if replica.client.ready is not None]
         if not clients:
             raise EngineUnavailable("the engine is starting: try again in a few seconds")
-        return min(clients, key=lambda client: client.live)
+        least = min(clients, key=lambda client: client.live)
+        if len(self.replicas) == 1:
+            return least
+        known = self._seen.find(request.cache_salt, request.prompt_ids)
+        client = known if known in clients and self._has_time(known, least.live) else least
+        self._seen.note(request.cache_salt, request.prompt_ids, client)
+        return client
+
+    def _has_time(self, client: EngineClient, least: int) -> bool:
+        """Whether it may be given one more while another has but `least`: reading a prompt again takes longer than
+        steps with some more sequences."""
+        assert client.ready is not None
+        return client.live <= min(least + client.ready.rows // _SLACK, client.ready.rows - 1)
 
     def fail_all(self, make_error: Callable[[], LatticeError]) -> None:
         """End every live sequence with an error of its own."""

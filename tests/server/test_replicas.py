@@ -7,8 +7,9 @@ import re
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
+import httpx
 import pytest
 
 from tests.server.harness import ServerProcess, wait_for
@@ -46,6 +47,30 @@ def test_answers_to_one_prompt_are_one_engines(server: ServerProcess) -> None:
     assert len(server.complete("c", n=8)["choices"]) == 8
     assert sum(work(server).values()) == 12
     assert max(work(server).values()) == 8
+
+
+def test_a_conversation_stays_where_it_was_read(
+    start_server: Callable[..., ServerProcess], pool: ThreadPoolExecutor
+) -> None:
+    server = start_server(replicas=2, max_rows=16)
+    wait_for(lambda: server.http.get("/ready").json().get("rows") == 32)
+    running: list[Future[httpx.Response]] = []
+
+    def given(prompt: str) -> int:
+        """Who works on it."""
+        count = len(server.records("submit")) + 1
+        running.append(pool.submit(server.post, prompt=prompt, max_tokens=30))
+        wait_for(lambda: len(server.records("submit")) == count)
+        return int(server.records("submit")[-1]["pid"])
+
+    told = "It was a dark and stormy night, and nobody knew what was to come of it. " * 3
+    # Two more than the other one has, an eighth of its rows, are no reason to read it again; three are.
+    first, *turns = [given(f"{told}User: !slow {turn}") for turn in range(6)]
+    (second,) = set(work(server)) - {first}
+    assert turns == [first, first, second, second, second]
+    assert given(told) == second, "not the first of equals, which has read it before"
+    assert given("!slow, of another conversation") == first
+    assert {future.result().status_code for future in running} == {200}
 
 
 def test_the_capacity_is_that_of_all(server: ServerProcess, pool: ThreadPoolExecutor) -> None:
