@@ -58,14 +58,13 @@ class ServerProcess:
         return next((line for line in self.log_lines() if line["event"] == event), None)
 
     def log_lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.log_path.read_text().splitlines() if line.startswith("{")]
+        return [json.loads(line) for line in _lines(self.log_path) if line.startswith("{")]
 
     def records(self, event: str) -> list[dict[str, Any]]:
         """What the fake engine wrote down."""
         if not self.record_path.exists():
             return []
-        lines = map(json.loads, self.record_path.read_text().splitlines())
-        return [line for line in lines if line["event"] == event]
+        return [line for line in map(json.loads, _lines(self.record_path)) if line["event"] == event]
 
     @property
     def engine_pid(self) -> int:
@@ -121,6 +120,12 @@ def alive(pid: int) -> bool:
         return False
     # A killed server leaves its engine to init, which may not have reaped it yet.
     return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file that somebody writes to: the last one may be half there."""
+    *lines, _ = path.read_text().split("\n")
+    return lines
 
 
 def _environment() -> dict[str, str]:
