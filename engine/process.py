@@ -16,7 +16,9 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -95,31 +97,38 @@ def serve(engine: Engine, connection: Connection) -> None:
                 connection.send(StepOutputs(outputs=[], failures=failures, stats=engine.stats()))
 
 
-def _end_with_parent(seconds: float) -> None:
-    """Exit when stdin ends, or that much later: its other end is the server's, and goes with it however it dies."""
+def _end_with_parent(to_save: threading.Event) -> None:
+    """Exit when stdin ends: its other end is the server's, and goes with it however it dies. Where there are states
+    `to_save`, that is given its time."""
     while os.read(0, 1024):
         pass
-    time.sleep(seconds)
+    if to_save.is_set():
+        time.sleep(SAVE_SECONDS)
     os._exit(0)
 
 
-def _load(engine: Engine, path: Path, identity: str) -> None:
-    began = time.monotonic()
+@contextmanager
+def _outliving(engine: Engine, path: Path | None) -> Iterator[None]:
+    """What is cached begins with what is in `path`, and is put there at the end. What cannot be is said, no more."""
+    if path is None:
+        yield
+        return
+    settings = engine.runner.backend.arithmetic, engine.info.dtype, engine.config.tensor_parallel_size
+    identity = cache_file.identity(engine.config.model, *settings)
     if path.exists():
-        try:
-            states = cache_file.load(path, engine.cache, identity)
-            print(f"engine: {states} cached states from {path}, {time.monotonic() - began:.1f} s", file=sys.stderr)
-        except CacheFileError as error:
-            print(f"engine: the cache begins empty: {error.message}", file=sys.stderr)
+        _report("the cache begins empty", "from", path, partial(cache_file.load, path, engine.cache, identity))
+    yield
+    _report("cached states are lost", "to", path, partial(cache_file.save, path, engine.cache, identity))
 
 
-def _save(engine: Engine, path: Path, identity: str) -> None:
+def _report(failure: str, way: str, path: Path, move: Callable[[], int]) -> None:
+    """Say how many states went the way, and how long that took, or that it failed."""
     began = time.monotonic()
     try:
-        states = cache_file.save(path, engine.cache, identity)
-        print(f"engine: {states} cached states to {path}, {time.monotonic() - began:.1f} s", file=sys.stderr)
+        states = move()
+        print(f"engine: {states} cached states {way} {path}, {time.monotonic() - began:.1f} s", file=sys.stderr)
     except CacheFileError as error:
-        print(f"engine: cached states are lost: {error.message}", file=sys.stderr)
+        print(f"engine: {failure}: {error.message}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,8 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # Who stops a whole process group means the server, which has yet to drain: its end is this process's, see below.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    last = SAVE_SECONDS if options.cache_file else 0.0
-    threading.Thread(target=_end_with_parent, args=(last,), daemon=True).start()
+    to_save = threading.Event()
+    threading.Thread(target=_end_with_parent, args=(to_save,), daemon=True).start()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(options.socket))
         listener.listen(1)
@@ -140,18 +149,15 @@ def main(arguments: list[str] | None = None) -> int:
             engine = Engine(EngineConfig.model_validate_json(options.config), progress=True, beside=True)
             if engine.workers is not None:
                 engine.workers.watch(lambda: os._exit(1))  # whatever it is at: what it waits for may never come
-            if options.cache_file:
-                settings = engine.runner.backend.arithmetic, engine.info.dtype, engine.config.tensor_parallel_size
-                identity = cache_file.identity(engine.config.model, *settings)
-                _load(engine, options.cache_file, identity)
-            # What is there now stays: looking through all of it would make a step wait for some 80 ms.
-            gc.collect()
-            gc.freeze()
-            link, _ = listener.accept()
-            with link:
-                serve(engine, Connection(link))
-            if options.cache_file:
-                _save(engine, options.cache_file, identity)
+            with _outliving(engine, options.cache_file):
+                # What is there now stays: looking through all of it would make a step wait for some 80 ms.
+                gc.collect()
+                gc.freeze()
+                link, _ = listener.accept()
+                if options.cache_file is not None:
+                    to_save.set()
+                with link:
+                    serve(engine, Connection(link))
         except LatticeError as error:
             print(f"error: {error.message}", file=sys.stderr)
             return 1

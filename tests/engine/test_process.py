@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from lattice_serve.engine.config import EngineConfig
+from lattice_serve.engine.config import SAVE_SECONDS, EngineConfig
 from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.llm import Completion
 from lattice_serve.engine.messages import (
@@ -250,11 +250,12 @@ class TestServe:
 class EngineProcess:
     """`python -m lattice_serve.engine.process`, as `server.supervisor` starts it."""
 
-    def __init__(self, folder: Path, model: Path, **settings: Any) -> None:
+    def __init__(self, folder: Path, model: Path, cache_file: Path | None = None, **settings: Any) -> None:
         self._socket = folder / "engine.sock"
         self.log = folder / "engine.log"
         config = EngineConfig(model=model, max_rows=4, max_step_tokens=16, **settings)
         command = [sys.executable, "-m", "lattice_serve.engine.process", "--socket", str(self._socket)]
+        command += [] if cache_file is None else ["--cache-file", str(cache_file)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, "--config", config.model_dump_json()], stdin=subprocess.PIPE, stderr=log
@@ -323,6 +324,14 @@ def test_the_end_of_its_input_ends_the_process_even_at_work(
         peer.until(lambda step: bool(step.outputs))
         child.end_input()
         assert child.process.wait(SECONDS) == 0
+
+
+def test_who_has_served_nobody_has_nothing_to_save(tiny_model: Path, tmp_path: Path) -> None:
+    """A server that is told to stop while the engine starts does not wait for it."""
+    with EngineProcess(tmp_path, tiny_model, tmp_path / "states") as child:
+        child.end_input()
+        assert child.process.wait(SAVE_SECONDS / 2) == 0
+    assert not (tmp_path / "states").exists()
 
 
 def test_a_bad_model_folder_is_reported(start: Callable[[Path], EngineProcess], tmp_path: Path) -> None:
