@@ -11,7 +11,7 @@ import hashlib
 import sys
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from itertools import accumulate
@@ -76,9 +76,10 @@ def save(path: Path, cache: PrefixCache, identity: str) -> int:
 
     Raises `CacheFileError`; what was in `path` is there still, then.
     """
-    recent = {id(snapshot): place for place, snapshot in enumerate(cache.snapshots())}
+    by_use = cache.snapshots()
+    used = {id(snapshot): place for place, snapshot in enumerate(by_use)}
     # What a snapshot goes on from has fewer tokens, and so comes before it.
-    snapshots = sorted(cache.snapshots(), key=lambda snapshot: snapshot.length)
+    snapshots = sorted(by_use, key=lambda snapshot: snapshot.length)
     numbers = {id(snapshot): number for number, snapshot in enumerate(snapshots)}
     salts: dict[str, int] = {}
     entries = []
@@ -89,7 +90,7 @@ def save(path: Path, cache: PrefixCache, identity: str) -> int:
                 salts.setdefault(snapshot.salt, len(salts)),
                 -1 if before is None else numbers[id(before)],
                 ids.tobytes(),
-                recent[id(snapshot)],
+                used[id(snapshot)],
                 snapshot.logits is not None,
             )
         )
@@ -123,20 +124,16 @@ def load(path: Path, cache: PrefixCache, identity: str) -> int:
     head, at = _head(path, data)
     if head.identity != identity:
         raise CacheFileError(f"{path} has the states of another model, version or kind of processor")
-    places = _places(head, at)
+    places = list(accumulate(_sizes(head), initial=at))
     if not _is_sound(head) or places[-1] != len(data) - _CHECKSUM_BYTES:
         raise CacheFileError(f"{path} has states that do not fit together")
     loaded: dict[int, Snapshot] = {}
     for number in sorted(_chosen(head, cache.budget)):
         entry = head.entries[number]
-        ids, before = [entry.ids], entry.after
-        while before >= 0 and (before not in loaded or loaded[before] not in cache):
-            ids.insert(0, head.entries[before].ids)
-            before = head.entries[before].after
+        ids, before = _since(head, number, lambda place: place in loaded and loaded[place] in cache)
         numbers = torch.from_numpy(data[places[number] : places[number + 1]].view(np.float32))
         row, logits = numbers[: head.row_size], numbers[head.row_size :] if entry.has_logits else None
-        together = array("i", b"".join(ids))
-        snapshot = cache.put(head.salts[entry.salt], together, row, logits, after=loaded.get(before))
+        snapshot = cache.put(head.salts[entry.salt], array("i", ids), row, logits, after=loaded.get(before))
         if snapshot is not None:
             loaded[number] = snapshot
     kept = [number for number, snapshot in loaded.items() if snapshot in cache]
@@ -196,28 +193,28 @@ def _is_sound(head: _Head) -> bool:
     )
 
 
-def _places(head: _Head, at: int) -> list[int]:
-    """Where the numbers of each entry begin, and where the last ones end."""
-    sizes = (4 * (head.row_size + head.vocab_size * entry.has_logits) for entry in head.entries)
-    return list(accumulate(sizes, initial=at))
+def _sizes(head: _Head) -> list[int]:
+    """Bytes of the row and logits of each entry."""
+    return [4 * (head.row_size + head.vocab_size * entry.has_logits) for entry in head.entries]
 
 
 def _chosen(head: _Head, budget: int) -> set[int]:
     """Numbers of the entries used last that fit together."""
     chosen: set[int] = set()
-    used = 0
+    sizes, used = _sizes(head), 0
     for number in sorted(range(len(head.entries)), key=lambda number: -head.entries[number].used):
-        entry = head.entries[number]
-        used += 4 * head.row_size + 4 * head.vocab_size * entry.has_logits + _token_bytes(head, entry, chosen)
+        ids, _ = _since(head, number, chosen.__contains__)
+        used += sizes[number] + len(ids)  # at the most: another that comes may share some of them
         if used > budget:
             break
         chosen.add(number)
     return chosen
 
 
-def _token_bytes(head: _Head, entry: _Entry, chosen: set[int]) -> int:
-    """At the most, of the tokens that it needs and that no chosen one before it has."""
-    total, before = len(entry.ids), entry.after
-    while before >= 0 and before not in chosen:
-        total, before = total + len(head.entries[before].ids), head.entries[before].after
-    return total
+def _since(head: _Head, number: int, known: Callable[[int], bool]) -> tuple[bytes, int]:
+    """The tokens of an entry since the last one before it that is `known`, and the number of that; -1: none is."""
+    ids, before = [head.entries[number].ids], head.entries[number].after
+    while before >= 0 and not known(before):
+        ids.append(head.entries[before].ids)
+        before = head.entries[before].after
+    return b"".join(reversed(ids)), before

@@ -15,7 +15,7 @@ from lattice_serve.engine.errors import ConfigError, EngineUnavailable, LatticeE
 from lattice_serve.engine.messages import Ready, Submit
 from lattice_serve.server.engine_client import EngineClient, Generation
 from lattice_serve.server.metrics import Metrics
-from lattice_serve.server.seen import Seen
+from lattice_serve.server.seen import Seen, beginnings
 from lattice_serve.server.supervisor import Supervisor
 
 _SLACK = 8
@@ -117,9 +117,10 @@ class Router:
         least = min(clients, key=lambda client: client.live)
         if len(self.replicas) == 1:
             return least
-        known = self._seen.find(request.cache_salt, request.prompt_ids)
+        keys = beginnings(request.cache_salt, request.prompt_ids)
+        known = self._seen.find(keys)
         client = known if known in clients and self._has_time(known, least.live) else least
-        self._seen.note(request.cache_salt, request.prompt_ids, client)
+        self._seen.note(keys, client)
         return client
 
     def _has_time(self, client: EngineClient, least: int) -> bool:

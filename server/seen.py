@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Sequence
+from itertools import count, takewhile
 from typing import Generic, TypeVar
 
 E = TypeVar("E")
@@ -22,26 +23,29 @@ class Seen(Generic[E]):
     def __init__(self) -> None:
         self._engines: OrderedDict[int, E] = OrderedDict()
 
-    def find(self, salt: str, ids: array[int]) -> E | None:
-        """The engine of the longest beginning that is known."""
+    def find(self, keys: Sequence[int]) -> E | None:
+        """The engine of the longest beginning that is known; keys: `beginnings`."""
         found = None
-        for key in _beginnings(salt, ids):
+        for key in keys:
             if key not in self._engines:
                 break
             found = self._engines[key]
         return found
 
-    def note(self, salt: str, ids: array[int], engine: E) -> None:
-        for key in _beginnings(salt, ids):
+    def note(self, keys: Sequence[int], engine: E) -> None:
+        """A prompt with these beginnings goes to an engine."""
+        for key in keys:
             self._engines[key] = engine
             self._engines.move_to_end(key)
         while len(self._engines) > _MOST:
             self._engines.popitem(last=False)
 
 
-def _beginnings(salt: str, ids: array[int]) -> Iterator[int]:
-    """A number for each of them, the shortest first. Two that are alike by chance cost no more than a wrong guess."""
-    length = _SHORTEST
-    while length <= min(len(ids), _LONGEST):
-        yield hash((salt, ids[:length].tobytes()))
-        length *= 2
+def beginnings(salt: str, ids: array[int]) -> list[int]:
+    """A number for each beginning of a prompt that is remembered, the shortest first; ids: int32 [tokens].
+
+    Two that are alike by chance cost no more than a wrong guess.
+    """
+    longest = min(len(ids), _LONGEST)
+    lengths = takewhile(lambda length: length <= longest, (_SHORTEST << i for i in count()))
+    return [hash((salt, ids[:length].tobytes())) for length in lengths]
