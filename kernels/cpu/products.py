@@ -33,6 +33,18 @@ _AT_ONCE = 16 if vectors() == "AVX-512" else 4
 """Dots that are under way at once: half of the registers. Makes no difference to any bit."""
 
 
+def _build_sums(builder: Any, pairs: list[tuple[Any, ...]], n: Any) -> list[Any]:
+    """sum_i a[16 i ..] b[16 i ..], a vector, of each pair (a, b) of places of n floats; a place is loaded once."""
+    index, sums = n.type, [cgutils.alloca_once(builder, VECTOR) for _ in pairs]
+    for place in sums:
+        builder.store(ZERO, place)
+    with cgutils.for_range_slice(builder, index(0), n, index(LANES), index) as (i, _):
+        lines = {line: build_read(builder, builder.gep(line, [i])) for pair in pairs for line in pair}
+        for (a, b), place in zip(pairs, sums, strict=True):
+            builder.store(build_fmuladd(builder, lines[a], lines[b], builder.load(place)), place)
+    return [builder.load(place) for place in sums]
+
+
 @intrinsic(prefer_literal=True)
 def dots(typingctx: Any, rows: Any, x: Any, o_x: Any, x_row: Any, w: Any, o_w: Any, w_row: Any, n: Any) -> Any:
     """sum_i x[o_x + r x_row + i] w[o_w + r w_row + i] for i < n, a multiple of 16, and r < rows, a literal: 1, 4 or 16.
@@ -51,22 +63,47 @@ def dots(typingctx: Any, rows: Any, x: Any, o_x: Any, x_row: Any, w: Any, o_w: A
         w_data = build_pointer(context, builder, signature.args[4], w, o_w)
         parts, groups = [], max(1, R // _AT_ONCE)
         for first in range(groups):
-            rows = range(first, R, groups)
-            x_rows = [builder.gep(x_data, [builder.mul(x_row, index(r))]) for r in rows]
-            w_rows = [builder.gep(w_data, [builder.mul(w_row, index(r))]) for r in rows]
-            sums = [cgutils.alloca_once(builder, VECTOR) for _ in rows]
-            for place in sums:
-                builder.store(ZERO, place)
-            with cgutils.for_range_slice(builder, index(0), n, index(LANES), index) as (i, _):
-                for a, b, place in zip(x_rows, w_rows, sums, strict=True):
-                    both = [build_read(builder, builder.gep(row, [i])) for row in (a, b)]
-                    builder.store(build_fmuladd(builder, *both, builder.load(place)), place)
-            parts.append(build_tree(builder, [builder.load(place) for place in sums], LANES // 2))
+            rows = [index(r) for r in range(first, R, groups)]
+            x_rows = [builder.gep(x_data, [builder.mul(x_row, r)]) for r in rows]
+            w_rows = [builder.gep(w_data, [builder.mul(w_row, r)]) for r in rows]
+            sums = _build_sums(builder, list(zip(x_rows, w_rows, strict=True)), n)
+            parts.append(build_tree(builder, sums, LANES // 2))
         apart = LANES * groups // (2 * R)
         return build_tree(builder, parts, apart, down_to=1)
 
     i = types.intp
     return vector(rows, checked(x), i, i, checked(w), i, i, i), codegen
+
+
+@intrinsic(prefer_literal=True)
+def cross_dots(
+    typingctx: Any, rows: Any, x: Any, o_x: Any, x_row: Any, w: Any, o_w: Any, w_row: Any, n: Any, out: Any, o_out: Any
+) -> Any:  # fmt: skip
+    """out[o_out + r x_row + j] = sum_i x[o_x + r x_row + i] w[o_w + j w_row + i], i < n, a multiple of 16, j < 16.
+
+    For r < rows, a literal, which changes no bit: each is added up as `dots` does. Arrays are float32 [..].
+    """
+    (R,) = _literals(rows)
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        x, o_x, x_row, w, o_w, w_row, n, out, o_out = values[1:]
+        places = (1, x, o_x), (4, w, o_w), (8, out, o_out)
+        x_data, w_data, out_data = (build_pointer(context, builder, signature.args[i], *at) for i, *at in places)
+        at = [builder.mul(x_row, x_row.type(r)) for r in range(R)]
+        x_rows = [builder.gep(x_data, [each]) for each in at]
+        parts: list[list[Any]] = [[] for _ in x_rows]
+        groups = max(1, R * LANES // _AT_ONCE)
+        for first in range(groups):
+            w_rows = [builder.gep(w_data, [builder.mul(w_row, w_row.type(j))]) for j in range(first, LANES, groups)]
+            sums = _build_sums(builder, [(a, b) for a in x_rows for b in w_rows], n)
+            for r, part in enumerate(parts):
+                part.append(build_tree(builder, sums[r * len(w_rows) : (r + 1) * len(w_rows)], LANES // 2))
+        for each, part in zip(at, parts, strict=True):
+            build_write(builder, build_tree(builder, part, groups // 2, down_to=1), builder.gep(out_data, [each]))
+        return context.get_dummy_value()
+
+    i = types.intp
+    return types.void(rows, checked(x), i, i, checked(w), i, i, i, checked(out), i), codegen
 
 
 def _build_combination(

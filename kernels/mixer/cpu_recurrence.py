@@ -17,14 +17,17 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from lattice_serve.kernels.cpu.products import combine, dots, fold
+from lattice_serve.kernels.cpu.products import combine, cross_dots, dots, fold
 from lattice_serve.kernels.cpu.vector import fma, inverse_sqrt, load, maximum, splat, sqrt, store
 from lattice_serve.kernels.cpu_features import vectors
 from lattice_serve.kernels.lanes import LANES
 from lattice_serve.kernels.lattice.state import OBJECTIVES
 
-_ONE_ROW, _TWO_ROWS, _FOUR_LINES = (4, 4, 4) if vectors() == "AVX-512" else (2, 1, 1)
-"""Vectors that are combined at once, by half of the registers. Makes no difference to any bit."""
+_WIDE = vectors() == "AVX-512"
+_ROWS, _DOT_ROWS = (3, 2) if _WIDE else (2, 1)
+"""Rows that share what is loaded of the anchor. Makes no difference to any bit, nor does the next."""
+_ONE_ROW, _ALL_ROWS, _FOUR_LINES = (4, 4, 4) if _WIDE else (2, 1, 1)
+"""Vectors that are combined at once, by half of the registers, or three quarters."""
 
 _DECODING, _ENCODING = OBJECTIVES.index("decoding"), OBJECTIVES.index("encoding")
 
@@ -58,17 +61,31 @@ def _combine(
 def _combine_rows(x: Any, o_x: int, row: int, rows: int, w: Any, o_w: int, n: int, K: int, o_out: int) -> None:
     """x[o_out + r row + j] += sum_k x[o_x + r row + k] w[k n + j], r < rows, j < n, a multiple of 16."""
     r = 0
-    while r + 2 <= rows:
+    while r + _ROWS <= rows:
         j = 0
-        while j + _TWO_ROWS * LANES <= n:
-            combine(2, _TWO_ROWS, 2, x, o_x, row, 1, w, o_w + j, n, K, x, o_out + j, row)
-            j += _TWO_ROWS * LANES
+        while j + _ALL_ROWS * LANES <= n:
+            combine(_ROWS, _ALL_ROWS, 2, x, o_x, row, 1, w, o_w + j, n, K, x, o_out + j, row)
+            j += _ALL_ROWS * LANES
         while j < n:
-            combine(2, 1, 2, x, o_x, row, 1, w, o_w + j, n, K, x, o_out + j, row)
+            combine(_ROWS, 1, 2, x, o_x, row, 1, w, o_w + j, n, K, x, o_out + j, row)
             j += LANES
-        r, o_x, o_out = r + 2, o_x + 2 * row, o_out + 2 * row
-    if r < rows:
+        r, o_x, o_out = r + _ROWS, o_x + _ROWS * row, o_out + _ROWS * row
+    while r < rows:
         _combine(x, o_x, np.int64(1), w, o_w, n, K, x, o_out, n)
+        r, o_x, o_out = r + 1, o_x + row, o_out + row
+
+
+@njit(cache=True, error_model="numpy")
+def _dot_rows(x: Any, o_x: int, row: int, rows: int, w: Any, o_w: int, n: int, K: int, o_out: int) -> None:
+    """x[o_out + r row + j] = sum_k x[o_x + r row + k] w[j K + k], r < rows, j < n, a multiple of 16."""
+    r = 0
+    while r + _DOT_ROWS <= rows:
+        for j in range(0, n, LANES):
+            cross_dots(_DOT_ROWS, x, o_x, row, w, o_w + j * K, K, K, x, o_out + j)
+        r, o_x, o_out = r + _DOT_ROWS, o_x + _DOT_ROWS * row, o_out + _DOT_ROWS * row
+    if r < rows:
+        for j in range(0, n, LANES):
+            cross_dots(1, x, o_x, row, w, o_w + j * K, K, K, x, o_out + j)
 
 
 @njit(cache=True, error_model="numpy")
@@ -128,9 +145,7 @@ def recur(
     q, c, h, w, y, row = o_x, o_x + m, o_x + 2 * m, o_x + 2 * m + d, o_x + 3 * m + d, 3 * m + d + max(d, m)
     if objective == _DECODING:
         _combine_rows(x, c, row, tokens, S, o_A, d, m, h)
-    for r in range(tokens):
-        for j in range(0, m, LANES):
-            store(x, w + r * row + j, dots(16, x, h + r * row, 0, S, o_A + j * d, d, d))
+    _dot_rows(x, h, row, tokens, S, o_A, m, d, w)
     store(x, lanes, row_dots(x, h, h, row, tokens, d))
     zero, one, half = splat(np.float32(0)), splat(np.float32(1)), splat(np.float32(0.5))
     a = S[o_a]
