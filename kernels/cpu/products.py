@@ -92,7 +92,7 @@ def cross_dots(
         at = [builder.mul(x_row, x_row.type(r)) for r in range(R)]
         x_rows = [builder.gep(x_data, [each]) for each in at]
         parts: list[list[Any]] = [[] for _ in x_rows]
-        groups = max(1, R * LANES // _AT_ONCE)
+        groups = 1 << (-(-R * LANES // _AT_ONCE) - 1).bit_length()  # a power of two, for the tree
         for first in range(groups):
             w_rows = [builder.gep(w_data, [builder.mul(w_row, w_row.type(j))]) for j in range(first, LANES, groups)]
             sums = _build_sums(builder, [(a, b) for a in x_rows for b in w_rows], n)

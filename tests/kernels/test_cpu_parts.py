@@ -18,7 +18,7 @@ from lattice_serve.kernels import cpu_features
 from lattice_serve.kernels import rms_norm as reference_norm
 from lattice_serve.kernels import swiglu as reference_swiglu
 from lattice_serve.kernels.cpu.math import exp, sigmoid, silu
-from lattice_serve.kernels.cpu.products import dots
+from lattice_serve.kernels.cpu.products import cross_dots, dots
 from lattice_serve.kernels.cpu.vector import larger, largest, load, store
 from lattice_serve.kernels.cpu_features import Stored, has_bf16
 from lattice_serve.kernels.lanes import LANES, padded
@@ -202,6 +202,20 @@ def test_dots_of_rows_are_those_of_one_row() -> None:
     for r in range(0, 16, 4):
         four(x, w, r, out)
         np.testing.assert_array_equal(out, alone[r : r + 4, 0].repeat(4))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_cross_dots_are_dots(rows: int) -> None:
+    """Of each row with each of 16 lines, with the same bits, and nothing else is written."""
+    rng = np.random.default_rng(rows)
+    x, w = (rng.standard_normal(size).astype(np.float32) for size in (rows * 64, 16 * 48))
+    run = njit(lambda x, w, out: cross_dots(rows, x, 0, 64, w, 0, 48, 48, out, 16))
+    dot = njit(lambda x, w, out: store(out, 0, dots(16, x, 0, 0, w, 0, 48, 48)))
+    out, expected = (np.full(16 + rows * 64, np.nan, dtype=np.float32) for _ in range(2))
+    run(x, w, out)
+    for r in range(rows):
+        dot(x[r * 64 :], w, expected[16 + r * 64 :])
+    np.testing.assert_array_equal(out, expected)
 
 
 @pytest.mark.parametrize("bad", [0.0, 1e-38, float("inf"), float("nan"), -float("inf")])
