@@ -23,7 +23,7 @@ from lattice_serve.kernels.linear.cpu import PANEL, linear, linear_beside, panel
 from lattice_serve.kernels.mixer.cpu import mix_head
 from lattice_serve.kernels.norm.cpu import rms_norm
 
-HEAD_ROWS = 256
+HEAD_ROWS = 512
 """Rows of a head that are projected and then mixed."""
 BLOCK_ROWS = 256
 """Rows of a block, at the most."""
