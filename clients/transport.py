@@ -34,17 +34,23 @@ class LeanTransport(httpx.AsyncBaseTransport):
         lines = [b"%s %s HTTP/1.1" % (request.method.encode(), url.raw_path)]
         lines += [b"%s: %s" % header for header in request.headers.raw]
         data = b"\r\n".join((*lines, b"", await request.aread()))
-        connection = self._take(origin) or await self._connect(request, origin, limits.get("connect"))
-        try:
-            connection.send(data)
-            await asyncio.wait_for(connection.head, limits.get("read"))
-        except BaseException as error:
-            connection.close()
-            if isinstance(error, asyncio.TimeoutError):
-                raise httpx.ReadTimeout("the answer did not begin in time", request=request) from error
-            if isinstance(error, OSError):
-                raise httpx.ReadError(str(error), request=request) from error
-            raise
+        connection = self._take(origin)
+        while True:
+            kept, connection = connection is not None, connection or await self._connect(request, origin, limits)
+            try:
+                connection.send(data)
+                await asyncio.wait_for(connection.head, limits.get("read"))
+                break
+            except BaseException as error:
+                connection.close()
+                if isinstance(error, ConnectionError) and kept and not connection.heard:
+                    connection = None  # the server had given it up; llama.cpp's does, though it says that it keeps it
+                    continue
+                if isinstance(error, asyncio.TimeoutError):
+                    raise httpx.ReadTimeout("the answer did not begin in time", request=request) from error
+                if isinstance(error, OSError):
+                    raise httpx.ReadError(str(error), request=request) from error
+                raise
         stream = _Body(connection, self._idle.setdefault(origin, []), request)
         return httpx.Response(connection.status, headers=connection.headers, stream=stream)
 
@@ -63,7 +69,7 @@ class LeanTransport(httpx.AsyncBaseTransport):
                 return connection
         return None
 
-    async def _connect(self, request: httpx.Request, origin: _Origin, seconds: float | None) -> _Connection:
+    async def _connect(self, request: httpx.Request, origin: _Origin, limits: dict[str, float | None]) -> _Connection:
         scheme, host, port = origin
         loop = asyncio.get_running_loop()
         if scheme == "https" and self._tls is None:
@@ -71,7 +77,7 @@ class LeanTransport(httpx.AsyncBaseTransport):
         try:
             tls = self._tls if scheme == "https" else None
             opening = loop.create_connection(lambda: _Connection(loop), host, port, ssl=tls)
-            _, connection = await asyncio.wait_for(opening, seconds)
+            _, connection = await asyncio.wait_for(opening, limits.get("connect"))
         except asyncio.TimeoutError as error:
             raise httpx.ConnectTimeout("no connection in time", request=request) from error
         except OSError as error:
@@ -93,7 +99,7 @@ class _Connection(asyncio.Protocol):
         self.headers: list[tuple[bytes, bytes]] = []
         self.head: asyncio.Future[None] = self._loop.create_future()
         self.blocks: deque[bytes] = deque()
-        self.done = False
+        self.heard = self.done = False
         self._waiting: asyncio.Future[None] | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._transport.write(data)
@@ -116,6 +122,7 @@ class _Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
+        self.heard = True
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:

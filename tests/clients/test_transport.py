@@ -99,6 +99,38 @@ async def test_what_goes_wrong_is_told_as_httpx_tells_it(answer: Answer, error: 
             await http.get(url)
 
 
+async def test_a_connection_that_was_given_up_is_replaced() -> None:
+    """It was promised to be kept. What has not been answered at all is sent again, once."""
+    used: set[asyncio.StreamWriter] = set()
+
+    async def once(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if writer in used:
+            writer.close()
+        else:
+            used.add(writer)
+            writer.write(LENGTH + b"\r\nhi")
+
+    async with server(once) as (url, counts), httpx.AsyncClient(transport=LeanTransport()) as http:
+        for _ in range(3):
+            assert (await http.post(url, content=b"x")).text == "hi"
+        assert counts == [2, 2, 1]
+
+
+async def test_half_an_answer_on_a_kept_connection_is_not_asked_for_again() -> None:
+    answers = [LENGTH + b"\r\nhi", b"HTTP/1.1 200"]
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answers.pop(0))
+        if not answers:
+            writer.close()
+
+    async with server(answer) as (url, counts), httpx.AsyncClient(transport=LeanTransport()) as http:
+        assert (await http.get(url)).text == "hi"
+        with pytest.raises(httpx.ReadError):
+            await http.get(url)
+        assert counts == [2]
+
+
 async def test_nobody_listens() -> None:
     async with server(writes()) as (url, _):
         pass
