@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 import structlog
 
 from lattice_serve.engine.config import EngineConfig
-from lattice_serve.engine.errors import ConfigError, EngineUnavailable, LatticeError
+from lattice_serve.engine.errors import EngineUnavailable, LatticeError
 from lattice_serve.engine.messages import Ready, Submit
 from lattice_serve.server.engine_client import EngineClient, Generation
 from lattice_serve.server.metrics import Metrics
@@ -85,9 +85,10 @@ class Router:
         return sum(replica.supervisor.restarts for replica in self.replicas)
 
     @property
-    def failure(self) -> ConfigError | None:
-        """Why one of the engines could not be started at all."""
-        failures = [replica.supervisor.failure for replica in self.replicas]
+    def failure(self) -> BaseException | None:
+        """Why one of the engines could not be started at all, or is not looked after any more."""
+        failures: list[BaseException | None] = [replica.supervisor.failure for replica in self.replicas]
+        failures += [task.exception() for task in self._tasks if task.done() and not task.cancelled()]
         return next((failure for failure in failures if failure is not None), None)
 
     def generate(self, requests: Sequence[Submit], *, timeout: float | None = None) -> Generation:

@@ -28,6 +28,8 @@ _STABLE_SECONDS = 60.0
 _LAST_SECONDS = 1.0
 _STOP_SECONDS = 3.0
 _STDERR = 2
+_NOT_STARTED = 126
+"""Exit status of an engine without a process: what a shell has for a command that cannot be run."""
 
 
 class Supervisor:
@@ -47,16 +49,23 @@ class Supervisor:
         """cache_file: where what an engine has cached outlives it; writing it may take a while at the end."""
         self.restarts = 0
         self.failure: ConfigError | None = None
-        """Set when the engine ended before it was ever ready: starting it again would not help."""
+        """Set when the engine cannot be started, or ended before it was ever ready: trying again would not help."""
         self._config = config
         self._client = client
         self._command = [*command, *(() if cache_file is None else ("--cache-file", str(cache_file)))]
         self._stop_seconds = _STOP_SECONDS if cache_file is None else SAVE_SECONDS
 
     async def run(self) -> None:
-        """Until cancelled, or until an engine ends that was never ready."""
+        """Until cancelled, or until there is a `failure`."""
         deaths = 0
-        with tempfile.TemporaryDirectory(prefix="lattice-") as folder:
+        try:
+            temporary = tempfile.TemporaryDirectory(prefix="lattice-")
+        except OSError as error:  # where the whole file system is read-only, for one
+            self.failure = ConfigError(
+                f"no folder for the engine's socket: {error.strerror}: set TMPDIR to one that can be written to"
+            )
+            return
+        with temporary as folder:
             while True:
                 started = time.monotonic()
                 status = await self._live_once(Path(folder, f"engine-{self.restarts}.sock"))
@@ -72,14 +81,19 @@ class Supervisor:
 
     async def _live_once(self, socket: Path) -> int:
         """Run one engine process to its end. Returns its exit status."""
-        process = await asyncio.create_subprocess_exec(
-            *self._command,
-            *("--socket", str(socket), "--config", self._config.model_dump_json()),
-            env={"OMP_WAIT_POLICY": "passive"} | os.environ,  # threads that spin while they wait slow each other down
-            stdin=subprocess.PIPE,
-            stdout=_STDERR,
-            start_new_session=True,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                *("--socket", str(socket), "--config", self._config.model_dump_json()),
+                # Threads that spin while they wait slow each other down.
+                env={"OMP_WAIT_POLICY": "passive"} | os.environ,
+                stdin=subprocess.PIPE,
+                stdout=_STDERR,
+                start_new_session=True,
+            )
+        except OSError as error:  # no memory for a process, or too many of them
+            log.error("engine could not be started", error=str(error))
+            return _NOT_STARTED
         log.info("engine started", pid=process.pid)
         link = asyncio.create_task(self._client.run(socket))
         exited = asyncio.create_task(process.wait())
