@@ -23,11 +23,11 @@ import msgspec
 import numpy as np
 import torch
 
-from lattice_serve import kernels
 from lattice_serve.engine.errors import CacheFileError
 from lattice_serve.engine.prefix_cache import PrefixCache
 from lattice_serve.engine.radix_tree import Ids
 from lattice_serve.engine.tier import Snapshot
+from lattice_serve.kernels.stamp import sources_digest
 
 _MAGIC = b"lattice-serve states 1\n"
 _READ = 1 << 20
@@ -61,9 +61,8 @@ class _Head(msgspec.Struct, frozen=True):
 def identity(model: Path, *settings: object) -> str:
     """Of all that the bits of a state depend on: the model's files, the kernels, what compiles them, and `settings`."""
     compilers = [version(name) for name in ("llvmlite", "torch")]  # and torch's own Triton
-    digest = hashlib.sha256(repr((sys.byteorder, compilers, settings)).encode())
-    code = sorted(Path(kernels.__file__).parent.rglob("*.py"))
-    for path in (model / "config.json", *sorted(model.glob("*.safetensors")), *code):
+    digest = hashlib.sha256(repr((sys.byteorder, compilers, sources_digest(), settings)).encode())
+    for path in (model / "config.json", *sorted(model.glob("*.safetensors"))):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while data := file.read(_READ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from lattice_serve.engine import errors
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.engine import Engine
-from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError
+from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError, Overloaded
 from lattice_serve.engine.messages import (
     FinishReason,
     Pooling,
@@ -164,13 +165,20 @@ class LLM:
         for request in requests:
             self._engine.check(request)
         places: dict[str, int] = {}
-        waiting = iter(enumerate(requests))
+        waiting = deque(enumerate(requests))
+        most = self._engine.pool.rows + self._engine.config.max_waiting
         try:
             while True:
-                room = self._engine.pool.rows + self._engine.config.max_waiting - len(places)
-                for place, request in itertools.islice(waiting, room):
+                while waiting and len(places) < most:
+                    place, request = waiting[0]
                     request_id = f"local-{next(self._ids)}"
-                    self._engine.submit(msgspec.structs.replace(request, request_id=request_id))
+                    try:
+                        self._engine.submit(msgspec.structs.replace(request, request_id=request_id))
+                    except Overloaded:  # many grammars wait to be compiled
+                        if not places:
+                            raise
+                        break
+                    waiting.popleft()
                     places[request_id] = place
                 if not places:
                     self._engine.check_idle()

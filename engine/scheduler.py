@@ -63,7 +63,10 @@ class Piece:
     @property
     def keeps(self) -> bool:
         """Whether it ends at a place of interest in its prompt: the state there may come again."""
-        return self.tokens > 0 and (self.ends_prompt or self.end in self.sequence.marks)
+        sequence = self.sequence
+        # What was asked for a vector is not gone on from.
+        ends = self.ends_prompt and sequence.pooled is None
+        return self.tokens > 0 and (ends or self.end in sequence.marks)
 
     @property
     def scored(self) -> list[int]:

@@ -2,6 +2,9 @@
 
 from lattice_serve.kernels.lattice import LatticeState, lattice_chunk, lattice_recurrent
 from lattice_serve.kernels.norm import rms_norm
+from lattice_serve.kernels.stamp import stamp_kernels
 from lattice_serve.kernels.swiglu import swiglu
+
+stamp_kernels()
 
 __all__ = ["LatticeState", "lattice_chunk", "lattice_recurrent", "rms_norm", "swiglu"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.server.answer import LOWEST_LOGPROB, Answer, check
 from lattice_serve.server.schemas.completions import Choice, Completion, CompletionRequest, Logprobs, PromptLogprob
 from lattice_serve.server.services import Services
+
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class CompletionAnswer(Answer[CompletionRequest, Choice]):
@@ -64,7 +67,9 @@ class _Candidate:
         self._request = request
         self._echo = prompt.text if request.echo else None
         self._tokenizer = tokenizer
-        self._length = 0
+        self._decoder = _Utf8Decoder(errors="replace")
+        self._offset = 0
+        """Characters before the next token."""
         self._tokens = 0
         self._logprob = 0.0
 
@@ -80,29 +85,29 @@ class _Candidate:
             if logprobs is not None:
                 self._add_prompt(logprobs, output.prompt_logprobs or [])
             text = self._echo + text
-            self._length = len(self._echo)
+            self._decoder.reset()
+            self._offset = len(self._echo)
             self._echo = None
         if output.logprob is not None:
             self._tokens += 1
             self._logprob += max(output.logprob.logprob, LOWEST_LOGPROB)
             if logprobs is not None:
-                self._add(logprobs, output.logprob.token_id, output.logprob, self._length)
-        self._length += len(output.text)
+                self._add(logprobs, output.logprob.token_id, output.logprob)
         choice = Choice(self._index, text, logprobs, output.finish_reason, output.stop_reason)
         if self._request.prompt_logprobs is not None and output.prompt_logprobs is not None:
             choice.prompt_logprobs = self._scores(output.prompt_logprobs, self._request.prompt_logprobs)
         return choice
 
     def _add_prompt(self, logprobs: Logprobs, entries: Sequence[TokenLogprob | None]) -> None:
-        offset = 0
         for token_id, entry in zip(self._prompt.ids, entries, strict=True):
-            self._add(logprobs, token_id, entry, offset)
-            offset += len(logprobs.tokens[-1])
+            self._add(logprobs, token_id, entry)
 
-    def _add(self, logprobs: Logprobs, token_id: int, entry: TokenLogprob | None, offset: int) -> None:
+    def _add(self, logprobs: Logprobs, token_id: int, entry: TokenLogprob | None) -> None:
         name = self._tokenizer.token_text
         logprobs.tokens.append(name(token_id))
-        logprobs.text_offset.append(offset)
+        logprobs.text_offset.append(self._offset)
+        # Not the length of its name: a token may be a part of a character, or no text.
+        self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
         if entry is None:
             logprobs.token_logprobs.append(None)
             logprobs.top_logprobs.append(None)

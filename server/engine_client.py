@@ -151,11 +151,15 @@ class Generation:
         self._timer: asyncio.TimerHandle | None = None
         if timeout is not None:
             error = TimedOut(f"the answer took longer than its timeout of {timeout:g} s", param="timeout")
-            self._timer = asyncio.get_running_loop().call_later(timeout, self.put, error)
+            self._timer = asyncio.get_running_loop().call_later(timeout, self._time_out, error)
         self._queue: asyncio.Queue[tuple[int, TokenOutput] | LatticeError] = asyncio.Queue()
 
     def put(self, item: tuple[int, TokenOutput] | LatticeError) -> None:
         self._queue.put_nowait(item)
+
+    def _time_out(self, error: TimedOut) -> None:
+        if self.open:  # else all has come in time, and it is the client that takes long
+            self.put(error)
 
     def __aiter__(self) -> Generation:
         return self

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.server.chat import ChatAnswer
 from lattice_serve.server.schemas.chat import ChunkChoice
 from lattice_serve.server.schemas.responses import (
@@ -23,6 +24,9 @@ from lattice_serve.server.schemas.responses import (
 from lattice_serve.server.services import Services
 
 _encode = msgspec.json.Encoder().encode
+
+_NAMES = {"messages": "input", "response_format": "text"}
+"""Fields of a chat that have another name here."""
 
 
 async def respond(services: Services, request: ResponseRequest, salt: str) -> bytes:
@@ -46,6 +50,19 @@ async def stream(services: Services, request: ResponseRequest, salt: str) -> Asy
 
 async def _events(services: Services, request: ResponseRequest, salt: str) -> AsyncGenerator[dict[str, Any], None]:
     """The last one has the whole response. Raises the error that says why it cannot be made, or not now."""
+    try:
+        async with aclosing(_told(services, request, salt)) as events:
+            async for event in events:
+                yield event
+    except InvalidParameter as error:
+        param = error.param or ""
+        if param not in _NAMES:
+            raise
+        raise InvalidParameter(error.message.replace(param, _NAMES[param], 1), param=_NAMES[param]) from error
+
+
+async def _told(services: Services, request: ResponseRequest, salt: str) -> AsyncGenerator[dict[str, Any], None]:
+    """The same, but that errors name the fields of a chat."""
     before: list[dict[str, Any]] = []
     if request.previous_response_id is not None:
         stored = services.responses.get(salt, request.previous_response_id, "previous_response_id")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import queue
 import shutil
+import signal
 import socket
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -40,14 +42,20 @@ from lattice_serve.kernels.mixer import Segments
 
 Inbox = queue.SimpleQueue[Command]
 
+_LAST_SECONDS = 1.0
+"""After which this process ends in any case."""
+
 
 def _read(link: socket.socket, inbox: Inbox) -> None:
     """Commands into `inbox`; at their end this process ends, whatever it is at or waits for."""
     folder = None
-    while (command := receive(link)) is not None:
-        if isinstance(command, Start):
-            folder = command.folder
-        inbox.put(command)
+    with suppress(OSError):  # a leader that ends with `READY` unread resets the connection
+        while (command := receive(link)) is not None:
+            if isinstance(command, Start):
+                folder = command.folder
+            inbox.put(command)
+    # Who is about to join the others may look for the folder for minutes, and let no other thread go on meanwhile.
+    signal.setitimer(signal.ITIMER_REAL, _LAST_SECONDS)
     if folder is not None:  # the leader may not have come to it
         shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)

@@ -61,7 +61,10 @@ class Workers:
     def meet(self, device: str) -> Group:
         """The group of all, when each has loaded its share. Raises `ConfigError` when one has not."""
         for rank, link in enumerate(self._links, 1):
-            if link.recv(1) != READY:
+            word = b""
+            with suppress(OSError):  # one that has ended with its first command unread resets the connection
+                word = link.recv(1)
+            if word != READY:
                 raise ConfigError(f"process {rank} of {self._size} did not start: its messages say why")
         self._groups.append(Group(Share(0, self._size), device, self._folder))
         return self._groups[0]

@@ -260,7 +260,7 @@ def _work(
             at = table[max(layer, 0)]
             if layer >= 0:
                 ticket, base = head_phase(
-                    sync, ticket, base, M, n, segments, S, layer * layer_size, row_size, head_size, places, dims, w,
+                    sync, ticket, base, M, segments, S, layer * layer_size, row_size, head_size, places, dims, w,
                     at[0], scales, at[1], width, normed, z, small, at[9], mixed, gate_up, scratch,
                 )  # fmt: skip
             while ticket < base + count:

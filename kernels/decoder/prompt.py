@@ -46,9 +46,9 @@ def embed(x: Any, row: int, width: int, embedding: Any, ids: Any, first: int, la
 
 @njit(cache=True)
 def head_phase(
-    sync: Any, ticket: int, base: int, M: int, n: int, segments: Any, S: Any, o_layer: int, row_size: int,
-    head_size: int, places: Any, dims: Any, w: Any, o_w: int, scales: Any, o_s: int, width: int, normed: Any,
-    gates: Any, small: Any, o_small: int, mixed: Any, z: Any, scratch: Any,
+    sync: Any, ticket: int, base: int, M: int, segments: Any, S: Any, o_layer: int, row_size: int, head_size: int,
+    places: Any, dims: Any, w: Any, o_w: int, scales: Any, o_s: int, width: int, normed: Any, gates: Any, small: Any,
+    o_small: int, mixed: Any, z: Any, scratch: Any,
 ) -> tuple[int, int]:  # fmt: skip
     """The first phase; z: this thread's rows of one head."""
     H = dims[0]

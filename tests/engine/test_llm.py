@@ -12,7 +12,7 @@ import torch
 from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.errors import CheckpointError, ConfigError, InvalidParameter, NumericalError
 from lattice_serve.engine.llm import LLM, Completion, Prompt
-from lattice_serve.engine.sampling import SamplingParams
+from lattice_serve.engine.sampling import Grammar, SamplingParams
 from lattice_serve.engine.weights import bundled_model
 from tests.engine.harness import assert_idle, complete, submit
 
@@ -72,6 +72,12 @@ def test_params_for_all_for_each_and_for_nobody(llm: LLM, alone: list[Completion
     with pytest.raises(InvalidParameter, match="2 params for 3 prompts") as caught:
         llm.generate(PROMPTS[:3], each[:2])
     assert caught.value.param == "params"
+
+
+def test_more_grammars_than_may_wait_to_be_compiled(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lattice_serve.engine.grammar.MAX_PENDING", 1)
+    params = [SamplingParams(max_tokens=9, grammar=Grammar.choice([word])) for word in ("one", "two", "three", "four")]
+    assert [answer.text for answer in llm.generate(["x"] * 4, params)] == ["one", "two", "three", "four"]
 
 
 def test_nothing_to_do(llm: LLM) -> None:

@@ -317,6 +317,11 @@ def test_scored_prompts_are_run(cached: Engine) -> None:
     assert cached.stats().cache_outcomes["bypass"] == 1
 
 
+def test_what_was_read_for_a_vector_takes_no_room(cached: Engine) -> None:
+    complete(cached, submit("r", PROMPT, max_tokens=0, pooling="mean"))
+    assert cached.stats().cache_entries == 0
+
+
 def test_without_memory_nothing_is_kept(tiny_model: Path) -> None:
     engine = make_engine(tiny_model, prefix_cache_memory=0)
     assert [ask(engine, PROMPT) for _ in range(2)] == [(0, 40), (0, 40)]

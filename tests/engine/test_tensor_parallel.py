@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import socket
+import subprocess
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
@@ -20,7 +23,7 @@ from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.errors import CheckpointError, ConfigError, EngineDied
 from lattice_serve.engine.llm import LLM, Completion
 from lattice_serve.engine.tensor_parallel import workers
-from lattice_serve.engine.tensor_parallel.commands import CheckScrubbed, Initialise
+from lattice_serve.engine.tensor_parallel.commands import CheckScrubbed, Initialise, Start, send
 from lattice_serve.engine.tensor_parallel.group import devices
 from lattice_serve.engine.tensor_parallel.share import Share
 from lattice_serve.engine.weights import load_model
@@ -188,6 +191,22 @@ def test_workers_end_with_an_engine_process_that_is_killed(model: Path, tmp_path
         (pid,) = children(child.process.pid)
         child.process.kill()
         wait_for(lambda: not alive(pid), SECONDS)
+
+
+def test_a_worker_ends_with_a_leader_that_has_not_listened_to_it(model: Path, tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        worker = subprocess.Popen([*workers.COMMAND, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+    with ours:
+        send(ours, Start(EngineConfig(model=model, tensor_parallel_size=2).model_dump_json(), 1, str(tmp_path)))
+        assert select.select([ours], [], [], SECONDS)[0], "its share is not loaded"
+    assert worker.wait(SECONDS) in (0, -signal.SIGALRM)
+
+
+def test_a_worker_that_does_not_listen_is_said_of(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", "import time; time.sleep(1)"))
+    with pytest.raises(ConfigError, match="process 1 of 2 did not start"):
+        LLM(model, tensor_parallel_size=2)
 
 
 def children(pid: int) -> list[int]:

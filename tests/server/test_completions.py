@@ -96,6 +96,15 @@ def test_echo_with_logprobs_scores_the_prompt(server: ServerProcess, max_tokens:
             assert choice["text"][offset:].startswith(token)
 
 
+def test_offsets_are_of_the_text_not_of_the_tokens_names(server: ServerProcess) -> None:
+    (choice,) = server.complete("a \U0001f600 b", echo=True, logprobs=0, max_tokens=2)["choices"]
+    names, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    assert sum(name.startswith("bytes:") for name in names) == 4, "a character of four tokens"
+    assert offsets == sorted(offsets)
+    for name, offset in zip(names, offsets, strict=True):
+        assert choice["text"][offset:].startswith("\U0001f600" if name.startswith("bytes:") else name)
+
+
 def test_prompt_logprobs(server: ServerProcess) -> None:
     ids = tokens(server, "we few")
     (choice,) = server.complete("we few", prompt_logprobs=2, max_tokens=1)["choices"]

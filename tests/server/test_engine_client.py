@@ -10,7 +10,7 @@ import pytest
 import uvloop
 
 from lattice_serve.engine.errors import EngineDied
-from lattice_serve.engine.messages import Ready, Submit, encode
+from lattice_serve.engine.messages import Ready, Submit, TokenOutput, encode
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.server.engine_client import EngineClient, Generation
 from lattice_serve.server.metrics import Metrics
@@ -52,3 +52,12 @@ def test_what_comes_between_an_engines_death_and_its_news_ends_like_what_came_be
 
     # uvloop's transports, unlike asyncio's own, raise an error when they are closed.
     uvloop.run(scenario())
+
+
+async def test_a_client_that_takes_long_is_not_told_that_the_answer_did() -> None:
+    client, generation = EngineClient(Metrics("m")), Generation(0.01)
+    client.submit(generation, 0, Submit("", array("i", [1]), SamplingParams()))
+    (request_id,) = generation.open
+    client._deliver(TokenOutput(request_id, 5, "x", "length"))
+    await asyncio.sleep(0.05)
+    assert [output.text async for _, output in generation] == ["x"]

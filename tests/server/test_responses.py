@@ -228,6 +228,10 @@ def test_what_is_refused_is_named(server: ServerProcess, body: dict[str, Any], s
             "part 0 is not served: give parts of type",
         ),
         ([{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}], "input[1].message.role: "),
+        (
+            [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{"}],
+            "input: arguments of a tool call are no JSON",
+        ),
     ],
 )
 def test_an_item_at_fault_is_told(server: ServerProcess, given: Any, message: str) -> None:
