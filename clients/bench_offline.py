@@ -63,6 +63,12 @@ class FarDecode(msgspec.Struct, frozen=True, kw_only=True):
     """By how much the process's resident memory grew meanwhile."""
 
 
+def check_far(tokens: int) -> None:
+    """Raises `ClientError` for fewer than 3 tokens: the first and the last of a turn are not counted."""
+    if tokens < 3:
+        raise ClientError(f"decode-tokens is {tokens}: give at least 3 to compare positions")
+
+
 def resident_bytes() -> int:
     """Memory of this process that is in use; Linux."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -113,10 +119,9 @@ class OfflineBench:
     def far(self, position: int, tokens: int) -> FarDecode:
         """Needs a prefix cache that holds the state of the long prompt: each turn begins where that ends.
 
-        Raises `ClientError` for fewer than 3 tokens: the first and the last of a turn are not counted.
+        Raises `ClientError` as `check_far` does.
         """
-        if tokens < 3:
-            raise ClientError(f"decode-tokens is {tokens}: give at least 3 to compare positions")
+        check_far(tokens)
         near, far = self._prompts(1, 1)[0], self._prompts(1, position)[0]
         self._generate([far], 1)
         rates: dict[int, list[float]] = {len(near): [], len(far): []}

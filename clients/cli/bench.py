@@ -52,10 +52,10 @@ def offline(
     `lattice bench offline --batch 1 --batch 64`
     """
     from lattice_serve.clients import plot as plots
-    from lattice_serve.clients.bench_offline import GATE_PROMPTS, OfflineBench
+    from lattice_serve.clients.bench_offline import GATE_PROMPTS, OfflineBench, check_far
     from lattice_serve.clients.ceilings import BITS, Ceilings, Work
     from lattice_serve.clients.cli import report
-    from lattice_serve.engine.config import ModelConfig
+    from lattice_serve.engine.config import EngineConfig, ModelConfig
     from lattice_serve.engine.llm import LLM
     from lattice_serve.engine.processors import available_cpus
     from lattice_serve.engine.weights import resolve_model
@@ -63,11 +63,15 @@ def offline(
 
     if plot is not None:
         plots.check()
+    if position is not None:
+        check_far(decode_tokens)
     batches = batch or [1, 8, 32, 64]
+    rows = max(*batches, GATE_PROMPTS)
+    step_tokens = max(rows, EngineConfig.model_fields["max_step_tokens"].default)
     settings = {"dtype": dtype or "auto", "quantization": quantization, "threads": threads}
     with report.progress() as progress:
         task = progress.add_task("load", total=len(batches) + 4 + (position is not None))
-        llm = LLM(model, max_rows=max(*batches, GATE_PROMPTS), prefix_cache_memory=0, **settings)
+        llm = LLM(model, max_rows=rows, max_step_tokens=step_tokens, prefix_cache_memory=0, **settings)
         progress.update(task, advance=1, description="the machine's limits")
         config = ModelConfig.load(resolve_model(model))
         work = Work.of(config, BITS[llm.info.dtype])
