@@ -23,7 +23,7 @@ from pathlib import Path
 
 import msgspec
 
-from lattice_serve.engine import cache_file
+from lattice_serve.engine import cache_file, standard_error
 from lattice_serve.engine.config import SAVE_SECONDS, EngineConfig
 from lattice_serve.engine.engine import Engine, failure
 from lattice_serve.engine.errors import CacheFileError, LatticeError
@@ -138,12 +138,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="EngineConfig as JSON")
     parser.add_argument("--cache-file", type=Path, help="where cached states outlive the process")
     options = parser.parse_args(arguments)
+    standard_error.outlive_it()
     # Who stops a whole process group means the server, which has yet to drain: its end is this process's, see below.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     to_save = threading.Event()
     threading.Thread(target=_end_with_parent, args=(to_save,), daemon=True).start()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(options.socket))
+        try:
+            listener.bind(str(options.socket))
+        except OSError as error:  # no room in its folder, or too long a path
+            reason = error.strerror or error
+            print(f"error: no socket at {options.socket}: {reason}: set TMPDIR to another folder", file=sys.stderr)
+            return 1
         listener.listen(1)
         try:
             engine = Engine(EngineConfig.model_validate_json(options.config), progress=True, beside=True)

@@ -8,9 +8,13 @@ import sys
 import structlog
 from structlog.typing import Processor
 
+from lattice_serve.engine import standard_error
+
 
 def configure(level: str) -> None:
-    """Set up structlog, and the standard library's loggers for the libraries below, for this process."""
+    """Set up structlog, and the standard library's loggers for the libraries below, for this process. A line that
+    cannot be written is lost, and fails nothing."""
+    standard_error.outlive_it()
     facts: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,

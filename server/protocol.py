@@ -13,6 +13,9 @@ from lattice_serve.server.errors import HeaderTooLarge, TimedOut, error_json
 MAX_HEAD_BYTES = 1 << 20
 """Beyond it the connection is closed. What is smaller, and larger than the settings have it, `Limits` answers."""
 
+_LONGEST_URL = (1 << 16) - 1
+"""Bytes that the parser of URLs takes."""
+
 _BAD_REQUEST = 400
 _STATUS_LINES = {
     _BAD_REQUEST: b"HTTP/1.1 400 Bad Request\r\n",
@@ -91,7 +94,11 @@ class BoundedProtocol(HttpToolsProtocol):
                 data = self._decline(data[offer.args[0] :])
                 continue
             except httptools.HttpParserError as error:
-                self._refuse(_BAD_REQUEST, f"this is not HTTP/1.1: {error}")
+                cause = error.__context__ or error  # of an error in a callback, which says no more itself
+                if isinstance(cause, httptools.HttpParserInvalidURLError) and len(self.url) > _LONGEST_URL:
+                    self._refuse(HeaderTooLarge.status, f"the path has more than {_LONGEST_URL} bytes")
+                else:
+                    self._refuse(_BAD_REQUEST, f"this is not HTTP/1.1: {cause}")
             return
 
     def _decline(self, rest: bytes) -> bytes:

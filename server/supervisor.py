@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ _NOT_STARTED = 126
 
 
 class Supervisor:
-    """`run` it to have an engine: `command --socket PATH --config JSON`, PATH in a folder with mode 0700.
+    """`run` it to have an engine: `command --socket PATH --config JSON`, PATH in a folder with mode 0700, its own.
 
     The engine writes to the server's stderr; it is out of reach of the terminal's Ctrl-C, so that the server
     can drain first; and its stdin ends when the server does, however that happens.
@@ -58,29 +59,39 @@ class Supervisor:
     async def run(self) -> None:
         """Until cancelled, or until there is a `failure`."""
         deaths = 0
-        try:
-            temporary = tempfile.TemporaryDirectory(prefix="lattice-")
-        except OSError as error:  # where the whole file system is read-only, for one
-            self.failure = ConfigError(
-                f"no folder for the engine's socket: {error.strerror}: set TMPDIR to one that can be written to"
-            )
-            return
-        with temporary as folder:
-            while True:
-                started = time.monotonic()
-                status = await self._live_once(Path(folder, f"engine-{self.restarts}.sock"))
+        while True:
+            started = time.monotonic()
+            try:
+                status = await self._live_once()
+            except ConfigError as error:
                 if not self._client.ever_ready:
-                    self.failure = ConfigError(f"the engine did not start (exit status {status}): its messages say why")
+                    self.failure = error
                     return
-                deaths = 0 if time.monotonic() - started > _STABLE_SECONDS else deaths
-                delay = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**deaths)
-                log.error("engine died, starting it again", exit_status=status, delay_seconds=delay)
-                deaths += 1
-                self.restarts += 1
-                await asyncio.sleep(delay)
+                log.error("engine could not be started", error=error.message)
+                status = _NOT_STARTED
+            if not self._client.ever_ready:
+                self.failure = ConfigError(_why(status))
+                return
+            deaths = 0 if time.monotonic() - started > _STABLE_SECONDS else deaths
+            delay = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**deaths)
+            log.error("engine died, starting it again", exit_status=status, delay_seconds=delay)
+            deaths += 1
+            self.restarts += 1
+            await asyncio.sleep(delay)
 
-    async def _live_once(self, socket: Path) -> int:
-        """Run one engine process to its end. Returns its exit status."""
+    async def _live_once(self) -> int:
+        """Run one engine process to its end. Returns its exit status. Raises `ConfigError` without a folder."""
+        # One for each engine: who clears up temporary files may take it away, and then the next one has its own.
+        try:
+            temporary = tempfile.TemporaryDirectory(prefix="lattice-", ignore_cleanup_errors=True)
+        except OSError as error:  # where the whole file system is read-only, for one
+            raise ConfigError(
+                f"no folder for the engine's socket: {error.strerror}: set TMPDIR to one that can be written to"
+            ) from error
+        with temporary as folder:
+            return await self._run_process(Path(folder, "engine.sock"))
+
+    async def _run_process(self, socket: Path) -> int:
         try:
             process = await asyncio.create_subprocess_exec(
                 *self._command,
@@ -109,6 +120,13 @@ class Supervisor:
             await asyncio.gather(link, return_exceptions=True)
             await _stop(process, self._stop_seconds)
         return await exited
+
+
+def _why(status: int) -> str:
+    """What an engine that was never ready has ended of."""
+    if status == -signal.SIGKILL:  # which leaves it no time for messages
+        return "the engine did not start: it was killed, most likely for want of memory: lower max_rows or state_memory"
+    return f"the engine did not start (exit status {status}): its messages say why"
 
 
 async def _stop(process: asyncio.subprocess.Process, seconds: float) -> None:

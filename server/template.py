@@ -14,7 +14,7 @@ from typing import Any
 
 import structlog
 
-from lattice_serve.engine.errors import CheckpointError, InvalidParameter, Overloaded
+from lattice_serve.engine.errors import CheckpointError, EngineUnavailable, InvalidParameter, Overloaded
 
 log = structlog.get_logger(__name__)
 
@@ -23,6 +23,10 @@ TOOL_CALL = "<tool_call>"
 """Where a template has it, its model writes calls as Hermes models do: this, JSON, and the same with a slash."""
 
 _SECONDS = 1.0
+_LOST_SECONDS, _START_SECONDS = 10.0, 60.0
+"""After which a process that does not answer is given up: stopped, it cannot end itself in time. The longer one: until
+it has begun."""
+_UNAVAILABLE = "chat templates cannot be rendered now: try again in a few seconds"
 _WORKER = (sys.executable, "-m", "lattice_serve.server.template_worker")
 
 PLAIN_STOP = "\nUser:"
@@ -74,7 +78,8 @@ class ChatTemplate:
         """The text for `variables`, which JSON can hold.
 
         Raises `InvalidParameter` when the template refuses them, fails, or takes too long, `CheckpointError` when it is
-        no template, and `Overloaded` when others that take long are before this one.
+        no template, `Overloaded` when others that take long are before this one, and `EngineUnavailable` when the
+        process cannot be started, or is stopped.
         """
         loop = asyncio.get_running_loop()
         asked = loop.time()
@@ -82,9 +87,11 @@ class ChatTemplate:
             if loop.time() - asked > _SECONDS:
                 raise Overloaded("other chat templates take too long: try again later")
             try:
+                if self._ended:  # killed between two renderings
+                    await self._stop()
                 if self._process is None:
                     await self._start()
-                rendered = await self._ask(variables)
+                rendered = await self._ask(variables, _LOST_SECONDS)
             except BaseException as error:
                 # What it would still say is an answer to this request, and must not become that of the next one.
                 await self._stop()
@@ -101,8 +108,8 @@ class ChatTemplate:
         return rendered["text"]
 
     async def __aenter__(self) -> ChatTemplate:
-        """Ready for the first request. A bad template is logged here, and fails each request."""
-        with suppress(CheckpointError):
+        """Ready for the first request. A bad template, or want of a process, is logged here, and fails each request."""
+        with suppress(CheckpointError, EngineUnavailable):
             await self._start()
         return self
 
@@ -111,24 +118,35 @@ class ChatTemplate:
     ) -> None:
         await self._stop()
 
+    @property
+    def _ended(self) -> bool:
+        process = self._process
+        return process is not None and (
+            process.returncode is not None or process.stdin is None or process.stdin.is_closing()
+        )
+
     async def _stop(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            with suppress(ProcessLookupError):
-                process.kill()
+            _kill(process)
             await process.wait()
 
     async def _start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            *_WORKER,
-            # No keys, for a template that would find a way out of its sandbox.
-            env={name: value for name, value in os.environ.items() if not name.startswith("LATTICE_")},
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,
-        )
         try:
-            fault = (await self._ask({"source": self.source, "seconds": _SECONDS})).get("error")
+            self._process = await asyncio.create_subprocess_exec(
+                *_WORKER,
+                # No keys, for a template that would find a way out of its sandbox.
+                env={name: value for name, value in os.environ.items() if not name.startswith("LATTICE_")},
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:  # no memory for a process, or too many of them, or of open files
+            log.error("chat templates cannot be rendered", error=str(error))
+            raise EngineUnavailable(_UNAVAILABLE) from error
+        try:
+            answer = await self._ask({"source": self.source, "seconds": _SECONDS}, _START_SECONDS)
+            fault = answer.get("error")
         except (asyncio.IncompleteReadError, ConnectionError):
             fault = f"reading it takes over {_SECONDS:g} s or too much memory"
         if fault is not None:
@@ -136,14 +154,30 @@ class ChatTemplate:
             log.error("bad chat template", fault=fault)
             raise CheckpointError(f"{TEMPLATE_FILE} of the model folder: {fault}: mend the template")
 
-    async def _ask(self, message: Mapping[str, Any]) -> dict[str, str]:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        # Integers of any size, which msgspec does not write.
-        data = json.dumps(message).encode()
-        self._process.stdin.write(len(data).to_bytes(4, "big") + data)
-        await self._process.stdin.drain()
-        size = int.from_bytes(await self._process.stdout.readexactly(4), "big")
-        answer: dict[str, str] = json.loads(await self._process.stdout.readexactly(size))
-        return answer
+    async def _ask(self, message: Mapping[str, Any], seconds: float) -> dict[str, str]:
+        """Its answer. Raises `EngineUnavailable` when none comes within so many seconds."""
+        process, loop = self._process, asyncio.get_running_loop()
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        timer = loop.call_later(seconds, _kill, process)
+        try:
+            # Integers of any size, which msgspec does not write.
+            data = json.dumps(message).encode()
+            process.stdin.write(len(data).to_bytes(4, "big") + data)
+            await process.stdin.drain()
+            size = int.from_bytes(await process.stdout.readexactly(4), "big")
+            answer: dict[str, str] = json.loads(await process.stdout.readexactly(size))
+            return answer
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            if loop.time() < timer.when():
+                raise
+            log.error("the process that renders chat templates did not answer", seconds=seconds)
+            raise EngineUnavailable(_UNAVAILABLE) from error
+        finally:
+            timer.cancel()
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with suppress(ProcessLookupError):
+        process.kill()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -15,15 +18,31 @@ from lattice_serve.engine.errors import LatticeError
 
 class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
-        """Turns this project's errors into one line and exit code 2. Anything else is a bug and shows its traceback."""
+        """Turns this project's errors, and a full disk, into one line and exit code 2. Anything else is a bug and shows
+        its traceback."""
+        _open_streams()
         try:
             return super().invoke(ctx)
-        except (LatticeError, ClientError) as error:
+        except (LatticeError, ClientError, OSError) as error:
+            if isinstance(error, OSError):
+                if error.errno != errno.ENOSPC:
+                    raise
+                sys.stdout = None  # what is left of it would be tried again at the end
             typer.secho(f"error: {' '.join(str(error).split())}", fg="red", err=True)
             raise typer.Exit(2) from error
 
 
 main = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+
+def _open_streams() -> None:
+    """Standard streams that whoever started this has closed: what is opened next would take their places, where libuv
+    does not suffer it, and where other processes of this program write their messages."""
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, os.fdopen(descriptor, mode))
 
 
 def _show_version(wanted: bool) -> None:

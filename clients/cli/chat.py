@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,9 +29,12 @@ def chat(
     `lattice chat --system "Answer in rhyme." --temperature 0.8`
     """
     from lattice_serve.clients.client import Client
+    from lattice_serve.clients.errors import ClientError
 
     with suppress(ImportError):
         import readline  # noqa: F401  Lines can be edited, and called back.
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # what is not text cannot be sent
     messages = [] if system is None else [{"role": "system", "content": system}]
     params: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     if seed is not None:
@@ -39,8 +43,15 @@ def chat(
         client.models()  # before anything is asked: whether there is a server, and the key is right
         while (said := _read()) is not None:
             if said.strip():
-                messages.append({"role": "user", "content": said})
-                messages.append({"role": "assistant", "content": _answer(client, messages, params)})
+                question = {"role": "user", "content": said}
+                try:
+                    answer = _answer(client, [*messages, question], params)
+                except ClientError as error:
+                    if not sys.stdin.isatty():
+                        raise
+                    typer.secho(f"error: {error}", fg="red", err=True)
+                    continue  # What was said before is not lost, and this can be said again.
+                messages += [question, {"role": "assistant", "content": answer}]
 
 
 def _read() -> str | None:

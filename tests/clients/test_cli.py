@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import socket
 import subprocess
 import sys
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 TEXT = "Once upon\u2028 é!"
 """What the played server says."""
+CODE = "from lattice_serve.clients.cli import main; main()"
 COMMANDS = [[], ["serve"], ["chat"], ["generate"], ["init"], ["bench"], ["bench", "offline"], ["bench", "http"]]
 
 
@@ -35,7 +38,7 @@ def _run(*arguments: str, stdin: str | None = None) -> Any:
     return CliRunner().invoke(main, arguments, input=stdin, env={"COLUMNS": "200", "TERM": "dumb"})
 
 
-def _process(*arguments: str, code: str = "from lattice_serve.clients.cli import main; main()") -> Any:
+def _process(*arguments: str, code: str = CODE) -> Any:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
 
 
@@ -103,6 +106,25 @@ def test_an_error_is_one_line_and_code_2(arguments: list[str], message: str) -> 
     assert result.stdout == ""
     assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(played: PlayedServer, tmp_path: Path, closed: str) -> None:
+    """An event loop, which aborts where one of its files is a standard one; and a chat, which reads."""
+    report = tmp_path / "report.json"
+    load = ["bench", "http", "--concurrency", "1", "--requests", "1", "--output-tokens", "5", "--json", str(report)]
+    for command in load, ["chat"]:
+        arguments = [sys.executable, "-c", CODE, *command, "--url", played.url]
+        done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *arguments], input=b"", capture_output=True)
+        assert done.returncode == 0, done.stderr
+    assert json.loads(report.read_text())["benchmark"] == "http"
+
+
+def test_a_full_disk_is_one_line(played: PlayedServer) -> None:
+    arguments = [sys.executable, "-c", CODE, "chat", "--url", played.url]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(arguments, input="Who?\n", stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "error: [Errno 28] No space left on device\n")
 
 
 @pytest.mark.usefixtures("_played_llm")
@@ -359,6 +381,35 @@ def test_an_answer_that_is_interrupted_is_part_of_the_chat(
     cut = TEXT.removesuffix("!")
     assert (result.exit_code, result.stdout) == (0, f"{cut} ...\n{TEXT}\n")
     assert played.bodies[-1]["messages"][1] == {"role": "assistant", "content": cut}
+
+
+def test_an_error_does_not_end_a_chat_at_a_terminal(played: PlayedServer) -> None:
+    terminal, stdin = pty.openpty()
+    arguments = [sys.executable, "-c", CODE, "chat", "--url", played.url]
+    with subprocess.Popen(arguments, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        os.write(terminal, b"Who?\n")
+        assert process.stdout.readline().endswith(f"{TEXT}\n")
+        played.refusals.append((400, None))
+        os.write(terminal, b"Lost.\nAnd then?\n")
+        assert process.stdout.readline().endswith(f"{TEXT}\n")
+        os.write(terminal, b"\x04")
+        _, errors = process.communicate(timeout=60)
+    os.close(terminal)
+    os.close(stdin)
+    assert (process.returncode, errors) == (0, "error: 400: refused\n")
+    assert [message["content"] for message in played.bodies[-1]["messages"]] == ["Who?", TEXT, "And then?"]
+
+
+def test_what_is_said_may_be_no_text(played: PlayedServer) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, "chat", "--url", played.url],
+        input=b"Wh\xff?\n",
+        capture_output=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert played.bodies[-1]["messages"] == [{"role": "user", "content": "Wh\ufffd?"}]
 
 
 def test_chat_without_a_server() -> None:

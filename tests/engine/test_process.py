@@ -342,3 +342,13 @@ def test_a_bad_model_folder_is_reported(start: Callable[[Path], EngineProcess], 
     log = child.log.read_text()
     assert log.startswith(f"error: {folder}")
     assert "Traceback" not in log
+
+
+def test_a_socket_that_cannot_be_is_reported(tmp_path: Path, tiny_model: Path) -> None:
+    folder = tmp_path / ("a" * 100)  # too long for the address of a socket
+    folder.mkdir()
+    with EngineProcess(folder, tiny_model) as child:
+        assert child.process.wait(SECONDS) == 1
+        log = child.log.read_text()
+    assert log.startswith("error: no socket at ")
+    assert log.endswith(": set TMPDIR to another folder\n")

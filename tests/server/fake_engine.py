@@ -210,13 +210,14 @@ async def main() -> None:
     if options.fail:
         sys.exit("the fake engine was told not to start")
     engine = FakeEngine(EngineConfig.model_validate_json(options.config), options.record, options.longest)
-    engine.record("start", pid=os.getpid(), mode=oct(Path(options.socket).parent.stat().st_mode & 0o777))
+    folder = Path(options.socket).parent
+    engine.record("start", pid=os.getpid(), folder=str(folder), mode=oct(folder.stat().st_mode & 0o777))
     gone = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if options.fail_connected:
             writer.close()
-            sys.stderr.write("the fake engine was told not to start")
+            print("the fake engine was told not to start", file=sys.stderr)
             # As the engine, it ends with its stdin, too.
             server_gone = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
             os._exit(0 if (await asyncio.wait({server_gone}, timeout=0.2))[0] else 1)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -93,6 +96,32 @@ def test_the_engine_dies_and_comes_back(start_server: StartServer, pool: ThreadP
     assert server.complete("a")
     assert server.http.get("/health").json()["restarts"] == server.metrics()["engine_restarts_total"] == 1
     assert server.metrics()['request_success_total{finished_reason="error"}'] == (4 if how == "kill" else 5)
+
+
+def test_the_engine_comes_back_without_the_folder_of_the_one_before(start_server: StartServer) -> None:
+    """Who clears up temporary files takes what is old."""
+    server = start_server()
+    first_pid = server.engine_pid
+    shutil.rmtree(server.records("start")[-1]["folder"])
+    assert server.complete("a")
+    os.kill(first_pid, signal.SIGKILL)
+    wait_for(lambda: server.post(prompt="a").status_code == 200)
+    assert server.engine_pid != first_pid
+
+
+def test_a_log_on_a_full_disk_ends_nothing(start_server: StartServer, pool: ThreadPoolExecutor) -> None:
+    server = start_server()
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (0, 0))
+    written = server.log_path.stat().st_size
+    with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port or 0), timeout=10) as kept:
+        kept.sendall(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n" * 2)
+        wait_for(lambda: kept.recv(65536, socket.MSG_PEEK).count(b"HTTP/1.1 200 OK") == 2)
+    stream = pool.submit(server.stream, "!slow", max_tokens=20)
+    submitted(server, 1)
+    server.process.send_signal(signal.SIGTERM)
+    assert stream.result()[-1] == "[DONE]"
+    assert server.process.wait(20) == 0
+    assert server.log_path.stat().st_size == written
 
 
 def test_without_an_engine_requests_are_503(start_server: StartServer) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -100,6 +102,33 @@ def test_a_tunnel_is_refused(server: ServerProcess) -> None:
     with connect(server) as connection:
         connection.sendall(b"CONNECT example.com:443 HTTP/1.1\r\nhost: example.com\r\n\r\n")
         check_refusal(to_the_end(connection), 400, "no proxy")
+
+
+@pytest.mark.parametrize("size", [1 << 16, 500_000])
+def test_a_path_that_is_too_long_for_the_parser(server: ServerProcess, size: int) -> None:
+    with connect(server) as connection:
+        connection.sendall(b"GET /" + b"a" * size + b" HTTP/1.1\r\n\r\n")
+        check_refusal(to_the_end(connection), 431, "the path has more than 65535 bytes")
+
+
+def test_a_url_that_is_none(server: ServerProcess) -> None:
+    with connect(server) as connection:
+        connection.sendall(b"GET http://[ HTTP/1.1\r\n\r\n")
+        check_refusal(to_the_end(connection), 400, "this is not HTTP/1.1: ")
+
+
+def test_a_connection_for_each_file_that_the_system_allows(start_server: Callable[..., ServerProcess]) -> None:
+    """Not for as many as programs with `select` begin with."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        server = start_server()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(connect(server))
+        assert server.complete("a")
 
 
 def test_requests_in_a_row_are_answered_in_order(server: ServerProcess) -> None:

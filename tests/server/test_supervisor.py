@@ -54,6 +54,15 @@ async def test_an_engine_without_a_process_at_the_start(supervisor: Callable[...
     assert "the engine did not start (exit status 126)" in str(failed.failure)
 
 
+async def test_an_engine_that_is_killed_at_its_start(supervisor: Callable[..., Supervisor], tmp_path: Path) -> None:
+    command = tmp_path / "engine"
+    command.write_text("#!/bin/sh\nkill -9 $$\n")
+    command.chmod(0o700)
+    failed = supervisor(command, Client(ever_ready=False))
+    await failed.run()
+    assert "it was killed, most likely for want of memory: lower max_rows" in str(failed.failure)
+
+
 async def test_an_engine_that_has_run_is_tried_again_until_there_is_a_process(
     supervisor: Callable[..., Supervisor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lattice_serve.engine.errors import CheckpointError, InvalidParameter, Overloaded
+from lattice_serve.engine.errors import CheckpointError, EngineUnavailable, InvalidParameter, Overloaded
+from lattice_serve.server import template as module
 from lattice_serve.server.template import ChatTemplate
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -149,6 +151,39 @@ async def test_the_process_goes_with_its_user(tmp_path: Path) -> None:
         assert process is not None
         assert process.returncode is None
     assert process.returncode is not None
+
+
+async def test_a_process_that_is_killed_between_renderings_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("{{ n }}")
+    async with ChatTemplate(tmp_path) as template:
+        for n in range(3):
+            process = template._process
+            assert process is not None
+            process.kill()
+            await process.wait()
+            assert await template.render({"n": n}) == str(n)
+
+
+async def test_a_process_that_is_stopped_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOST_SECONDS", 0.2)
+    (tmp_path / "chat_template.jinja").write_text("{{ n }}")
+    async with ChatTemplate(tmp_path) as template:
+        assert template._process is not None
+        template._process.send_signal(signal.SIGSTOP)
+        with pytest.raises(EngineUnavailable, match="try again"):
+            await template.render({"n": 1})
+        monkeypatch.undo()
+        assert await template.render({"n": 2}) == "2"
+
+
+async def test_no_process_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WORKER", (str(tmp_path / "missing"),))
+    (tmp_path / "chat_template.jinja").write_text("{{ n }}")
+    async with ChatTemplate(tmp_path) as template:
+        with pytest.raises(EngineUnavailable, match="try again"):
+            await template.render({"n": 1})
+        monkeypatch.undo()
+        assert await template.render({"n": 2}) == "2"
 
 
 @pytest.mark.parametrize(
