@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import random
-import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,20 +29,22 @@ def test_a_prompt_of_200_000_tokens(server: RealServer, pool: ThreadPoolExecutor
     assert not first.done()
     assert first.result(timeout=120)["usage"]["prompt_tokens"] == LONG
 
-    before, after, again = (_inter_token_seconds(server, each) for each in (short, long, short))
+    # In turn, and the best of each: what else the machine does makes some slower, and none faster.
+    taken = [[_seconds(server, each) for each in (short, long)] for _ in range(4)]
     assert _kilobytes(server.engine_pid, "VmHWM") - resident < 50_000
-    assert after < 1.5 * max(before, again)
+    near, far = map(min, zip(*taken, strict=True))
+    assert far < 1.5 * near
 
 
-def _inter_token_seconds(server: RealServer, body: dict[str, Any]) -> float:
-    """The median, as the client sees it."""
+def _seconds(server: RealServer, body: dict[str, Any]) -> float:
+    """From the first token to the last, as the client sees it."""
     times = []
     with server.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 times.append(time.perf_counter())
     assert len(times) == DECODED
-    return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
+    return times[-1] - times[0]
 
 
 def _kilobytes(pid: int, name: str) -> int:
