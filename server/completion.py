@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import codecs
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 
+from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.messages import TokenLogprob, TokenOutput
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.server.answer import LOWEST_LOGPROB, Answer, check
 from lattice_serve.server.schemas.completions import Choice, Completion, CompletionRequest, Logprobs, PromptLogprob
 from lattice_serve.server.services import Services
-
-_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class CompletionAnswer(Answer[CompletionRequest, Choice]):
@@ -67,7 +65,7 @@ class _Candidate:
         self._request = request
         self._echo = prompt.text if request.echo else None
         self._tokenizer = tokenizer
-        self._decoder = _Utf8Decoder(errors="replace")
+        self._detokenizer = Detokenizer(tokenizer.token_bytes)
         self._offset = 0
         """Characters before the next token."""
         self._tokens = 0
@@ -85,7 +83,7 @@ class _Candidate:
             if logprobs is not None:
                 self._add_prompt(logprobs, output.prompt_logprobs or [])
             text = self._echo + text
-            self._decoder.reset()
+            self._detokenizer = Detokenizer(self._tokenizer.token_bytes)
             self._offset = len(self._echo)
             self._echo = None
         if output.logprob is not None:
@@ -107,7 +105,8 @@ class _Candidate:
         logprobs.tokens.append(name(token_id))
         logprobs.text_offset.append(self._offset)
         # Not the length of its name: a token may be a part of a character, or no text.
-        self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        text, _ = self._detokenizer.push(token_id)
+        self._offset += len(text)
         if entry is None:
             logprobs.token_logprobs.append(None)
             logprobs.top_logprobs.append(None)

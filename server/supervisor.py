@@ -63,14 +63,12 @@ class Supervisor:
             started = time.monotonic()
             try:
                 status = await self._live_once()
+                failure = ConfigError(_why(status))
             except ConfigError as error:
-                if not self._client.ever_ready:
-                    self.failure = error
-                    return
                 log.error("engine could not be started", error=error.message)
-                status = _NOT_STARTED
+                status, failure = _NOT_STARTED, error
             if not self._client.ever_ready:
-                self.failure = ConfigError(_why(status))
+                self.failure = failure
                 return
             deaths = 0 if time.monotonic() - started > _STABLE_SECONDS else deaths
             delay = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**deaths)
@@ -80,7 +78,8 @@ class Supervisor:
             await asyncio.sleep(delay)
 
     async def _live_once(self) -> int:
-        """Run one engine process to its end. Returns its exit status. Raises `ConfigError` without a folder."""
+        """Run one engine process to its end. Returns its exit status. Raises `ConfigError` where there is no folder
+        for it, or no process."""
         # One for each engine: who clears up temporary files may take it away, and then the next one has its own.
         try:
             temporary = tempfile.TemporaryDirectory(prefix="lattice-", ignore_cleanup_errors=True)
@@ -92,6 +91,7 @@ class Supervisor:
             return await self._run_process(Path(folder, "engine.sock"))
 
     async def _run_process(self, socket: Path) -> int:
+        """The same, in its folder."""
         try:
             process = await asyncio.create_subprocess_exec(
                 *self._command,
@@ -103,8 +103,7 @@ class Supervisor:
                 start_new_session=True,
             )
         except OSError as error:  # no memory for a process, or too many of them
-            log.error("engine could not be started", error=str(error))
-            return _NOT_STARTED
+            raise ConfigError(f"the engine did not start (exit status {_NOT_STARTED}): {error}") from error
         log.info("engine started", pid=process.pid)
         link = asyncio.create_task(self._client.run(socket))
         exited = asyncio.create_task(process.wait())

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lattice_serve.clients.cli import bench, chat, generate, init, serve
+from lattice_serve.clients.cli import bench, chat, failure, generate, init, serve
 from lattice_serve.clients.errors import ClientError
 from lattice_serve.engine.errors import LatticeError
 
@@ -23,12 +23,14 @@ class _Group(TyperGroup):
         _open_streams()
         try:
             return super().invoke(ctx)
-        except (LatticeError, ClientError, OSError) as error:
-            if isinstance(error, OSError):
-                if error.errno != errno.ENOSPC:
-                    raise
-                sys.stdout = None  # what is left of it would be tried again at the end
-            typer.secho(f"error: {' '.join(str(error).split())}", fg="red", err=True)
+        except (LatticeError, ClientError) as error:
+            failure.show(error)
+            raise typer.Exit(2) from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            sys.stdout = None  # what is left of it would be tried again at the end
+            failure.show(error)
             raise typer.Exit(2) from error
 
 

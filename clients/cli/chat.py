@@ -28,6 +28,7 @@ def chat(
 
     `lattice chat --system "Answer in rhyme." --temperature 0.8`
     """
+    from lattice_serve.clients.cli import failure
     from lattice_serve.clients.client import Client
     from lattice_serve.clients.errors import ClientError
 
@@ -49,7 +50,7 @@ def chat(
                 except ClientError as error:
                     if not sys.stdin.isatty():
                         raise
-                    typer.secho(f"error: {error}", fg="red", err=True)
+                    failure.show(error)
                     continue  # What was said before is not lost, and this can be said again.
                 messages += [question, {"role": "assistant", "content": answer}]
 

@@ -26,7 +26,7 @@ from lattice_serve.kernels.lattice.state import OBJECTIVES
 _WIDE = vectors() == "AVX-512"
 _ROWS, _DOT_ROWS = (3, 2) if _WIDE else (2, 1)
 """Rows that share what is loaded of the anchor. Makes no difference to any bit, nor does the next."""
-_ONE_ROW, _ALL_ROWS, _FOUR_LINES = (4, 4, 4) if _WIDE else (2, 1, 1)
+_ONE_ROW, _SOME_ROWS, _FOUR_LINES = (4, 4, 4) if _WIDE else (2, 1, 1)
 """Vectors that are combined at once, by half of the registers, or three quarters."""
 
 _DECODING, _ENCODING = OBJECTIVES.index("decoding"), OBJECTIVES.index("encoding")
@@ -63,9 +63,9 @@ def _combine_rows(x: Any, o_x: int, row: int, rows: int, w: Any, o_w: int, n: in
     r = 0
     while r + _ROWS <= rows:
         j = 0
-        while j + _ALL_ROWS * LANES <= n:
-            combine(_ROWS, _ALL_ROWS, 2, x, o_x, row, 1, w, o_w + j, n, K, x, o_out + j, row)
-            j += _ALL_ROWS * LANES
+        while j + _SOME_ROWS * LANES <= n:
+            combine(_ROWS, _SOME_ROWS, 2, x, o_x, row, 1, w, o_w + j, n, K, x, o_out + j, row)
+            j += _SOME_ROWS * LANES
         while j < n:
             combine(_ROWS, 1, 2, x, o_x, row, 1, w, o_w + j, n, K, x, o_out + j, row)
             j += LANES
