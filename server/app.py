@@ -84,7 +84,7 @@ def create_app(services: Services) -> FastAPI:
 
 
 def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> None:
-    """Serve until SIGTERM or SIGINT, then drain and return.
+    """Serve until SIGTERM, SIGINT or SIGHUP, then drain and return.
 
     Raises `ConfigError` when the address cannot be bound, the model folder lacks its tokenizer, or an
     engine does not start.
@@ -94,7 +94,7 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
     tokenizer = Tokenizer.load(settings.model, ModelConfig.load(settings.model).vocab_size)
     metrics = ServerMetrics(settings.model_name, settings.replicas)
     replicas = [
-        Replica(config, each, engine_command, cache_file)
+        Replica(config, each, engine_command, settings.watchdog_seconds, cache_file)
         for config, each, cache_file in zip(
             settings.engine_configs(), metrics.engines, settings.cache_files(), strict=True
         )
@@ -106,7 +106,10 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
         for replica in replicas:
             replica.client.on_ready = lambda ready: _announce(ready, settings.model_name, address)
         log.info("starting", model=str(settings.model), address=address)
-        _Server(services).run([listener])
+        server = _Server(services)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # under nohup it stays ignored
+            signal.signal(signal.SIGHUP, server.handle_exit)
+        server.run([listener])
     if router.failure is not None:
         raise router.failure
 
@@ -135,7 +138,7 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._deadline is None:
             self._drain(signal.Signals(sig).name)
-        else:
+        elif sig != signal.SIGHUP:  # of which a terminal that is closed and its shell send one each
             self._deadline = time.monotonic()
 
     def _drain(self, reason: str) -> None:

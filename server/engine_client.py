@@ -32,6 +32,9 @@ from lattice_serve.server.metrics import Metrics, SequenceMeter
 log = structlog.get_logger(__name__)
 
 _CONNECT_SECONDS = 0.05
+_LOOKS = 10
+"""For a word from the engine, in `watchdog_seconds`. They are counted, not the time: where the server itself was
+stopped, what the engine said meanwhile has still to be read."""
 
 
 class EngineClient:
@@ -40,14 +43,18 @@ class EngineClient:
     `run` holds the connection; between two connections there is no engine, and nothing may be submitted.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, watchdog_seconds: float) -> None:
+        """watchdog_seconds: in which an engine that has work, or was just told something, has to say something."""
         self.ready: Ready | None = None
         """What the engine said of itself; None while there is none."""
         self.ever_ready = False
         self.on_ready: Callable[[Ready], None] = lambda ready: None
         self._metrics = metrics
+        self._watchdog_seconds = watchdog_seconds
         self._live: dict[str, _Live] = {}
         self._writer: asyncio.StreamWriter | None = None
+        self._heard = self._waits = False
+        """Whether the engine has said something since the last look, and whether it has to."""
 
     @property
     def live(self) -> int:
@@ -72,18 +79,26 @@ class EngineClient:
             self._send(Abort(request_id))
 
     async def run(self, socket: Path) -> None:
-        """Connect to `socket` as soon as an engine listens there, and carry messages until it is gone."""
+        """Connect to `socket` as soon as an engine listens there, and carry messages until it is gone.
+
+        Raises TimeoutError when it is silent for `watchdog_seconds` though it has work: it will not end by itself.
+        """
         reader, self._writer = await _connect(socket)
+        watch = asyncio.create_task(self._watch(self._writer.transport))
         try:
             while True:
                 size = int.from_bytes(await reader.readexactly(4), "big")
                 self._receive(FROM_ENGINE.decode(await reader.readexactly(size)))
-        except (OSError, asyncio.IncompleteReadError):
+        except (OSError, asyncio.IncompleteReadError) as error:
+            if watch.done():
+                raise TimeoutError(f"nothing came from it for {self._watchdog_seconds:g} s") from error
             log.warning("engine connection closed")
         except msgspec.DecodeError as error:
             log.error("engine sent a message that cannot be read", error=str(error))
         finally:
+            watch.cancel()
             self.ready = None
+            self._waits = False
             writer, self._writer = self._writer, None
             self._metrics.engine_started(rows=0)
             self.fail_all(lambda: EngineDied("the engine stopped while it worked on this request: send it again"))
@@ -91,7 +106,17 @@ class EngineClient:
             with suppress(OSError):
                 await writer.wait_closed()
 
+    async def _watch(self, transport: asyncio.WriteTransport) -> None:
+        """End the connection when nothing comes over it that has to."""
+        silent = 0
+        while silent < _LOOKS:
+            self._heard = False
+            await asyncio.sleep(self._watchdog_seconds / _LOOKS)
+            silent = silent + 1 if self._waits and not self._heard else 0
+        transport.abort()
+
     def _receive(self, message: FromEngine) -> None:
+        self._heard = True
         if isinstance(message, Ready):
             self._metrics.engine_started(message.rows, again=self.ever_ready)
             self.ready = message
@@ -103,6 +128,7 @@ class EngineClient:
             self._deliver(output)
         for failure in message.failures:
             self._fail(failure.request_id, _as_error(failure))
+        self._waits = bool(self._live)
 
     def _deliver(self, output: TokenOutput) -> None:
         live = self._live.get(output.request_id)
@@ -128,6 +154,7 @@ class EngineClient:
         # A connection that is lost is closed a moment before `run` hears of it, and ends what was submitted.
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(encode(message))
+            self._waits = True
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ RequestError (engine.errors)
 ├── TimedOut        408  the answer was not complete within the timeout that its request gave
 │   └── BodyTimedOut     the body was not, within the time that a server gives it
 ├── BodyTooLarge    413  the body is larger than the server takes
+├── Encoded         415  the body is compressed
 └── HeaderTooLarge  431  the request line and headers are
 """
 
@@ -28,6 +29,7 @@ STATUSES = {
     405: "The route does not take that method.",
     408: "The answer took longer than the `timeout` of its request, or the body too long to come.",
     413: "The body is too large.",
+    415: "The body is compressed.",
     429: "Too many requests wait: come back after `Retry-After` seconds.",
     431: "Path and headers are too large.",
     500: "The engine failed at this request.",
@@ -58,6 +60,10 @@ class BodyTimedOut(TimedOut):
 
 class BodyTooLarge(RequestError):
     status = 413
+
+
+class Encoded(RequestError):
+    status = 415
 
 
 class HeaderTooLarge(RequestError):
@@ -94,7 +100,7 @@ def error_response(error: Exception) -> Response:
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, TimedOut):
         headers["x-should-retry"] = "false"  # Clients of OpenAI's take a 408 for a reason to ask again.
-    if isinstance(error, Unauthorized | BodyTimedOut | BodyTooLarge | HeaderTooLarge):
+    if isinstance(error, Unauthorized | BodyTimedOut | BodyTooLarge | Encoded | HeaderTooLarge):
         headers["connection"] = "close"  # The rest of the body is not wanted.
     return _respond(error_json(error.message, error.status, error.param), error.status, headers)
 

@@ -13,7 +13,14 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lattice_serve.engine.errors import LatticeError
-from lattice_serve.server.errors import BodyTimedOut, BodyTooLarge, HeaderTooLarge, Unauthorized, error_response
+from lattice_serve.server.errors import (
+    BodyTimedOut,
+    BodyTooLarge,
+    Encoded,
+    HeaderTooLarge,
+    Unauthorized,
+    error_response,
+)
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
 """Probes ask these without a key."""
@@ -21,7 +28,7 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
 
 class Limits:
     """ASGI middleware: 401 without a key that is in `api_keys` (none: no key needed), 413 for large bodies, 408 for
-    slow ones, 431 for large heads.
+    slow ones, 415 for compressed ones, 431 for large heads.
 
     A body that says it is too large is let pass unseen; one that does not say is read up to the limit. A head that does
     not end is the protocol's matter, see `server.protocol`.
@@ -53,6 +60,9 @@ class Limits:
             if scope["path"] not in OPEN_PATHS:
                 scope["state"]["cache_salt"] = self._check_key(headers)
             self._check_size(int(headers.get("content-length", 0)))
+            encoding = headers.get("content-encoding", "identity")
+            if encoding.lower() != "identity":
+                raise Encoded(f"content-encoding is {encoding[:100]!r}: send the body as it is, without one")
         except LatticeError as error:
             await error_response(error)(scope, receive, _lingering(receive, send, self._body_seconds))
             return

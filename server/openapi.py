@@ -30,7 +30,7 @@ _BODIES = (
     DetokenizeRequest,
 )
 _ANSWERS = (Completion, ChatCompletion, ChatChunk, Embeddings, ResponseObject, Failure)
-_ALWAYS = (401, 405, 408, 413, 431, 500)
+_ALWAYS = (401, 405, 408, 413, 415, 431, 500)
 """What any route may answer."""
 
 

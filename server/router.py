@@ -28,9 +28,14 @@ class Replica:
     """One engine: the way to it, and what keeps it running."""
 
     def __init__(
-        self, config: EngineConfig, metrics: Metrics, command: Sequence[str], cache_file: Path | None = None
+        self,
+        config: EngineConfig,
+        metrics: Metrics,
+        command: Sequence[str],
+        watchdog_seconds: float,
+        cache_file: Path | None = None,
     ) -> None:
-        self.client = EngineClient(metrics)
+        self.client = EngineClient(metrics, watchdog_seconds)
         self.supervisor = Supervisor(config, self.client, command, cache_file)
 
     @property

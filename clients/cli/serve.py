@@ -83,6 +83,10 @@ def serve(
     grace_period: Annotated[
         float | None, typer.Option(help="Seconds that running requests have after SIGTERM.", show_default="30")
     ] = None,
+    watchdog_seconds: Annotated[
+        float | None,
+        typer.Option(help="Silence of an engine that has work after which it is started again.", show_default="120"),
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible API, until SIGTERM or Ctrl-C.
@@ -123,6 +127,7 @@ def serve(
             step_seconds=step_seconds,
             max_waiting=max_waiting,
             grace_period=grace_period,
+            watchdog_seconds=watchdog_seconds,
             log_level=log_level,
         )
     )

@@ -17,6 +17,8 @@ from lattice_serve.engine.tensor_parallel.share import Share
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
 _SECONDS = 300
 """What a collective may take: a process may be compiling a kernel that another has in its cache."""
+_JOIN_SECONDS = 60
+"""What joining may, where all have loaded their shares."""
 
 
 def devices(device: str, size: int) -> list[str]:
@@ -60,14 +62,23 @@ class Group:
     """
 
     def __init__(self, share: Share, device: str, folder: Path) -> None:
-        """Wait for all to come, by files in `folder`. Of torch's groups this is the default one."""
+        """Wait for all to come, by a file in `folder`. Of torch's groups this is the default one.
+
+        Raises `EngineDied` when one does not come.
+        """
         # All are on this machine: nothing is to listen where others can reach it.
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
         on_gpu = device.startswith("cuda")
+        store = dist.FileStore(str(folder / "group"), share.size)
+        try:  # a backend would wait for one that has died as long as for a collective
+            store.set(f"{share.rank} is here", "")
+            store.wait([f"{rank} is here" for rank in range(share.size)], timedelta(seconds=_JOIN_SECONDS))
+        except RuntimeError as error:
+            raise _died() from error
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
-            init_method=(folder / "group").as_uri(),
+            store=store,
             rank=share.rank,
             world_size=share.size,
             timeout=timedelta(seconds=_SECONDS),

@@ -232,6 +232,7 @@ def test_serve_passes_every_option_on(served: list[Settings], tmp_path: Path) ->
             str(tmp_path / "states"),
         ],
         *["--max-step-tokens", "64", "--max-waiting", "5", "--grace-period", "1.5", "--log-level", "debug"],
+        *["--watchdog-seconds", "9"],
         *["--api-key-file", str(keys), "--cors-origin", "http://a.example", "--cors-origin", "http://b.example"],
     )
     assert result.exit_code == 0, result.output
@@ -251,6 +252,7 @@ def test_serve_passes_every_option_on(served: list[Settings], tmp_path: Path) ->
         "max_step_tokens": 64,
         "max_waiting": 5,
         "grace_period": 1.5,
+        "watchdog_seconds": 9,
         "log_level": "debug",
         "api_key_file": keys,
         "cors_origins": ("http://a.example", "http://b.example"),

@@ -22,7 +22,7 @@ from lattice_serve.engine.config import EngineConfig, ModelConfig
 from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.errors import CheckpointError, ConfigError, EngineDied
 from lattice_serve.engine.llm import LLM, Completion
-from lattice_serve.engine.tensor_parallel import workers
+from lattice_serve.engine.tensor_parallel import group, workers
 from lattice_serve.engine.tensor_parallel.commands import CheckScrubbed, Initialise, Start, send
 from lattice_serve.engine.tensor_parallel.group import devices
 from lattice_serve.engine.tensor_parallel.share import Share
@@ -206,6 +206,14 @@ def test_a_worker_ends_with_a_leader_that_has_not_listened_to_it(model: Path, tm
 def test_a_worker_that_does_not_listen_is_said_of(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", "import time; time.sleep(1)"))
     with pytest.raises(ConfigError, match="process 1 of 2 did not start"):
+        LLM(model, tensor_parallel_size=2)
+
+
+def test_a_worker_that_dies_before_it_joins_is_said_of(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    says_ready = "import socket, sys; socket.socket(fileno=int(sys.argv[1])).send(b'R')"
+    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", says_ready))
+    monkeypatch.setattr(group, "_JOIN_SECONDS", 1)
+    with pytest.raises(EngineDied):
         LLM(model, tensor_parallel_size=2)
 
 

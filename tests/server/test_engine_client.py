@@ -42,7 +42,7 @@ def test_what_comes_between_an_engines_death_and_its_news_ends_like_what_came_be
 
     async def scenario() -> None:
         server = await asyncio.start_unix_server(listen, tmp_path / "socket")
-        client = EngineClient(Metrics("m"))
+        client = EngineClient(Metrics("m"), 60)
         link = asyncio.create_task(client.run(tmp_path / "socket"))
         try:
             await submit_to(client)
@@ -55,7 +55,7 @@ def test_what_comes_between_an_engines_death_and_its_news_ends_like_what_came_be
 
 
 async def test_a_client_that_takes_long_is_not_told_that_the_answer_did() -> None:
-    client, generation = EngineClient(Metrics("m")), Generation(0.01)
+    client, generation = EngineClient(Metrics("m"), 60), Generation(0.01)
     client.submit(generation, 0, Submit("", array("i", [1]), SamplingParams()))
     (request_id,) = generation.open
     client._deliver(TokenOutput(request_id, 5, "x", "length"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 from typing import Any
@@ -148,6 +149,14 @@ async def test_who_does_not_read_while_it_sends_is_answered_too(server: ServerPr
     # Unlike the client above, asyncio's transports lose what they have received when they cannot send.
     async with httpx.AsyncClient(base_url=server.url, timeout=20) as client:
         check_error(await client.post("/v1/completions", content=b" " * 100_000_000), 413)
+
+
+def test_a_compressed_body_is_refused(server: ServerProcess) -> None:
+    body = b'{"prompt": "a"}'
+    response = server.http.post("/v1/completions", content=gzip.compress(body), headers={"content-encoding": "gzip"})
+    assert "'gzip': send the body as it is" in check_error(response, 415)["message"]
+    response = server.http.post("/v1/completions", content=body, headers={"content-encoding": "identity"})
+    assert response.status_code == 200
 
 
 def test_large_heads_are_refused(server: ServerProcess) -> None:

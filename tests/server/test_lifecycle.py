@@ -98,6 +98,24 @@ def test_the_engine_dies_and_comes_back(start_server: StartServer, pool: ThreadP
     assert server.metrics()['request_success_total{finished_reason="error"}'] == (4 if how == "kill" else 5)
 
 
+def test_an_engine_that_hangs_is_killed_and_comes_back(start_server: StartServer) -> None:
+    """One that answers slowly does not hang, nor does one that nobody has asked for anything."""
+    server = start_server(watchdog_seconds=1)
+    assert server.stream("!slow", max_tokens=30)[-1] == "[DONE]"  # takes longer, but is not silent
+    first_pid = server.engine_pid
+    os.kill(first_pid, signal.SIGSTOP)
+    time.sleep(1.5)
+    assert alive(first_pid)
+    failed = server.post(prompt="a")
+    assert failed.status_code == 500
+    assert "send it again" in failed.json()["error"]["message"]
+    wait_for(lambda: server.post(prompt="a").status_code == 200)
+    assert not alive(first_pid)
+    assert server.metrics()["engine_restarts_total"] == 1
+    (line,) = [line for line in server.log_lines() if line["event"] == "engine hangs, killing it"]
+    assert line["reason"] == "nothing came from it for 1 s"
+
+
 def test_the_engine_comes_back_without_the_folder_of_the_one_before(start_server: StartServer) -> None:
     """Who clears up temporary files takes what is old."""
     server = start_server()
@@ -170,6 +188,17 @@ def test_streams_end_with_the_grace_period(start_server: StartServer, pool: Thre
     *_, last = events(streaming.result(timeout=5).text)
     assert last["error"]["code"] == 503
     assert stalled.result(timeout=5).status_code == 503
+    assert server.process.wait(5) == 0
+
+
+def test_a_terminal_that_is_closed_lets_streams_end(start_server: StartServer, pool: ThreadPoolExecutor) -> None:
+    server = start_server()
+    stream = pool.submit(server.stream, "!slow", max_tokens=30)
+    submitted(server, 1)
+    for _ in range(2):  # by the terminal and by its shell
+        server.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: server.http.get("/ready").status_code == 503)
+    assert stream.result(timeout=5)[-1] == "[DONE]"
     assert server.process.wait(5) == 0
 
 
