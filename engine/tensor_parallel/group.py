@@ -70,7 +70,7 @@ class Group:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
         on_gpu = device.startswith("cuda")
-        store = dist.FileStore(str(folder / "group"), share.size)
+        store = dist.FileStore(str(folder / "group"), share.size)  # type: ignore[attr-defined]  # which it documents
         try:  # a backend would wait for one that has died as long as for a collective
             store.set(f"{share.rank} is here", "")
             store.wait([f"{rank} is here" for rank in range(share.size)], timedelta(seconds=_JOIN_SECONDS))
