@@ -116,3 +116,27 @@ def test_an_image_has_all_packages_and_no_root(name: str) -> None:
     assert re.findall(r"^USER (.+)$", text, re.MULTILINE)[-1] not in ("root", "0", "0:0")
     assert "HEALTHCHECK" in text
     assert not re.search(r"^ADD ", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_pip_has_certificates_in_every_stage_that_runs_it(name: str) -> None:
+    # Debian 13's does not start without, whatever it is to do; its slim image has none.
+    text = (DEPLOY / name).read_text(encoding="utf-8")
+    having: set[str] = set()
+    for stage in re.split(r"^FROM ", text, flags=re.MULTILINE)[1:]:
+        base, _, named = stage.partition("\n")[0].partition(" AS ")
+        if base in having or re.search(r"apt-get install .*\bca-certificates\b", stage):
+            having.add(named)
+        assert named in having or not re.search(r"^[^#\n]*\bpip (install|wheel)\b", stage, re.MULTILINE), named
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_folders_of_compiled_code_are_the_users(name: str) -> None:
+    # A volume over a folder that the image lacks is root's, and the server could not write it.
+    text = (DEPLOY / name).read_text(encoding="utf-8")
+    asked = set(re.findall(r"\b[A-Z]+_CACHE_DIR=(/\S+)", text))
+    made = {folder for line in re.findall(r"install --directory --owner=lattice .*", text) for folder in line.split()}
+    if "RUN lattice generate" in text:  # as the user
+        made |= set(re.findall(r"\bNUMBA_CACHE_DIR=(/\S+)", text))
+    assert asked
+    assert asked <= made
