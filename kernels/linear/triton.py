@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lattice_serve.kernels.linear.tiles import Phase, Tiles, architecture, part
+from lattice_serve.kernels.swiglu.triton import silu
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -73,7 +74,7 @@ def _gated_linear(
         gate *= tl.load(p_scales + o_n, mask=in_n, other=0.0)[None, :]
         up *= tl.load(p_scales + n + o_n, mask=in_n, other=0.0)[None, :]
     p_out += o_m[:, None] * n + o_n[None, :]
-    tl.store(p_out, gate * tl.sigmoid(gate) * up, mask=in_m[:, None] & in_n[None, :])
+    tl.store(p_out, silu(gate) * up, mask=in_m[:, None] & in_n[None, :])
 
 
 def parts(device: torch.device, phase: Phase, weight: Tensor, itemsize: int) -> int:

@@ -35,10 +35,10 @@ from lattice_serve.kernels.mixer.triton_parts import (
     forget_gate,
     geometry,
     load,
-    silu,
     step_size,
     unit_length,
 )
+from lattice_serve.kernels.swiglu.triton import silu
 
 
 @triton.jit

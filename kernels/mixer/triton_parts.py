@@ -12,17 +12,13 @@ from torch import Tensor
 from lattice_serve.kernels.lattice.state import OBJECTIVES
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.shape import L2_EPS, MixerWeights
+from lattice_serve.kernels.swiglu.triton import sigmoid
 
 DECODING = tl.constexpr(OBJECTIVES.index("decoding"))
 ENCODING = tl.constexpr(OBJECTIVES.index("encoding"))
 INDICES = ["p_rows", "p_positions", "p_starts"]
 """Arguments that lie behind one another: where depends on their number, which must not compile a kernel anew."""
 _L2_EPS = tl.constexpr(L2_EPS)
-
-
-@triton.jit
-def silu(x: tl.tensor) -> tl.tensor:
-    return x * tl.sigmoid(x)
 
 
 @triton.jit
@@ -50,13 +46,13 @@ def unit_rows(R: tl.tensor) -> tl.tensor:
 @triton.jit
 def step_size(p_z: tl.tensor, p_bias: tl.tensor, mask: tl.tensor) -> tl.tensor:
     """gamma of tokens."""
-    return tl.sigmoid(load(p_z, mask) + tl.load(p_bias).to(tl.float32))
+    return sigmoid(load(p_z, mask) + tl.load(p_bias).to(tl.float32))
 
 
 @triton.jit
 def forget_gate(p_z: tl.tensor, p_bias: tl.tensor, mask: tl.tensor, floor: tl.tensor) -> tl.tensor:
     """mu of tokens."""
-    return floor + (1 - floor) * tl.sigmoid(load(p_z, mask) + tl.load(p_bias).to(tl.float32))
+    return floor + (1 - floor) * sigmoid(load(p_z, mask) + tl.load(p_bias).to(tl.float32))
 
 
 @triton.jit

@@ -47,7 +47,6 @@ from lattice_serve.kernels.mixer.triton_parts import (
     keep_tail,
     load,
     load_anchor,
-    silu,
     step_size,
     tile_width,
     unit_length,
@@ -55,6 +54,7 @@ from lattice_serve.kernels.mixer.triton_parts import (
 )
 from lattice_serve.kernels.mixer.triton_tiles import tile_lines, tile_options, tile_rows, tile_tokens
 from lattice_serve.kernels.mixer.triton_tokens import mix_tokens, token_options
+from lattice_serve.kernels.swiglu.triton import silu
 
 PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16")
 
@@ -68,6 +68,28 @@ def _dot(
         product = tl.dot(x.to(tl.bfloat16).to(kind), y.to(tl.bfloat16).to(kind), more, input_precision="ieee")
     else:
         product = tl.dot(x.to(tl.float32), y.to(tl.float32), more, input_precision=precision)
+    return product
+
+
+@triton.jit
+def _upper(x: tl.tensor, split: tl.constexpr) -> tl.tensor:
+    """Of x, what bfloat16 has of it, towards 0, if it is to be `split`."""
+    if split and x.dtype == tl.float32:
+        x = (x.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def _fine(x: tl.tensor, y: tl.tensor, precision: tl.constexpr, kind: tl.constexpr) -> tl.tensor:
+    """x y like `_dot`, but "bf16" takes x and y, if they are float32, in two parts each, the lower of which are not
+    multiplied with each other: 16 bits of them."""
+    split: tl.constexpr = precision == "bf16"
+    x_1, y_1 = _upper(x, split), _upper(y, split)
+    product = _dot(x_1, y_1, precision, kind)
+    if split and x.dtype == tl.float32:
+        product = _dot(x - x_1, y_1, precision, kind, product)
+    if split and y.dtype == tl.float32:
+        product = _dot(x_1, y - y_1, precision, kind, product)
     return product
 
 
@@ -234,7 +256,7 @@ def _read(
     z_units: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, eps: tl.tensor, n: tl.tensor,
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
     objective: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr, tile_places: tl.constexpr,
-    tile_size: tl.constexpr, precision: tl.constexpr, fine: tl.constexpr, kind: tl.constexpr, unit: tl.constexpr,
+    tile_size: tl.constexpr, precision: tl.constexpr, kind: tl.constexpr, unit: tl.constexpr,
 ) -> None:  # fmt: skip
     """Outputs of one chunk of one head; also e of the state, where the chunk is not finished."""
     i_tile, i_head = tl.program_id(0), tl.program_id(1)
@@ -258,19 +280,21 @@ def _read(
     if objective == DECODING:
         h = _dot(tl.load(p_tile + tile_places[1] + o_tm), A, precision, kind, h.to(tl.float32))
 
-    # The diagonals of the sums over tokens before are left out of the products and added as they are.
-    below = (o_t[:, None] > o_t[None, :]).to(tl.float32)
-    W = _dot(h, tl.trans(A), fine, kind)
+    # Where e is small beside what it is the difference of, bfloat16 alone would leave nothing of it. The diagonals of
+    # sums over tokens before are left out of the products and added as they are.
+    G = _fine(h, tl.trans(h), precision, kind)
+    square = tl.sum(h * h, axis=1)[:, None]
+    W = _fine(h, tl.trans(A), precision, kind)
+    below = (o_t[:, None] > o_t[None, :]).to(tl.float32).to(c.dtype)
     cW = c * W
-    b_below = _dot(below, cW, fine, kind)
+    b_below = _fine(below, cW, precision, kind)
     b = b_below + cW
-    G = _dot(h, tl.trans(h), fine, kind)
-    cross = _dot(below * G, c, fine, kind) - W * b_below
-    u = c * (2 * cross + c * (tl.sum(h * h, axis=1)[:, None] - W * W))
-    e = tl.maximum(_dot(below, u, fine, kind) + u, 0.0)
+    cross = _fine(below * G, c, precision, kind) - W * b_below
+    u = c * (2 * cross + c * (square - W * W))
+    e = tl.maximum(_fine(below, u, precision, kind) + u, 0.0)
     qn = q * tl.rsqrt(1 + e)
-    weights = tl.where(o_t[:, None] >= o_t[None, :], _dot(qn, tl.trans(c), fine, kind), 0.0)
-    y = _dot(weights, h, precision, kind, _dot(qn * (1 - b), A, precision, kind))
+    weights = tl.where(o_t[:, None] >= o_t[None, :], _dot(qn, tl.trans(c), precision, kind), 0.0)
+    y = _dot(weights, h, precision, kind, _dot(qn - qn * b, A, precision, kind))
 
     y *= tl.rsqrt(tl.sum(y * y, axis=1) / d + eps)[:, None] * load(p_norm + o_d, in_d)[None, :]
     p_gate = p_z + i_t[:, None] * (z_units * unit) + H * (2 * m + d)
@@ -306,10 +330,8 @@ def read_options(layout: StateLayout, precision: str, kind: tl.dtype, unit: int)
     """Constants that `_read` is launched with."""
     s = layout.shape
     names = "H d m C places head_size objective b_d b_m"
-    num_warps = 2 if s.d * s.m <= 64 * 64 and precision == "bf16" else 4
-    # Where e is small beside what it is the difference of, bfloat16 would leave nothing of it.
-    fine = precision if precision != "bf16" else "ieee" if torch.version.hip else "tf32"
-    return tile_options(layout, names, precision=precision, fine=fine, kind=kind, unit=unit, num_warps=num_warps)
+    num_warps = 1 if s.d * s.m <= 64 * 64 and precision == "bf16" else 4
+    return tile_options(layout, names, precision=precision, kind=kind, unit=unit, num_warps=num_warps)
 
 
 def mix_prefill(

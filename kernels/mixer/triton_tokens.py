@@ -17,11 +17,11 @@ from lattice_serve.kernels.mixer.triton_parts import (
     keep_tail,
     load,
     load_anchor,
-    silu,
     step_size,
     unit_rows,
 )
 from lattice_serve.kernels.mixer.triton_tiles import tile_options, tile_tokens
+from lattice_serve.kernels.swiglu.triton import silu
 
 
 @triton.jit(do_not_specialize_on_alignment=INDICES)
