@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,6 +15,7 @@ DType: TypeAlias = Literal["float32", "bfloat16"]
 
 SAVE_SECONDS = 60.0
 """In which an engine has to write its cached states, once its server is gone."""
+_GPU_STEP_TOKENS = 2048
 
 
 class ModelConfig(BaseModel):
@@ -77,7 +78,7 @@ class EngineConfig(BaseModel):
     state_memory: int = Field(default=1 << 30, ge=1)
     """Bytes for the state pool when `max_rows` is not given."""
     max_step_tokens: int = Field(default=512, ge=1)
-    """Tokens a step, prefill and decode together."""
+    """Tokens a step, prefill and decode together. By default 2048 on a GPU."""
     step_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Seconds that a step may take while answers are under way: prompts are cut to fit. None: no such limit."""
     max_waiting: int = Field(default=1024, ge=0)
@@ -90,6 +91,14 @@ class EngineConfig(BaseModel):
     """Bytes of a GPU's memory, besides, for those of them that were used last."""
     threads: int | None = Field(default=None, ge=1)
     """Threads of the matrix products. None: one a core."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        # A GPU is given the launches of a prompt one by one, which takes as long for 500 tokens as for some thousands.
+        if isinstance(given, dict) and given.get("device", "cpu") != "cpu":
+            given = {"max_step_tokens": _GPU_STEP_TOKENS} | given
+        return given
 
     @model_validator(mode="after")
     def _check(self) -> EngineConfig:

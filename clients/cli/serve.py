@@ -71,7 +71,7 @@ def serve(
         int | None, typer.Option(help="Tokens to guess ahead where a text repeats itself.", show_default="0, none")
     ] = None,
     max_step_tokens: Annotated[
-        int | None, typer.Option(help="Tokens a step, prompts and answers together.", show_default="512")
+        int | None, typer.Option(help="Tokens a step, prompts and answers together.", show_default="512; on a GPU 2048")
     ] = None,
     step_seconds: Annotated[
         float | None,

@@ -106,6 +106,15 @@ def test_faults_across_fields_are_told_too() -> None:
         Settings.load(max_rows=600, max_step_tokens=100)
 
 
+def test_a_gpu_has_longer_steps_unless_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings.load().max_step_tokens == 512
+    assert Settings.load(device="cuda").max_step_tokens == 2048
+    monkeypatch.setenv("LATTICE_DEVICE", "cuda")
+    assert [each.max_step_tokens for each in Settings.load(replicas=2).engine_configs()] == [2048, 2048]
+    monkeypatch.setenv("LATTICE_MAX_STEP_TOKENS", "300")
+    assert Settings.load().max_step_tokens == 300
+
+
 def test_each_replica_has_a_cache_file_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "states"
     assert Settings.load(prefix_cache_file=path).cache_files() == [path]
