@@ -43,6 +43,7 @@ from lattice_serve.kernels.decoder.weights import DecoderWeights, LayerWeights
 from lattice_serve.kernels.mixer import MixerShape, MixerState, MixerWeights, Segments, StateLayout, mix
 from lattice_serve.kernels.mixer.triton_decode import mix_decode
 from lattice_serve.kernels.mixer.triton_prefill import mix_prefill
+from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments
 
 ROOT = Path(__file__).parents[1]
 Figures = dict[str, float]
@@ -113,7 +114,7 @@ def check_mixer(config: ModelConfig) -> Figures:
         x = z.float() if wide else z
         pool = pool_of(layout, weights, 2)
         out = x.new_full((len(z), shape.out_width), float("nan"))
-        segments = Segments.of([(1, 0, 100)]).to("cuda")
+        segments = DeviceSegments.of(Segments.of([(1, 0, 100)]), shape.C, "cuda")
         mix_prefill(x[:100], pool, 0, segments, weights, layout, out[:100], precision=precision)
         for t in range(100, len(z)):
             places = torch.tensor([1], device="cuda"), torch.tensor([t], device="cuda")
@@ -214,7 +215,7 @@ def measure_prefill(config: ModelConfig, cases: list[tuple[int, int]], peer: boo
         pool = pool_of(layout, weights, n)
         z = torch.randn(n * tokens, s.in_width, device="cuda").bfloat16()
         out = z.new_empty(n * tokens, s.out_width)
-        segments = Segments.of([(row, 0, tokens) for row in range(n)]).to("cuda")
+        segments = DeviceSegments.of(Segments.of([(row, 0, tokens) for row in range(n)]), s.C, "cuda")
         mine = seconds(partial(mix_prefill, z, pool, 0, segments, weights, layout, out))
         others = [seconds(fla_prefill(s, n, tokens, chunk)) if peer else float("nan") for chunk in (s.C, 64)]
         names = ("us", "fla 16", "fla 64")
@@ -272,7 +273,7 @@ def measure_network(
             add(f"decode, batch {batch}", taken, batch, floor)
         for tokens in prompts:
             ids = torch.randint(config.vocab_size, (tokens,), device="cuda")
-            segments = Segments.of([(0, 0, tokens)]).to("cuda")
+            segments = DeviceSegments.of(Segments.of([(0, 0, tokens)]), layout.shape.C, "cuda")
             last, none = torch.tensor([tokens - 1], device="cuda"), torch.empty(0, dtype=torch.int64, device="cuda")
             for graph in (False, True):
                 taken = seconds(partial(network.prefill, ids, segments, last, none), 10, graph=graph)
@@ -296,7 +297,7 @@ def profile(config: ModelConfig, batches: list[int], prompts: list[int]) -> None
             calls[f"decode, batch {batch}"] = partial(network.decode, ids, rows, rows % layout.shape.C, out)
         for tokens in prompts:
             ids = torch.randint(config.vocab_size, (tokens,), device="cuda")
-            segments = Segments.of([(0, 0, tokens)]).to("cuda")
+            segments = DeviceSegments.of(Segments.of([(0, 0, tokens)]), layout.shape.C, "cuda")
             last = torch.tensor([tokens - 1], device="cuda")
             calls[f"prefill of {tokens}"] = partial(network.prefill, ids, segments, last, none)
         for what, call in calls.items():

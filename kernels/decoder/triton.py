@@ -17,6 +17,7 @@ from lattice_serve.kernels.decoder.triton_network import TritonNetwork
 from lattice_serve.kernels.decoder.weights import DecoderWeights
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.segments import Segments
+from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments
 
 
 def ladder(most: int) -> list[int]:
@@ -112,7 +113,7 @@ class TritonDecoder:
             logits = self._logits[self._upload(decoded)]
         if n == M:
             return logits, self._logits.new_empty(0, self._network.hidden_size)
-        prompts = segments.prompts.to(self._pool.device)
+        prompts = self._on_device(segments.prompts)
         places = self._upload([place - n for place in hidden])
         prefilled, states = self._network.prefill(self._upload(ids[n:]), prompts, self._upload(asked), places)
         return torch.cat((logits, prefilled)) if decoded else prefilled, states
@@ -135,10 +136,8 @@ class TritonDecoder:
         kept, tokens = self._pool[0].clone(), 0
         while tokens < self._max_tokens:
             tokens = min(max(1, 2 * tokens), self._max_tokens)
-            self._network.prefill(
-                self._upload([0] * tokens), Segments.of([(0, 0, tokens)]).to(self._pool.device), self._upload([0]),
-                self._upload([]),
-            )  # fmt: skip
+            segments = self._on_device(Segments.of([(0, 0, tokens)]))
+            self._network.prefill(self._upload([0] * tokens), segments, self._upload([0]), self._upload([]))
         self._pool[0].copy_(kept)
 
     def _decoding(self, size: int) -> Callable[[], object]:
@@ -150,6 +149,9 @@ class TritonDecoder:
         missing = size - len(ids)
         columns = [*ids, *[0] * missing, *rows, *[-1] * missing, *positions, *[0] * missing]
         self._inputs[: 3 * size].copy_(self._pinned(columns), non_blocking=True)
+
+    def _on_device(self, segments: Segments) -> DeviceSegments:
+        return DeviceSegments.of(segments, self.multiple, self._pool.device)
 
     def _upload(self, values: Sequence[int]) -> Tensor:
         return self._pinned(values).to(self._pool.device, non_blocking=True)

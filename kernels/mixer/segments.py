@@ -51,24 +51,7 @@ class Segments:
         if not (self.rows.min() >= 0 and self.rows.max() < len(pool)):
             raise ValueError(f"pool has {len(pool)} rows: rows {self.rows.min()} to {self.rows.max()} are asked for")
 
-    def to(self, device: torch.device | str) -> DeviceSegments:
-        """By one copy, which does not wait for the device."""
-        joined = torch.from_numpy(np.concatenate((self.rows, self.positions, self.starts)))
-        if torch.device(device).type == "cuda":
-            joined = joined.pin_memory()
-        n = len(self.rows)
-        return DeviceSegments(*joined.to(device, non_blocking=True).split((n, n, n + 1)))
-
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
         """(row, position, start, end) of each segment."""
         starts = self.starts.tolist()
         return zip(self.rows.tolist(), self.positions.tolist(), starts[:-1], starts[1:], strict=True)
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceSegments:
-    """`Segments` as int64 tensors on a device."""
-
-    rows: Tensor
-    positions: Tensor
-    starts: Tensor

@@ -16,7 +16,7 @@ from lattice_serve.kernels.swiglu.triton import sigmoid
 
 DECODING = tl.constexpr(OBJECTIVES.index("decoding"))
 ENCODING = tl.constexpr(OBJECTIVES.index("encoding"))
-INDICES = ["p_rows", "p_positions", "p_starts"]
+INDICES = ["p_rows", "p_positions", "p_starts", "p_firsts", "p_chunks"]
 """Arguments that lie behind one another: where depends on their number, which must not compile a kernel anew."""
 _L2_EPS = tl.constexpr(L2_EPS)
 

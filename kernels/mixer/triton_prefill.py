@@ -11,13 +11,12 @@ it left, but little of its work is on the way from one memory to the next:
 
 N is H^T c with H = V - K A^T written out: of its products only one waits for the memory. A chunk is a tile of
 b_t = max(16, C) rows; a segment may start and end anywhere in one: rows before it are the pending factors from the
-state, rows past it have c = 0, which changes nothing. Tiles of segment i begin at tile ``starts[i] // C + 2 i``: room
-for its chunks, however they lie, without a look at the device. For C = 1 there is no chunk form; then one program a
-segment and head goes through the tokens with sums.
+state, rows past it have c = 0, which changes nothing. For C = 1 there is no chunk form; then one program a segment and
+head goes through the tokens with sums.
 
     z [T, in_width], out [T, out_width]    float32 or bfloat16, columns as `MixerShape` has them
     pool [rows, row_size]                  float32 or bfloat16, as `StateLayout` has it
-    rows, positions [n], starts [n + 1]    int64 on the device, as `Segments` has them
+    rows, positions, .., chunks            int64 on the device, as `DeviceSegments` has them
 
 What bounds it: a sequence's chunks follow one another, each by a product and two sums that wait for each other, until
 n H programs fill the device; then the bytes of the tiles, which each kernel leaves for the next. Neither d nor m can be
@@ -36,7 +35,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lattice_serve.kernels.mixer.layout import StateLayout
-from lattice_serve.kernels.mixer.segments import DeviceSegments
 from lattice_serve.kernels.mixer.shape import MixerWeights
 from lattice_serve.kernels.mixer.triton_parts import (
     DECODING,
@@ -52,7 +50,7 @@ from lattice_serve.kernels.mixer.triton_parts import (
     unit_length,
     unit_rows,
 )
-from lattice_serve.kernels.mixer.triton_tiles import tile_lines, tile_options, tile_rows, tile_tokens
+from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments, tile_lines, tile_options, tile_rows, tile_tokens
 from lattice_serve.kernels.mixer.triton_tokens import mix_tokens, token_options
 from lattice_serve.kernels.swiglu.triton import silu
 
@@ -115,42 +113,32 @@ def _convolve(
 
 
 @triton.jit
-def _segment_of(i_tile: tl.tensor, p_starts: tl.tensor, n: tl.tensor, tile: tl.constexpr) -> tl.tensor:
-    """Of the n segments, the last whose tiles begin at i_tile or before it."""
-    low, high = n * 0, n
-    while high - low > 1:
-        middle = (low + high) // 2
-        before = tl.load(p_starts + middle) // tile + 2 * middle <= i_tile
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    return low
+def _chunk(p_chunks: tl.tensor, i: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Row, position, start and end of chunk i's segment, and the token that its tile begins with."""
+    p_chunks += 5 * i
+    return (
+        tl.load(p_chunks), tl.load(p_chunks + 1), tl.load(p_chunks + 2), tl.load(p_chunks + 3), tl.load(p_chunks + 4),
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=INDICES)
+@triton.jit(do_not_specialize_on_alignment=INDICES)
 def _prepare(
-    p_z: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor, p_starts: tl.tensor,
-    p_conv: tl.tensor, p_bias: tl.tensor, p_tiles: tl.tensor, p_steps: tl.tensor,
-    z_units: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, floor: tl.tensor, n: tl.tensor,
-    H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, taps: tl.constexpr,
+    p_z: tl.tensor, p_pool: tl.tensor, p_chunks: tl.tensor, p_conv: tl.tensor, p_bias: tl.tensor, p_tiles: tl.tensor,
+    p_steps: tl.tensor, z_units: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, floor: tl.tensor,
+    H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, taps: tl.constexpr,
     line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
     use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr,
     tile_places: tl.constexpr, tile_size: tl.constexpr, rows: tl.constexpr, unit: tl.constexpr,
 ) -> None:  # fmt: skip
     """What a tile of one head is before any memory is known, as `tile_places` has it."""
     i_tile, i_head = tl.program_id(0), tl.program_id(1)
-    i_segment = _segment_of(i_tile, p_starts, n, rows)
-    start, end = tl.load(p_starts + i_segment), tl.load(p_starts + i_segment + 1)
-    position = tl.load(p_positions + i_segment)
-    pending = (position % C).to(tl.int32)
-    i_chunk = i_tile - (start // rows + 2 * i_segment)
-    if i_chunk * rows >= pending + end - start:
-        return
+    row, position, start, end, first = _chunk(p_chunks, i_tile)
     o_d, o_m, o_t = tl.arange(0, b_d), tl.arange(0, b_m), tl.arange(0, b_t)
     in_d, in_m = o_d < d, o_m < m
-    i_t = (i_chunk * rows).to(tl.int32) - pending + o_t
+    i_t = (first - start).to(tl.int32) + o_t
     now = (o_t < rows) & (i_t >= 0) & (i_t < end - start)
-    old = (o_t < pending) & (i_chunk == 0)
-    p_state = p_pool + tl.load(p_rows + i_segment) * row_size + o_layer + i_head * head_size
+    old = i_t < 0
+    p_state = p_pool + row * row_size + o_layer + i_head * head_size
     p_tile = p_tiles + (i_tile * H + i_head).to(tl.int64) * tile_size
     o_tm, o_td = o_t[:, None] * b_m + o_m[None, :], o_t[:, None] * b_d + o_d[None, :]
     o_q, o_k, o_v = i_head * m, (H + i_head) * m, 2 * H * m + i_head * d
@@ -159,7 +147,7 @@ def _prepare(
     p_z += start * z_stride
     p_gates = p_z + i_t.to(tl.int64) * z_stride + width + H * d + i_head
     gamma = tl.where(now, step_size(p_gates, p_bias + i_head, now), 0.0)
-    a_old = tl.load(p_state + places[5], mask=(pending > 0) & (i_chunk == 0), other=1.0).to(tl.float32)
+    a_old = tl.load(p_state + places[5], mask=first < start, other=1.0).to(tl.float32)
     a = a_old + tl.zeros((b_t,), tl.float32)
     if use_forget_gate:
         a *= tl.cumprod(tl.where(now, forget_gate(p_gates + H, p_bias + H + i_head, now, floor), 1.0), 0)
@@ -169,7 +157,7 @@ def _prepare(
     tl.store(p_gates_now + b_t, a)
 
     line: tl.constexpr = 2 * line_m + line_d
-    begins = i_chunk * rows - pending < taps - 1
+    begins = first - start < taps - 1
     p_tail, ring = p_state + places[6], (position % max(taps - 1, 1)).to(tl.int32)
     q = _convolve(p_z + o_q, z_stride, i_t, now, ring, p_tail, p_conv + o_q, begins, o_m, in_m, line, taps, width)
     tl.store(p_tile + tile_places[0] + o_tm, unit_length(q, 1))
@@ -189,8 +177,8 @@ def _prepare(
 @triton.jit(do_not_specialize_on_alignment=INDICES)
 def _advance(
     p_z: tl.tensor, p_tiles: tl.tensor, p_steps: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor,
-    p_positions: tl.tensor, p_starts: tl.tensor, z_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor,
-    H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, taps: tl.constexpr,
+    p_positions: tl.tensor, p_starts: tl.tensor, p_firsts: tl.tensor, z_stride: tl.tensor, row_size: tl.tensor,
+    o_layer: tl.tensor, H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, taps: tl.constexpr,
     line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
     objective: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr,
     tile_places: tl.constexpr, tile_size: tl.constexpr, precision: tl.constexpr, kind: tl.constexpr,
@@ -205,7 +193,7 @@ def _advance(
     o_d, o_m, o_t = tl.arange(0, b_d), tl.arange(0, b_m), tl.arange(0, b_t)
     in_d, in_m = o_d < d, o_m < m
     o_A, in_A = o_m[:, None] * line_d + o_d[None, :], in_m[:, None] & in_d[None, :]
-    i_first = (start // C + 2 * i_segment) * H + i_head
+    i_first = tl.load(p_firsts + i_segment) * H + i_head
     p_first = p_tiles + i_first * tile_size
     o_tm, o_td = o_t[:, None] * b_m + o_m[None, :], o_t[:, None] * b_d + o_d[None, :]
     o_md = o_m[:, None] * b_d + o_d[None, :]
@@ -249,26 +237,19 @@ def _advance(
     keep_tail(p_z, z_stride, i_head, start, end, position, p_tail, o_d, o_m, H, d, m, line_d, line_m, taps)
 
 
-@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=INDICES)
+@triton.jit(do_not_specialize_on_alignment=INDICES)
 def _read(
-    p_z: tl.tensor, p_tiles: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor,
-    p_starts: tl.tensor, p_norm: tl.tensor, p_out: tl.tensor,
-    z_units: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, eps: tl.tensor, n: tl.tensor,
+    p_z: tl.tensor, p_tiles: tl.tensor, p_pool: tl.tensor, p_chunks: tl.tensor, p_norm: tl.tensor, p_out: tl.tensor,
+    z_units: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, eps: tl.tensor,
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
     objective: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr, tile_places: tl.constexpr,
     tile_size: tl.constexpr, precision: tl.constexpr, kind: tl.constexpr, unit: tl.constexpr,
 ) -> None:  # fmt: skip
     """Outputs of one chunk of one head; also e of the state, where the chunk is not finished."""
     i_tile, i_head = tl.program_id(0), tl.program_id(1)
-    i_segment = _segment_of(i_tile, p_starts, n, C)
-    start, end = tl.load(p_starts + i_segment), tl.load(p_starts + i_segment + 1)
-    pending = tl.load(p_positions + i_segment) % C
-    i_chunk = i_tile - (start // C + 2 * i_segment)
-    if i_chunk * C >= pending + end - start:
-        return
+    row, _, start, end, first = _chunk(p_chunks, i_tile)
     o_d, o_m, o_t = tl.arange(0, b_d), tl.arange(0, b_m), tl.arange(0, b_t)
     in_d, in_m = o_d < d, o_m < m
-    first = start - pending + i_chunk * C
     i_t = first + o_t.to(tl.int64)
     now = (o_t < C) & (i_t >= start) & (i_t < end)
     now_d = now[:, None] & in_d[None, :]
@@ -301,7 +282,7 @@ def _read(
     y *= silu(load(p_gate + i_head * d + o_d[None, :], now_d))
     tl.store(p_out + i_t[:, None] * out_stride + i_head * d + o_d[None, :], y, mask=now_d)
     if end - first < C:
-        p_e = p_pool + tl.load(p_rows + i_segment) * row_size + o_layer + i_head * head_size + places[4]
+        p_e = p_pool + row * row_size + o_layer + i_head * head_size + places[4]
         tl.store(p_e + o_m, tl.sum(tl.where((o_t == b_t - 1)[:, None], e, 0.0), axis=0), mask=in_m)
 
 
@@ -309,7 +290,7 @@ def _read(
 def prepare_options(layout: StateLayout, unit: int) -> dict[str, Any]:
     """Constants that `_prepare` is launched with."""
     s = layout.shape
-    names = "H d m C taps line_d line_m places head_size use_forget_gate b_d b_m"
+    names = "H d m taps line_d line_m places head_size use_forget_gate b_d b_m"
     # So many lanes that each has a whole vector of bfloat16 of a tile.
     vectors = tile_rows(s.C) * min(tile_width(s.d), tile_width(s.m)) // 8
     num_warps = min(4, max(1, vectors // (64 if torch.version.hip else 32)))
@@ -356,16 +337,18 @@ def mix_prefill(
     if precision is None:
         precision = "bf16" if z.dtype == torch.bfloat16 else "ieee" if torch.version.hip else "tf32x3"
     rows, positions, starts = segments.rows, segments.positions, segments.starts
-    check_arguments(z, pool, layer, weights, layout, out, rows=rows, positions=positions, starts=starts)
-    if not len(rows) == len(positions) == len(starts) - 1:
-        raise ValueError(f"segments have {len(rows)} rows, {len(positions)} positions and {len(starts)} starts")
+    firsts, chunks = segments.firsts, segments.chunks
+    indices = {"rows": rows, "positions": positions, "starts": starts, "firsts": firsts, "chunks": chunks}
+    check_arguments(z, pool, layer, weights, layout, out, **indices)
+    if not len(rows) == len(positions) == len(firsts) == len(starts) - 1:
+        sizes = ", ".join(f"{len(index)} {name}" for name, index in indices.items())
+        raise ValueError(f"segments have {sizes}: make them of one `Segments`")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}: give {', '.join(PRECISIONS)}")
-    s, n, T = layout.shape, len(rows), len(z)
+    s, n, tiles = layout.shape, len(rows), len(chunks) // 5
     if not n:
         return out
     o_layer = layer * layout.layer_size
-    tiles = T // tile_tokens(s.C) + 2 * n
     # Triton by itself sees multiples of 16 alone, and a vector has 8 of bfloat16.
     unit = math.gcd(z.stride(0), 16)
     rounded = precision == "bf16" and s.C > 1
@@ -376,24 +359,24 @@ def mix_prefill(
     )
     steps = torch.empty(tiles * s.H, 2 * tile_rows(s.C), device=z.device)
     _prepare[(tiles, s.H)](
-        z, pool, rows, positions, starts, weights.conv, weights.gate_bias, scratch, steps,
-        z.stride(0) // unit, layout.row_size, o_layer, s.mu_floor, n,
+        z, pool, chunks, weights.conv, weights.gate_bias, scratch, steps,
+        z.stride(0) // unit, layout.row_size, o_layer, s.mu_floor,
         **prepare_options(layout, unit),
     )  # fmt: skip
     if s.C == 1:
         mix_tokens[(n, s.H)](
-            z, scratch, pool, rows, positions, starts, weights.gate_bias, weights.norm, out,
+            z, scratch, pool, rows, positions, starts, firsts, weights.gate_bias, weights.norm, out,
             z.stride(0), out.stride(0), layout.row_size, o_layer, s.mu_floor, s.norm_eps,
             **token_options(layout),
         )  # fmt: skip
         return out
     _advance[(n, s.H)](
-        z, scratch, steps, pool, rows, positions, starts, z.stride(0), layout.row_size, o_layer,
+        z, scratch, steps, pool, rows, positions, starts, firsts, z.stride(0), layout.row_size, o_layer,
         **advance_options(layout, precision, kind),
     )  # fmt: skip
     _read[(tiles, s.H)](
-        z, scratch, pool, rows, positions, starts, weights.norm, out,
-        z.stride(0) // unit, out.stride(0), layout.row_size, o_layer, s.norm_eps, n,
+        z, scratch, pool, chunks, weights.norm, out,
+        z.stride(0) // unit, out.stride(0), layout.row_size, o_layer, s.norm_eps,
         **read_options(layout, precision, kind, unit),
     )  # fmt: skip
     return out

@@ -27,7 +27,7 @@ from lattice_serve.kernels.swiglu.triton import silu
 @triton.jit(do_not_specialize_on_alignment=INDICES)
 def mix_tokens(
     p_z: tl.tensor, p_tiles: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor, p_positions: tl.tensor,
-    p_starts: tl.tensor, p_bias: tl.tensor, p_norm: tl.tensor, p_out: tl.tensor,
+    p_starts: tl.tensor, p_firsts: tl.tensor, p_bias: tl.tensor, p_norm: tl.tensor, p_out: tl.tensor,
     z_stride: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, floor: tl.tensor,
     eps: tl.tensor,
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, taps: tl.constexpr,
@@ -45,8 +45,9 @@ def mix_tokens(
     width: tl.constexpr = H * (2 * m + d)
     norm = load(p_norm + o_d, in_d)
     A = load_anchor(p_state + o_A, in_A)
+    i_first = tl.load(p_firsts + i_segment)
     for i_t in range(start, end):
-        i_tile, i_line = start // rows + 2 * i_segment + (i_t - start) // rows, (i_t - start) % rows
+        i_tile, i_line = i_first + (i_t - start) // rows, (i_t - start) % rows
         p_tile = p_tiles + (i_tile * H + i_head) * tile_size
         q = tl.load(p_tile + tile_places[0] + i_line * b_m + o_m)
         k = -tl.load(p_tile + tile_places[1] + i_line * b_m + o_m)

@@ -164,7 +164,7 @@ def _run(model: Model) -> None:
     from lattice_serve.engine.models.lattice import LatticeForCausalLM
     from lattice_serve.kernels.decoder.triton_network import TritonNetwork
     from lattice_serve.kernels.mixer import StateLayout
-    from lattice_serve.kernels.mixer.segments import DeviceSegments
+    from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments
 
     config = ModelConfig(
         vocab_size=32_000,
@@ -199,7 +199,7 @@ def _run(model: Model) -> None:
         rows = torch.empty(count, dtype=torch.int64)
         network.decode(rows, rows, rows, torch.empty(count, 32_000))
     for count, n in ((24, 1), (299, 2), (512, 16)):
-        segments = DeviceSegments(rows[:n], rows[:n], rows[: n + 1])
+        segments = DeviceSegments(rows[:n], rows[:n], rows[: n + 1], rows[:n], rows[: 5 * n])
         network.prefill(torch.empty(count, dtype=torch.int64), segments, rows[:n], rows[:0])
 
 

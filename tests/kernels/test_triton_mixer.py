@@ -17,6 +17,7 @@ from tests.triton_device import DEVICE
 # isort: split
 from lattice_serve.kernels.mixer.triton_decode import mix_decode
 from lattice_serve.kernels.mixer.triton_prefill import mix_prefill
+from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments
 
 ROWS, LAYERS, LAYER = 4, 2, 1
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
@@ -67,7 +68,9 @@ class Case:
 
     def prefill(self, parts: Sequence[tuple[int, int, Tensor]], **options: Any) -> list[Tensor]:
         """Outputs of (row, position, z) of each segment."""
-        segments = Segments.of([(row, position, len(z)) for row, position, z in parts]).to(DEVICE)
+        segments = DeviceSegments.of(
+            Segments.of([(row, position, len(z)) for row, position, z in parts]), self.shape.C, DEVICE
+        )
         z = torch.cat([z for _, _, z in parts])
         out, whole = _guarded(len(z), self.shape.out_width)
         mix_prefill(z, self.pool, LAYER, segments, self.device_weights, self.layout, out, **options)
@@ -212,6 +215,6 @@ def test_what_does_not_fit_is_named() -> None:
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name):
             mix_decode(**arguments | {name: value})
-    segments = Segments.of([(0, 0, 2)]).to(DEVICE)
+    segments = DeviceSegments.of(Segments.of([(0, 0, 2)]), case.shape.C, DEVICE)
     with pytest.raises(ValueError, match="precision"):
         mix_prefill(z, case.pool, LAYER, segments, case.device_weights, case.layout, out, precision="fp8")
