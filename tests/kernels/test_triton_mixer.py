@@ -199,6 +199,17 @@ def test_precision(precision: str, tolerance: float) -> None:
     assert (out.cpu().double() - case.truth(z)).abs().max().item() <= tolerance
 
 
+def test_a_segment_goes_on_with_the_chunk_that_it_has_begun() -> None:
+    device = DeviceSegments.of(Segments.of([(3, 5, 30), (1, 0, 16), (2, 16, 1)]), 16, "cpu")
+    assert device.firsts.tolist() == [0, 3, 4]
+    assert device.chunks.view(-1, 5).tolist() == [
+        [3, 5, 0, 30, -5], [3, 5, 0, 30, 11], [3, 5, 0, 30, 27], [1, 0, 30, 46, 30], [2, 16, 46, 47, 46],
+    ]  # fmt: skip
+    tokens = DeviceSegments.of(Segments.of([(3, 5, 17), (1, 0, 16)]), 1, "cpu")
+    assert tokens.firsts.tolist() == [0, 2]
+    assert tokens.chunks.view(-1, 5)[:, 4].tolist() == [0, 16, 17]
+
+
 def test_what_does_not_fit_is_named() -> None:
     case = Case(shape())
     z = case.z(2, 7)
