@@ -56,9 +56,21 @@ def forget_gate(p_z: tl.tensor, p_bias: tl.tensor, mask: tl.tensor, floor: tl.te
 
 
 @triton.jit
-def unit_length(x: tl.tensor, axis: tl.constexpr) -> tl.tensor:
-    """q or k [.., m] to length 1."""
-    return x * tl.expand_dims(tl.rsqrt(tl.sum(x * x, axis=axis) + _L2_EPS), axis)
+def unit_length(x: tl.tensor) -> tl.tensor:
+    """Tokens' q or k [b_t, m] to length 1."""
+    return x * tl.rsqrt(tl.sum(x * x, axis=1) + _L2_EPS)[:, None]
+
+
+@triton.jit
+def _add_each(x: tl.tensor, y: tl.tensor, more_x: tl.tensor, more_y: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    return x + more_x, y + more_y
+
+
+@triton.jit
+def unit_lengths(q: tl.tensor, k: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """One token's q and k [m] to length 1, by one sum."""
+    qq, kk = tl.reduce((q * q, k * k), 0, _add_each)
+    return q * tl.rsqrt(qq + _L2_EPS), k * tl.rsqrt(kk + _L2_EPS)
 
 
 @triton.jit

@@ -160,10 +160,10 @@ def _prepare(
     begins = first - start < taps - 1
     p_tail, ring = p_state + places[6], (position % max(taps - 1, 1)).to(tl.int32)
     q = _convolve(p_z + o_q, z_stride, i_t, now, ring, p_tail, p_conv + o_q, begins, o_m, in_m, line, taps, width)
-    tl.store(p_tile + tile_places[0] + o_tm, unit_length(q, 1))
+    tl.store(p_tile + tile_places[0] + o_tm, unit_length(q))
     p_tail += line_m
     k = _convolve(p_z + o_k, z_stride, i_t, now, ring, p_tail, p_conv + o_k, begins, o_m, in_m, line, taps, width)
-    k = unit_length(k, 1)
+    k = unit_length(k)
     tl.store(p_tile + tile_places[1] + o_tm, -k)
     c = gamma[:, None] * k
     c += load(p_state + places[2] + o_t[:, None] * line_m + o_m[None, :], old[:, None] & in_m[None, :])
