@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from lattice_serve.server.app import serve
 from lattice_serve.server.settings import Settings
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests, by nohup for one
     fake_engine = str(Path(__file__).with_name("fake_engine.py"))
     try:
         serve(Settings.load(**json.loads(sys.argv[1])), engine_command=(sys.executable, fake_engine, *sys.argv[2:]))
