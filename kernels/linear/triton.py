@@ -95,7 +95,7 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor | None, phase: Phase, out: 
 
     Raises ValueError, naming what does not fit.
     """
-    (M, K), N, P = x.shape, len(weight), len(out)
+    (M, K), N, P = x.shape, weight.shape[0], out.shape[0]
     _check(x, weight, scales, out, (N, K), (P, M, N))
     if M:
         tiles, options = _plan(x.device, x.dtype, M, N, K, scales is not None, phase, P)
@@ -110,7 +110,7 @@ def gated_linear(x: Tensor, weight: Tensor, scales: Tensor | None, phase: Phase,
 
     Raises ValueError, naming what does not fit.
     """
-    (M, K), n = x.shape, len(weight) // 2
+    (M, K), n = x.shape, weight.shape[0] // 2
     _check(x, weight, scales, out, (2 * n, K), (M, n))
     if M:
         tiles, options = _plan(x.device, x.dtype, M, 2 * n, K, scales is not None, phase, 1)

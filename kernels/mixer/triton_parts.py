@@ -121,7 +121,7 @@ def check_arguments(
     z: Tensor, pool: Tensor, layer: int, weights: MixerWeights, layout: StateLayout, out: Tensor, **indices: Tensor
 ) -> None:
     """Raises ValueError, naming it, unless a launcher's arguments fit each other; `indices` are int64 [..]."""
-    s, N = layout.shape, len(z)
+    s, N = layout.shape, z.shape[0]
     kinds = (torch.float32, torch.bfloat16)
     if not 0 <= layer < layout.layers:
         raise ValueError(f"layer is {layer}: the layout has {layout.layers} layers")

@@ -338,14 +338,10 @@ def mix_prefill(
         precision = "bf16" if z.dtype == torch.bfloat16 else "ieee" if torch.version.hip else "tf32x3"
     rows, positions, starts = segments.rows, segments.positions, segments.starts
     firsts, chunks = segments.firsts, segments.chunks
-    indices = {"rows": rows, "positions": positions, "starts": starts, "firsts": firsts, "chunks": chunks}
-    check_arguments(z, pool, layer, weights, layout, out, **indices)
-    if not len(rows) == len(positions) == len(firsts) == len(starts) - 1:
-        sizes = ", ".join(f"{len(index)} {name}" for name, index in indices.items())
-        raise ValueError(f"segments have {sizes}: make them of one `Segments`")
+    check_arguments(z, pool, layer, weights, layout, out, chunks=chunks)  # the others are as it is
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}: give {', '.join(PRECISIONS)}")
-    s, n, tiles = layout.shape, len(rows), len(chunks) // 5
+    s, n, tiles = layout.shape, rows.shape[0], chunks.shape[0] // 5
     if not n:
         return out
     o_layer = layer * layout.layer_size
