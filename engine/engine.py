@@ -197,20 +197,20 @@ class Engine:
         results, self._running = self._running.results(), None
         self._pace.record(self._step_tokens, time.monotonic() - self._began)
         for result in results:
-            sequence = result.piece.sequence
+            piece, sequence = result.piece, result.piece.sequence
             if sequence.status is Status.FINISHED:  # aborted meanwhile
                 continue
-            self._prompt_tokens += max(0, min(result.piece.end, len(sequence.prompt_ids)) - result.piece.start)
+            if not piece.decodes:
+                self._prompt_tokens += min(piece.end, len(sequence.prompt_ids)) - piece.start
             if result.error is not None:
                 self._failures.append(self._fail(sequence, result.error))
                 continue
-            accepted = max(0, len(result.sampled) - 1)
-            self._drafted += len(result.piece.draft)
-            self._accepted += accepted
-            self.memory.settle(result.piece, accepted)
-            began = time.monotonic()
-            if self.memory.keep_prompt(result.piece, result.logits):
-                self._pace.record_kept(time.monotonic() - began)
+            if piece.draft:
+                self._drafted += len(piece.draft)
+                self._accepted += len(result.sampled) - 1
+                self.memory.settle(piece, len(result.sampled) - 1)
+            if piece.keeps:
+                self._pace.record_kept(self.memory.keep_prompt(piece, result.logits))
             if not result.sampled and sequence.decoding and sequence.params.max_tokens == 0:
                 self._score(sequence)
             try:

@@ -69,10 +69,8 @@ class Memory:
         self._held = {piece: self._pool.read(_row(piece.sequence)).clone() for piece in pieces if piece.draft}
 
     def settle(self, piece: Piece, accepted: int) -> None:
-        """After it: where a draft was wrong, back to the state before it; what was right is run again, with the next
+        """After it: where its draft was wrong, back to the state before it; what was right is run again, with the next
         token, in no more time than that takes alone."""
-        if not piece.draft:
-            return
         sequence = piece.sequence
         if accepted == len(piece.draft):
             sequence.computed = piece.end + accepted
@@ -82,14 +80,14 @@ class Memory:
         if sequence.drafter is not None:
             sequence.drafter.learn(len(piece.draft), accepted)
 
-    def keep_prompt(self, piece: Piece, logits: Tensor | None) -> bool:
-        """Cache the state after a piece that has run, where it ends at a place of interest; whether it does.
+    def keep_prompt(self, piece: Piece, logits: Tensor | None) -> float:
+        """Cache the state after a piece that has run, and ends at a place of interest; how many seconds that took.
 
         logits: [V] of its last token, if they are known.
         """
-        if piece.keeps:
-            self._keep(piece.sequence, logits if piece.ends_prompt else None, last=False)
-        return piece.keeps
+        began = time.monotonic()
+        self._keep(piece.sequence, logits if piece.ends_prompt else None, last=False)
+        return time.monotonic() - began
 
     def keep_answer(self, sequence: Sequence) -> None:
         """Cache the state at the end of an answer: the next turn of a conversation begins with this one."""

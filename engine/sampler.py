@@ -64,7 +64,7 @@ class SampleRow:
     """Where the sequence is in its grammar, if it has one."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sampled:
     token_id: int
     """0 where the logits were not finite."""

@@ -43,13 +43,9 @@ class Piece:
     @property
     def next_alone(self) -> bool:
         """Whether it is the token chosen last and nothing else, as all but a few pieces are."""
-        sequence = self.sequence
-        return (
-            not self.draft
-            and self.end - self.start == 1
-            and self.start >= len(sequence.prompt_ids)
-            and self.end == sequence.length
-        )
+        sequence, prompt = self.sequence, len(self.sequence.prompt_ids)
+        last = prompt + len(sequence.output_ids)
+        return not self.draft and self.end == last and self.start == last - 1 and self.start >= prompt
 
     @property
     def samples(self) -> bool:
@@ -64,6 +60,8 @@ class Piece:
     def keeps(self) -> bool:
         """Whether it ends at a place of interest in its prompt: the state there may come again."""
         sequence = self.sequence
+        if self.end > len(sequence.prompt_ids):
+            return False
         # What was asked for a vector is not gone on from.
         ends = self.ends_prompt and sequence.pooled is None
         return self.tokens > 0 and (ends or self.end in sequence.marks)
@@ -149,19 +147,23 @@ class Scheduler:
         order = decoding + prompts
         pieces = []
         for place, sequence in enumerate(order):
-            share = left // (len(order) - place)
-            count = min(sequence.runnable, left) if place < len(decoding) else self._count(sequence, share, left)
+            if place < len(decoding):
+                count = min(sequence.uncomputed, left)
+            else:
+                count = self._count(sequence, left // (len(order) - place), left)
             if count or sequence.recalled is not None:
                 piece = Piece(sequence, sequence.computed, sequence.computed + count)
                 pieces.append(piece)
-                left -= min(left, count + kept * piece.keeps)
+                left -= min(left, count + kept if kept and piece.keeps else count)
         return [self._with_draft(piece, left // len(pieces)) for piece in pieces]
 
     def _with_draft(self, piece: Piece, room: int) -> Piece:
         """The piece, and guesses at what follows where its sequence makes any."""
         sequence = piece.sequence
+        if sequence.drafter is None:
+            return piece
         limit = min(room, sequence.params.max_tokens - len(sequence.output_ids) - 1)
-        if sequence.drafter is None or not (sequence.decoding and piece.tokens and piece.samples) or limit < 1:
+        if not (sequence.decoding and piece.tokens and piece.samples) or limit < 1:
             return piece
         return replace(piece, draft=tuple(sequence.drafter.draft(sequence.tokens, sequence.length, limit)))
 

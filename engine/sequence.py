@@ -113,7 +113,7 @@ class Sequence:
 
     @property
     def runnable(self) -> int:
-        """Tokens that may run in one piece."""
+        """Tokens of its prompt that may run in one piece."""
         return min([self.uncomputed, *(mark - self.computed for mark in self.marks if mark > self.computed)])
 
     @property
