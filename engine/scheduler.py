@@ -154,7 +154,7 @@ class Scheduler:
             if count or sequence.recalled is not None:
                 piece = Piece(sequence, sequence.computed, sequence.computed + count)
                 pieces.append(piece)
-                left -= min(left, count + kept if kept and piece.keeps else count)
+                left -= min(left, count + (kept if kept and piece.keeps else 0))
         return [self._with_draft(piece, left // len(pieces)) for piece in pieces]
 
     def _with_draft(self, piece: Piece, room: int) -> Piece:

@@ -110,14 +110,14 @@ class Supervisor:
         try:
             # Without its connection an engine is of no use: what it worked on is lost to the server.
             await asyncio.wait({link, exited}, return_when=asyncio.FIRST_COMPLETED)
-            failure = link.exception() if link.done() else None
-            if isinstance(failure, TimeoutError):
-                log.error("engine hangs, killing it", reason=str(failure))
+            hangs = link.done() and isinstance(link.exception(), TimeoutError)
+            if hangs:
+                log.error("engine hangs, killing it", reason=str(link.exception()))
                 process.kill()
-            elif failure is not None:
-                log.error("engine connection failed", exc_info=failure)
             # One that ends by itself closes its connection a moment before: its exit status is to be its own.
             await asyncio.wait({exited}, timeout=_LAST_SECONDS)
+            if not hangs and link.done() and link.exception() is not None:
+                log.error("engine connection failed", exc_info=link.exception())
         finally:
             link.cancel()
             await asyncio.gather(link, return_exceptions=True)

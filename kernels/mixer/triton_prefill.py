@@ -329,8 +329,9 @@ def mix_prefill(
     """Run the tokens z [T, in_width] of `segments` through layer `layer`; their rows of `pool` are updated.
 
     H, in the layout, may be a share of the model's. `precision` is that of the products (C > 1): "bf16" rounds to 7
-    bits, in the tiles already, "tf32" to 10, "tf32x3" is close to float32 by three such products, "ieee" is float32,
-    with tensor cores on AMD only. The default is bf16 for activations of bfloat16, else tf32x3, on AMD ieee.
+    bits, in the tiles already, and to 15 what norms come from, "tf32" to 10, "tf32x3" is close to float32 by three such
+    products, "ieee" is float32, with tensor cores on AMD only. The default is bf16 for activations of bfloat16, else
+    tf32x3, on AMD ieee.
     Returns `out` [T, out_width]. Raises ValueError, naming what does not fit; what `segments` hold is on the device and
     is not looked at.
     """
