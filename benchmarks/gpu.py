@@ -37,7 +37,7 @@ from lattice_serve.engine.llm import LLM
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.state_pool import MAX_ROWS
 from lattice_serve.engine.weights import bundled_model, init_model
-from lattice_serve.kernels.decoder.triton import DecodeGraph
+from lattice_serve.kernels.decoder.triton_graph import Graph
 from lattice_serve.kernels.decoder.triton_network import TritonNetwork
 from lattice_serve.kernels.decoder.weights import DecoderWeights, LayerWeights
 from lattice_serve.kernels.mixer import MixerShape, MixerState, MixerWeights, Segments, StateLayout, mix
@@ -52,7 +52,7 @@ Figures = dict[str, float]
 def seconds(call: Callable[[], object], repeats: int = 20, *, graph: bool = True) -> float:
     """Median on the device; `graph`: of a captured call."""
     if graph:
-        call = DecodeGraph(call, torch.cuda.graph_pool_handle())
+        call = Graph(call, torch.cuda.graph_pool_handle())
     call()
     taken = []
     for _ in range(repeats):
@@ -189,7 +189,7 @@ def measure_decode(config: ModelConfig, ceilings: Device, batches: list[int], pe
             def step(positions: Tensor = positions, pool: Tensor = pool, z: Tensor = z, out: Tensor = out,
                      rows: Tensor = rows) -> None:  # fmt: skip
                 for layer in range(layout.layers):
-                    mix_decode(z, pool, layer, rows, positions, weights, layout, out)
+                    mix_decode(z, pool, layer, rows, positions, weights, layout, out, ahead=True)
 
             times.append(seconds(step) / layout.layers)
         mine = (times[0] + times[1] * (s.C - 2) + times[2]) / s.C
@@ -248,6 +248,10 @@ def random_network(config: ModelConfig, pool: Tensor, layout: StateLayout, quant
     return TritonNetwork(weights, layout, pool, quantization=quantization)
 
 
+def prompt(network: TritonNetwork, ids: Tensor, segments: DeviceSegments) -> Tensor:
+    return network.logits(network.prefill(ids, segments)[-1:])
+
+
 def measure_network(
     name: str, config: ModelConfig, ceilings: Device, batches: list[int], prompts: list[int], quantization: Any = None
 ) -> tuple[Table, Figures]:
@@ -274,9 +278,8 @@ def measure_network(
         for tokens in prompts:
             ids = torch.randint(config.vocab_size, (tokens,), device="cuda")
             segments = DeviceSegments.of(Segments.of([(0, 0, tokens)]), layout.shape.C, "cuda")
-            last, none = torch.tensor([tokens - 1], device="cuda"), torch.empty(0, dtype=torch.int64, device="cuda")
             for graph in (False, True):
-                taken = seconds(partial(network.prefill, ids, segments, last, none), 10, graph=graph)
+                taken = seconds(partial(prompt, network, ids, segments), 10, graph=graph)
                 what = f"prefill of {tokens}{', captured' if graph else ''}"
                 add(what, taken, tokens, prefill(config, tokens).seconds(ceilings))
     return table, figures
@@ -287,7 +290,6 @@ def profile(config: ModelConfig, batches: list[int], prompts: list[int]) -> None
     layout = layout_of(config)
     pool = pool_of(layout, random_weights(layout.shape), max(batches))
     network = random_network(config, pool, layout, None)
-    none = torch.empty(0, dtype=torch.int64, device="cuda")
     with torch.inference_mode():
         calls: dict[str, Callable[[], object]] = {}
         for batch in batches:
@@ -298,8 +300,7 @@ def profile(config: ModelConfig, batches: list[int], prompts: list[int]) -> None
         for tokens in prompts:
             ids = torch.randint(config.vocab_size, (tokens,), device="cuda")
             segments = DeviceSegments.of(Segments.of([(0, 0, tokens)]), layout.shape.C, "cuda")
-            last = torch.tensor([tokens - 1], device="cuda")
-            calls[f"prefill of {tokens}"] = partial(network.prefill, ids, segments, last, none)
+            calls[f"prefill of {tokens}"] = partial(prompt, network, ids, segments)
         for what, call in calls.items():
             call()
             torch.cuda.synchronize()

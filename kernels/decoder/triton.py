@@ -1,4 +1,4 @@
-"""A step of the whole network on a GPU: decode as one CUDA graph, prompts kernel by kernel behind it.
+"""A step of the whole network on a GPU: decode as one CUDA graph, prompts as another behind it.
 
 A sequence's tokens run through one path while they are its prompt's and through another once the model has chosen them,
 whatever else is in the batch; prompts are cut at multiples of C only. So a token's bits depend on its own sequence
@@ -13,34 +13,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lattice_serve.kernels.decoder.triton_graph import Graph
 from lattice_serve.kernels.decoder.triton_network import TritonNetwork
+from lattice_serve.kernels.decoder.triton_prompts import PromptStep
 from lattice_serve.kernels.decoder.weights import DecoderWeights
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.segments import Segments
 from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments
 
+_LEAST_CAPTURED, _MOST_CAPTURED = 64, 8192
+"""Tokens of prompts that graphs are captured for: for more, the device takes longer than the host for the launches."""
+
 
 def ladder(most: int) -> list[int]:
-    """Rows that graphs of decode are captured for: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... and `most`.
+    """Rows that graphs are captured for: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... and `most`.
 
     Rows that fill up to the next of them cost little: the mixer leaves them out, and tiles of products are taller.
     """
     return sorted({size for n in range(most.bit_length()) for size in (1 << n, 3 << n) if size < most} | {most})
-
-
-class DecodeGraph:
-    """A call whose inputs and outputs stay where they are, captured once and replayed in one launch."""
-
-    def __init__(self, call: Callable[[], object], memory: Any) -> None:
-        """memory: a `torch.cuda.graph_pool_handle`, shared by graphs of which one runs at a time."""
-        call()  # what compiles or is set up at its first call cannot be captured
-        torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=memory):
-            call()
-
-    def __call__(self) -> None:
-        self._graph.replay()
 
 
 class TritonDecoder:
@@ -58,7 +48,7 @@ class TritonDecoder:
     ) -> None:
         """pool: [rows, row_size], the state rows; they are read and written in place, always.
 
-        quantization, gather: as `TritonNetwork`. On a GPU decode is captured here for every size of the `ladder`.
+        quantization, gather: as `TritonNetwork`. On a GPU steps are captured here, for every size of the `ladder`.
         """
         self._network = TritonNetwork(weights, layout, pool, quantization=quantization, gather=gather)
         self._pool, self._row_size, self._max_tokens = pool, layout.row_size, max_tokens
@@ -73,14 +63,16 @@ class TritonDecoder:
         self._inputs = torch.zeros(3 * most, dtype=torch.int64, device=pool.device)
         self._logits = torch.zeros(most, self._network.vocab_size, dtype=torch.float32, device=pool.device)
         self._decode: dict[int, Callable[[], object]] = {n: self._decoding(n) for n in self._sizes}
+        self._prompts: list[PromptStep] = []
         if on_gpu:
             memory = torch.cuda.graph_pool_handle()
             with torch.inference_mode():
                 for n in reversed(self._sizes):
                     self._fill([], [], [], n)
-                    self._decode[n] = DecodeGraph(self._decode[n], memory)
+                    self._decode[n] = Graph(self._decode[n], memory)
                 self._check_sizes()
                 self._compile_prefill()
+                self._capture_prompts(memory)
 
     def __call__(
         self, ids: Sequence[int], segments: Segments, wanted: Sequence[int], hidden: Sequence[int] = ()
@@ -113,10 +105,17 @@ class TritonDecoder:
             logits = self._logits[self._upload(decoded)]
         if n == M:
             return logits, self._logits.new_empty(0, self._network.hidden_size)
-        prompts = self._on_device(segments.prompts)
-        places = self._upload([place - n for place in hidden])
-        prefilled, states = self._network.prefill(self._upload(ids[n:]), prompts, self._upload(asked), places)
-        return torch.cat((logits, prefilled)) if decoded else prefilled, states
+        states = self._prefill(ids[n:], segments.prompts)
+        prefilled = self._network.logits(self._chosen(states, asked))
+        asked_for = self._chosen(states, [place - n for place in hidden]).float()
+        return torch.cat((logits, prefilled)) if decoded else prefilled, asked_for
+
+    def _prefill(self, ids: Sequence[int], segments: Segments) -> Tensor:
+        """Final hidden states [T, hidden_size] of prompts."""
+        step = next((step for step in self._prompts if step.holds(segments)), None)
+        if step:
+            return step(ids, segments)
+        return self._network.prefill(self._upload(ids), DeviceSegments.of(segments, self.multiple, self._pool.device))
 
     def _check_sizes(self) -> None:
         """Raises RuntimeError unless a token has the same bits in graphs of every size, whose tiles differ."""
@@ -131,13 +130,20 @@ class TritonDecoder:
                 "device's name; in kernels/linear/tiles.py it needs one shape of tiles for decode"
             )
 
+    def _capture_prompts(self, memory: Any) -> None:
+        sizes = [n for n in ladder(min(self._max_tokens, _MOST_CAPTURED)) if n >= _LEAST_CAPTURED]
+        for n in reversed(sizes or [self._max_tokens]):
+            step = PromptStep(self._network, n, self.multiple, self._pool.device)
+            step.capture(memory)
+            self._prompts.insert(0, step)
+
     def _compile_prefill(self) -> None:
         """Tiles differ by the number of tokens: no prompt is to wait for a compiler."""
         kept, tokens = self._pool[0].clone(), 0
         while tokens < self._max_tokens:
             tokens = min(max(1, 2 * tokens), self._max_tokens)
-            segments = self._on_device(Segments.of([(0, 0, tokens)]))
-            self._network.prefill(self._upload([0] * tokens), segments, self._upload([0]), self._upload([]))
+            states = self._prefill([0] * tokens, Segments.of([(0, 0, tokens)]))
+            self._network.logits(states[:1])
         self._pool[0].copy_(kept)
 
     def _decoding(self, size: int) -> Callable[[], object]:
@@ -150,8 +156,8 @@ class TritonDecoder:
         columns = [*ids, *[0] * missing, *rows, *[-1] * missing, *positions, *[0] * missing]
         self._inputs[: 3 * size].copy_(self._pinned(columns), non_blocking=True)
 
-    def _on_device(self, segments: Segments) -> DeviceSegments:
-        return DeviceSegments.of(segments, self.multiple, self._pool.device)
+    def _chosen(self, states: Tensor, places: Sequence[int]) -> Tensor:
+        return states[self._upload(places)] if places else states[:0]
 
     def _upload(self, values: Sequence[int]) -> Tensor:
         return self._pinned(values).to(self._pool.device, non_blocking=True)

@@ -100,23 +100,28 @@ class TritonNetwork:
 
         def mix(layer: int, z: Tensor) -> Tensor:
             y = z.new_empty(len(z), self._layout.shape.out_width)
-            return mix_decode(z, self._pool, layer, rows, positions, self._layers[layer].mixer, self._layout, y)
+            mixer = self._layers[layer].mixer
+            return mix_decode(z, self._pool, layer, rows, positions, mixer, self._layout, y, ahead=True)
 
         linear(self._hidden(ids, mix, "decode"), self._head.weight, self._head.scales, "decode", out[None])
         return out
 
-    def prefill(self, ids: Tensor, segments: DeviceSegments, wanted: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens `ids` [T] of all segments -> logits [len(wanted), V] of the places `wanted` among them, final hidden
-        states [len(states), hidden_size] of the places `states`, both float32."""
+    def prefill(self, ids: Tensor, segments: DeviceSegments) -> Tensor:
+        """Tokens `ids` [T] of all segments -> their final hidden states [T, hidden_size], for `logits`.
+
+        A CUDA graph may hold this, too. What comes out for tokens of no segment means nothing.
+        """
 
         def mix(layer: int, z: Tensor) -> Tensor:
             y = z.new_empty(len(z), self._layout.shape.out_width)
             return mix_prefill(z, self._pool, layer, segments, self._layers[layer].mixer, self._layout, y)
 
-        hidden = self._hidden(ids, mix, "prefill")
-        x = hidden[wanted]
-        out = torch.empty(1, len(x), self.vocab_size, dtype=torch.float32, device=ids.device)
-        return linear(x, self._head.weight, self._head.scales, "prefill", out)[0], hidden[states].float()
+        return self._hidden(ids, mix, "prefill")
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, V] float32 of hidden states [N, hidden_size] that `prefill` returned."""
+        out = torch.empty(1, len(hidden), self.vocab_size, dtype=torch.float32, device=hidden.device)
+        return linear(hidden, self._head.weight, self._head.scales, "prefill", out)[0]
 
     def _hidden(self, ids: Tensor, mix: Callable[[int, Tensor], Tensor], phase: Phase) -> Tensor:
         x = F.embedding(ids, self._embedding).float()

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lattice_serve.kernels.dependent import after_last, dependent
 from lattice_serve.kernels.linear.tiles import Phase, Tiles, architecture, part
 from lattice_serve.kernels.swiglu.triton import silu
 
@@ -29,13 +30,14 @@ from lattice_serve.kernels.swiglu.triton import silu
 def _linear(
     p_x: tl.tensor, p_weight: tl.tensor, p_scales: tl.tensor, p_out: tl.tensor, M: tl.tensor,
     N: tl.constexpr, K: tl.constexpr, part: tl.constexpr, scaled: tl.constexpr, kind: tl.constexpr,
-    b_m: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr,
+    b_m: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr, early: tl.constexpr,
 ) -> None:  # fmt: skip
     i_part = tl.program_id(2)
     o_m = tl.program_id(0).to(tl.int64) * b_m + tl.arange(0, b_m)
     o_n = tl.program_id(1) * b_n + tl.arange(0, b_n)
     o_k = i_part * part + tl.arange(0, b_k)
     in_m, in_n = o_m < M, o_n < N
+    after_last(early)
     p_x += o_m[:, None] * K + o_k[None, :]
     p_weight += o_n.to(tl.int64)[None, :] * K + o_k[:, None]
     sums = tl.zeros((b_m, b_n), dtype=tl.float32)
@@ -54,12 +56,13 @@ def _linear(
 def _gated_linear(
     p_x: tl.tensor, p_weight: tl.tensor, p_scales: tl.tensor, p_out: tl.tensor, M: tl.tensor,
     n: tl.constexpr, K: tl.constexpr, part: tl.constexpr, scaled: tl.constexpr, kind: tl.constexpr,
-    b_m: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr,
+    b_m: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr, early: tl.constexpr,
 ) -> None:  # fmt: skip
     o_m = tl.program_id(0).to(tl.int64) * b_m + tl.arange(0, b_m)
     o_n = tl.program_id(1) * b_n + tl.arange(0, b_n)
     o_k = tl.arange(0, b_k)
     in_m, in_n = o_m < M, o_n < n
+    after_last(early)
     p_x += o_m[:, None] * K + o_k[None, :]
     p_gate = p_weight + o_n.to(tl.int64)[None, :] * K + o_k[:, None]
     p_up = p_gate + n * K
@@ -100,7 +103,7 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor | None, phase: Phase, out: 
     if M:
         tiles, options = _plan(x.device, x.dtype, M, N, K, scales is not None, phase, P)
         _linear[(-(-M // tiles.b_m), -(-N // tiles.b_n), P)](
-            x, weight, x if scales is None else scales, out, M, N=N, **options
+            x, weight, x if scales is None else scales, out, M, N=N, **options, **dependent(x.device)
         )
     return out
 
@@ -115,7 +118,7 @@ def gated_linear(x: Tensor, weight: Tensor, scales: Tensor | None, phase: Phase,
     if M:
         tiles, options = _plan(x.device, x.dtype, M, 2 * n, K, scales is not None, phase, 1)
         _gated_linear[(-(-M // tiles.b_m), -(-n // tiles.b_n))](
-            x, weight, x if scales is None else scales, out, M, n=n, **options
+            x, weight, x if scales is None else scales, out, M, n=n, **options, **dependent(x.device)
         )
     return out
 

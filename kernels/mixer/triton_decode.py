@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lattice_serve.kernels.dependent import after_last, dependent
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.shape import MixerWeights
 from lattice_serve.kernels.mixer.triton_parts import (
@@ -43,27 +44,27 @@ from lattice_serve.kernels.swiglu.triton import silu
 
 
 @triton.jit
-def _inputs(
-    p_z: tl.tensor, p_tail: tl.tensor, o_n: tl.tensor, mask: tl.tensor, ring: tl.tensor,
-    line: tl.constexpr, taps: tl.constexpr,
-) -> tl.tuple:  # fmt: skip
-    """What the convolution of channels o_n takes; the last of these belongs into line `ring` of the tail."""
+def _inputs_before(
+    p_tail: tl.tensor, o_n: tl.tensor, mask: tl.tensor, ring: tl.tensor, line: tl.constexpr, taps: tl.constexpr
+) -> tl.tuple:
+    """What the convolution of channels o_n takes of tokens before; this one's belongs into line `ring` of the tail."""
     x = tl.tuple(())
     for i_tap in tl.static_range(taps - 1):
         i_line = ring + i_tap
         i_line = tl.where(i_line < taps - 1, i_line, i_line - (taps - 1))
         x += tl.tuple((load(p_tail + i_line * line + o_n, mask),))
-    return x + tl.tuple((load(p_z + o_n, mask),))
+    return x
 
 
 @triton.jit
 def _convolve(
-    x: tl.tuple, p_conv: tl.tensor, o_n: tl.tensor, mask: tl.tensor, taps: tl.constexpr, width: tl.constexpr
-) -> tl.tensor:
+    before: tl.tuple, x: tl.tensor, p_conv: tl.tensor, o_n: tl.tensor, mask: tl.tensor,
+    taps: tl.constexpr, width: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """SiLU of the convolution of channels o_n."""
-    y = x[taps - 1] * load(p_conv + (taps - 1) * width + o_n, mask)
+    y = x * load(p_conv + (taps - 1) * width + o_n, mask)
     for i_tap in tl.static_range(taps - 1):
-        y += x[i_tap] * load(p_conv + i_tap * width + o_n, mask)
+        y += before[i_tap] * load(p_conv + i_tap * width + o_n, mask)
     return silu(y)
 
 
@@ -101,7 +102,7 @@ def _mix_token(
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, taps: tl.constexpr,
     line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
     objective: tl.constexpr, use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_s: tl.constexpr,
-    b_l: tl.constexpr,
+    b_l: tl.constexpr, early: tl.constexpr,
 ) -> None:  # fmt: skip
     i_token, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_row, position = tl.load(p_rows + i_token), tl.load(p_positions + i_token)
@@ -110,6 +111,7 @@ def _mix_token(
     in_d, in_m = o_d < d, o_m < m
     p_y = p_out + i_token * out_stride + i_head * d + o_d
     if (i_row < 0) | (position < 0):  # a position never is: so both are waited for at once
+        after_last(early)
         tl.store(p_y, tl.zeros((1, b_d), tl.float32), mask=in_d)
         return
     slot = (position % C).to(tl.int32)
@@ -131,9 +133,11 @@ def _mix_token(
     p_tail = p_state + places[6]
     ring = (position % max(taps - 1, 1)).to(tl.int32)
     o_q, o_k, o_v = i_head * m, (H + i_head) * m, 2 * H * m + i_head * d
-    x_q = _inputs(p_now + o_q, p_tail, o_m, in_m, ring, line, taps)
-    x_k = _inputs(p_now + o_k, p_tail + line_m, o_m, in_m, ring, line, taps)
-    x_v = _inputs(p_now + o_v, p_tail + 2 * line_m, o_d, in_d, ring, line, taps)
+    before_q = _inputs_before(p_tail, o_m, in_m, ring, line, taps)
+    before_k = _inputs_before(p_tail + line_m, o_m, in_m, ring, line, taps)
+    before_v = _inputs_before(p_tail + 2 * line_m, o_d, in_d, ring, line, taps)
+    after_last(early)
+    x_q, x_k, x_v = load(p_now + o_q + o_m, in_m), load(p_now + o_k + o_m, in_m), load(p_now + o_v + o_d, in_d)
     p_gates = p_now + 2 * H * (m + d) + i_head
     gamma = step_size(p_gates, p_bias + i_head, True)
     a = 1.0
@@ -146,14 +150,14 @@ def _mix_token(
     if p_pool.dtype.element_ty == tl.bfloat16:
         # Rounded, a slot has not quite norm 1, which the recurrence builds on.
         A = _unit(A)
-    q = _convolve(x_q, p_conv + o_q, o_m, in_m, taps, width)
-    k = _convolve(x_k, p_conv + o_k, o_m, in_m, taps, width)
-    h = _convolve(x_v, p_conv + o_v, o_d, in_d, taps, width)
+    q = _convolve(before_q, x_q, p_conv + o_q, o_m, in_m, taps, width)
+    k = _convolve(before_k, x_k, p_conv + o_k, o_m, in_m, taps, width)
+    h = _convolve(before_v, x_v, p_conv + o_v, o_d, in_d, taps, width)
     if taps > 1:
         p_line = p_tail + ring * line
-        tl.store(p_line + o_m, x_q[taps - 1], mask=in_m)
-        tl.store(p_line + line_m + o_m, x_k[taps - 1], mask=in_m)
-        tl.store(p_line + 2 * line_m + o_d, x_v[taps - 1], mask=in_d)
+        tl.store(p_line + o_m, x_q, mask=in_m)
+        tl.store(p_line + line_m + o_m, x_k, mask=in_m)
+        tl.store(p_line + 2 * line_m + o_d, x_v, mask=in_d)
     q, k = unit_lengths(q, k)
     if C > 1:
         a *= a_old
@@ -184,9 +188,15 @@ def _mix_token(
         tl.store(p_state + o_A, _unit(R), mask=in_A)
     elif slot == C - 1:
         R = A * (1 - b)[None, :, None] + c[None, :, None] * h[:, None, :]
-        for i_s in range(C - 1):
-            c_s, h_s = load(p_c + i_s * line_m + o_m, in_m), load(p_h + i_s * line_d + o_d, in_d)
-            R += c_s[None, :, None] * h_s[:, None, :]
+        few: tl.constexpr = min(b_s, 8)
+        for i_first in range(0, C - 1, few):
+            c_few, h_few = tl.tuple(()), tl.tuple(())
+            for i_s in tl.static_range(few):
+                there = i_first + i_s < C - 1
+                c_few += tl.tuple((load(p_c + (i_first + i_s) * line_m + o_m, in_m & there),))
+                h_few += tl.tuple((load(p_h + (i_first + i_s) * line_d + o_d, in_d & there),))
+            for i_s in tl.static_range(few):
+                R += c_few[i_s][None, :, None] * h_few[i_s][:, None, :]
         tl.store(p_state + o_A, _unit(R), mask=in_A)
     else:
         tl.store(p_h + slot * line_d + o_d, h, mask=in_d)
@@ -217,12 +227,15 @@ def mix_decode(
     weights: MixerWeights,
     layout: StateLayout,
     out: Tensor,
+    *,
+    ahead: bool = False,
 ) -> Tensor:
     """Run token i, z [N, in_width] row i, through layer `layer` at state row rows[i] of `pool`, which is updated.
 
     positions [N]: tokens that each sequence has seen before, which are left as they are. No two rows may be equal, but
     those of -1, whose rows of `out` [N, out_width] become zeros. H, in the layout, may be a share of the model's.
-    Every tensor stays where it is, so a CUDA graph may hold the launch. Raises ValueError, naming what does not fit.
+    Every tensor stays where it is, so a CUDA graph may hold the launch. ahead: the launch before this one writes
+    nothing but z, so that the rest may be read before it ends. Raises ValueError, naming what does not fit.
     """
     check_arguments(z, pool, layer, weights, layout, out, rows=rows, positions=positions)
     s, N = layout.shape, len(z)
@@ -234,5 +247,6 @@ def mix_decode(
             z, pool, rows, positions, weights.conv, weights.gate_bias, weights.norm, out,
             z.stride(0), out.stride(0), layout.row_size, layer * layout.layer_size, s.mu_floor, s.norm_eps,
             **decode_options(layout),
+            **(dependent(z.device) if ahead else {"early": False}),
         )  # fmt: skip
     return out

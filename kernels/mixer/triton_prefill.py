@@ -20,7 +20,8 @@ head goes through the tokens with sums.
 
 What bounds it: a sequence's chunks follow one another, each by a product and two sums that wait for each other, until
 n H programs fill the device; then the bytes of the tiles, which each kernel leaves for the next. Neither d nor m can be
-split over programs without sums across them in every chunk.
+split over programs without sums across them in every chunk. Where launches may be `dependent`, `read` begins when
+`advance` is halfway, on the multiprocessors that a few sequences leave idle, and waits for each chunk by itself.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lattice_serve.kernels.dependent import after_last, dependent, let_next_begin
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.shape import MixerWeights
 from lattice_serve.kernels.mixer.triton_parts import (
@@ -41,19 +43,27 @@ from lattice_serve.kernels.mixer.triton_parts import (
     ENCODING,
     INDICES,
     check_arguments,
-    forget_gate,
     keep_tail,
     load,
     load_anchor,
-    step_size,
-    tile_width,
-    unit_length,
     unit_rows,
 )
-from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments, tile_lines, tile_options, tile_rows, tile_tokens
+from lattice_serve.kernels.mixer.triton_prepare import prepare, prepare_options
+from lattice_serve.kernels.mixer.triton_tiles import (
+    DeviceSegments,
+    chunk_of,
+    say,
+    steps_of,
+    tile_lines,
+    tile_options,
+    tile_rows,
+    wait_for,
+)
 from lattice_serve.kernels.mixer.triton_tokens import mix_tokens, token_options
 from lattice_serve.kernels.swiglu.triton import silu
 
+_SPAN = tl.constexpr(64)
+"""Chunks of a segment after which `advance` says that they may be read: that takes it as long as a chunk does."""
 PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16")
 
 
@@ -91,89 +101,6 @@ def _fine(x: tl.tensor, y: tl.tensor, precision: tl.constexpr, kind: tl.constexp
     return product
 
 
-@triton.jit
-def _convolve(
-    p_z: tl.tensor, z_stride: tl.tensor, i_t: tl.tensor, inside: tl.tensor, ring: tl.tensor, p_tail: tl.tensor,
-    p_conv: tl.tensor, begins: tl.tensor, o_n: tl.tensor, in_n: tl.tensor, line: tl.constexpr, taps: tl.constexpr,
-    width: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """SiLU of the convolution [b_t, n] at tokens i_t of the segment at p_z, whose first token's line is `ring`."""
-    x = tl.zeros((i_t.shape[0], o_n.shape[0]), tl.float32)
-    mask = inside[:, None] & in_n[None, :]
-    for i_tap in tl.static_range(taps):
-        i_from = i_t - (taps - 1) + i_tap
-        own = (i_from >= 0)[:, None]
-        value = load(p_z + i_from.to(tl.int64)[:, None] * z_stride + o_n[None, :], mask & own)
-        if i_tap < taps - 1:  # noqa: SIM102 -- a constant here, a tensor there
-            if begins:
-                i_line = (ring + i_from + taps - 1) % (taps - 1)
-                value += load(p_tail + i_line[:, None] * line + o_n[None, :], mask & (own == 0))
-        x += value * load(p_conv + i_tap * width + o_n, in_n)[None, :]
-    return silu(x)
-
-
-@triton.jit
-def _chunk(p_chunks: tl.tensor, i: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Row, position, start and end of chunk i's segment, and the token that its tile begins with."""
-    p_chunks += 5 * i
-    return (
-        tl.load(p_chunks), tl.load(p_chunks + 1), tl.load(p_chunks + 2), tl.load(p_chunks + 3), tl.load(p_chunks + 4),
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize_on_alignment=INDICES)
-def _prepare(
-    p_z: tl.tensor, p_pool: tl.tensor, p_chunks: tl.tensor, p_conv: tl.tensor, p_bias: tl.tensor, p_tiles: tl.tensor,
-    p_steps: tl.tensor, z_units: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, floor: tl.tensor,
-    H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, taps: tl.constexpr,
-    line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
-    use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr,
-    tile_places: tl.constexpr, tile_size: tl.constexpr, rows: tl.constexpr, unit: tl.constexpr,
-) -> None:  # fmt: skip
-    """What a tile of one head is before any memory is known, as `tile_places` has it."""
-    i_tile, i_head = tl.program_id(0), tl.program_id(1)
-    row, position, start, end, first = _chunk(p_chunks, i_tile)
-    o_d, o_m, o_t = tl.arange(0, b_d), tl.arange(0, b_m), tl.arange(0, b_t)
-    in_d, in_m = o_d < d, o_m < m
-    i_t = (first - start).to(tl.int32) + o_t
-    now = (o_t < rows) & (i_t >= 0) & (i_t < end - start)
-    old = i_t < 0
-    p_state = p_pool + row * row_size + o_layer + i_head * head_size
-    p_tile = p_tiles + (i_tile * H + i_head).to(tl.int64) * tile_size
-    o_tm, o_td = o_t[:, None] * b_m + o_m[None, :], o_t[:, None] * b_d + o_d[None, :]
-    o_q, o_k, o_v = i_head * m, (H + i_head) * m, 2 * H * m + i_head * d
-    width: tl.constexpr = H * (2 * m + d)
-    z_stride = z_units * unit
-    p_z += start * z_stride
-    p_gates = p_z + i_t.to(tl.int64) * z_stride + width + H * d + i_head
-    gamma = tl.where(now, step_size(p_gates, p_bias + i_head, now), 0.0)
-    a_old = tl.load(p_state + places[5], mask=first < start, other=1.0).to(tl.float32)
-    a = a_old + tl.zeros((b_t,), tl.float32)
-    if use_forget_gate:
-        a *= tl.cumprod(tl.where(now, forget_gate(p_gates + H, p_bias + H + i_head, now, floor), 1.0), 0)
-    gamma /= a
-    p_gates_now = p_steps + (i_tile * H + i_head) * (2 * b_t) + o_t
-    tl.store(p_gates_now, gamma)
-    tl.store(p_gates_now + b_t, a)
-
-    line: tl.constexpr = 2 * line_m + line_d
-    begins = first - start < taps - 1
-    p_tail, ring = p_state + places[6], (position % max(taps - 1, 1)).to(tl.int32)
-    q = _convolve(p_z + o_q, z_stride, i_t, now, ring, p_tail, p_conv + o_q, begins, o_m, in_m, line, taps, width)
-    tl.store(p_tile + tile_places[0] + o_tm, unit_length(q))
-    p_tail += line_m
-    k = _convolve(p_z + o_k, z_stride, i_t, now, ring, p_tail, p_conv + o_k, begins, o_m, in_m, line, taps, width)
-    k = unit_length(k)
-    tl.store(p_tile + tile_places[1] + o_tm, -k)
-    c = gamma[:, None] * k
-    c += load(p_state + places[2] + o_t[:, None] * line_m + o_m[None, :], old[:, None] & in_m[None, :])
-    tl.store(p_tile + tile_places[2] + o_tm, c)
-    p_tail += line_m
-    v = _convolve(p_z + o_v, z_stride, i_t, now, ring, p_tail, p_conv + o_v, begins, o_d, in_d, line, taps, width)
-    v += load(p_state + places[1] + o_t[:, None] * line_d + o_d[None, :], old[:, None] & in_d[None, :])
-    tl.store(p_tile + tile_places[3] + o_td, v)
-
-
 @triton.jit(do_not_specialize_on_alignment=INDICES)
 def _advance(
     p_z: tl.tensor, p_tiles: tl.tensor, p_steps: tl.tensor, p_pool: tl.tensor, p_rows: tl.tensor,
@@ -182,14 +109,16 @@ def _advance(
     line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
     objective: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr,
     tile_places: tl.constexpr, tile_size: tl.constexpr, precision: tl.constexpr, kind: tl.constexpr,
-    ahead: tl.constexpr,
+    ahead: tl.constexpr, early: tl.constexpr,
 ) -> None:  # fmt: skip
     """The state after one segment of one head, but for e; into its tiles, for `_read`: the memory each began with."""
     i_segment, i_head = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(p_starts + i_segment), tl.load(p_starts + i_segment + 1)
-    position = tl.load(p_positions + i_segment)
+    row, position = tl.load(p_rows + i_segment), tl.load(p_positions + i_segment)
+    if row < 0:
+        return
     total = position % C + end - start
-    p_state = p_pool + tl.load(p_rows + i_segment) * row_size + o_layer + i_head * head_size
+    p_state = p_pool + row * row_size + o_layer + i_head * head_size
     o_d, o_m, o_t = tl.arange(0, b_d), tl.arange(0, b_m), tl.arange(0, b_t)
     in_d, in_m = o_d < d, o_m < m
     o_A, in_A = o_m[:, None] * line_d + o_d[None, :], in_m[:, None] & in_d[None, :]
@@ -198,29 +127,35 @@ def _advance(
     o_tm, o_td = o_t[:, None] * b_m + o_m[None, :], o_t[:, None] * b_d + o_d[None, :]
     o_md = o_m[:, None] * b_d + o_d[None, :]
     A = load_anchor(p_state + o_A, in_A)
-    for i_chunk in tl.range(0, total // C, num_stages=ahead):
-        p_tile = p_first + i_chunk * (H * tile_size)
-        tl.store(p_tile + tile_places[4] + o_md, A)
-        v, c = tl.load(p_tile + tile_places[3] + o_td), tl.load(p_tile + tile_places[2] + o_tm)
-        if objective == DECODING:
-            k = tl.load(p_tile + tile_places[1] + o_tm)  # negative
-            P = _dot(tl.trans(c), k, precision, kind)
-            N = _dot(P, A, precision, kind, _dot(tl.trans(c), v, precision, kind))
-        elif objective == ENCODING:
-            gamma = tl.load(p_steps + (i_first + i_chunk * H) * (2 * b_t) + o_t)
-            c -= (gamma[:, None] * _dot(v, tl.trans(A), precision, kind)).to(c.dtype)
-            tl.store(p_tile + tile_places[2] + o_tm, c)
-            N = _dot(tl.trans(c), v, precision, kind)
-        else:
-            N = _dot(tl.trans(c), v, precision, kind)
-        A = unit_rows(A * (1 - tl.sum(A * N, axis=1))[:, None] + N)
+    full = total // C
+    for i_span in range(0, full, _SPAN):
+        if 2 * (i_span + _SPAN) >= full:
+            let_next_begin(early)  # `read`
+        for i_chunk in tl.range(i_span, tl.minimum(i_span + _SPAN, full), num_stages=ahead):
+            p_tile = p_first + i_chunk * (H * tile_size)
+            tl.store(p_tile + tile_places[4] + o_md, A)
+            v, c = tl.load(p_tile + tile_places[3] + o_td), tl.load(p_tile + tile_places[2] + o_tm)
+            if objective == DECODING:
+                k = tl.load(p_tile + tile_places[1] + o_tm)  # negative
+                P = _dot(tl.trans(c), k, precision, kind)
+                N = _dot(P, A, precision, kind, _dot(tl.trans(c), v, precision, kind))
+            elif objective == ENCODING:
+                gamma = tl.load(steps_of(p_steps, i_first + i_chunk * H, b_t) + o_t)
+                c -= (gamma[:, None] * _dot(v, tl.trans(A), precision, kind)).to(c.dtype)
+                tl.store(p_tile + tile_places[2] + o_tm, c)
+                N = _dot(tl.trans(c), v, precision, kind)
+            else:
+                N = _dot(tl.trans(c), v, precision, kind)
+            A = unit_rows(A * (1 - tl.sum(A * N, axis=1))[:, None] + N)
+        if early and i_span + _SPAN <= full:
+            say(steps_of(p_steps, i_first + i_span * H, b_t), b_t)
     used = total % C
     if used > 0:
-        i_tile = i_first + total // C * H
+        i_tile = i_first + full * H
         p_tile = p_tiles + i_tile * tile_size
         tl.store(p_tile + tile_places[4] + o_md, A)
         h, c = tl.load(p_tile + tile_places[3] + o_td), tl.load(p_tile + tile_places[2] + o_tm)
-        p_now = p_steps + i_tile * (2 * b_t)
+        p_now = steps_of(p_steps, i_tile, b_t)
         if objective == DECODING:
             h = _dot(tl.load(p_tile + tile_places[1] + o_tm), A, precision, kind, h.to(tl.float32))
         if objective == ENCODING:
@@ -231,6 +166,8 @@ def _advance(
         tl.store(p_state + places[2] + o_t[:, None] * line_m + o_m[None, :], c, mask=in_use & in_m[None, :])
         tl.store(p_state + places[3] + o_m, tl.sum(A * _dot(tl.trans(c), h, precision, kind), axis=1), mask=in_m)
         tl.store(p_state + places[5], tl.load(p_now + b_t + C - 1))
+    if early:
+        say(steps_of(p_steps, i_first + (total - 1) // (C * _SPAN) * _SPAN * H, b_t), b_t)
     if total >= C:
         tl.store(p_state + o_A, A, mask=in_A)
     p_tail = p_state + places[6]
@@ -239,15 +176,19 @@ def _advance(
 
 @triton.jit(do_not_specialize_on_alignment=INDICES)
 def _read(
-    p_z: tl.tensor, p_tiles: tl.tensor, p_pool: tl.tensor, p_chunks: tl.tensor, p_norm: tl.tensor, p_out: tl.tensor,
-    z_units: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor, o_layer: tl.tensor, eps: tl.tensor,
+    p_z: tl.tensor, p_tiles: tl.tensor, p_steps: tl.tensor, p_pool: tl.tensor, p_chunks: tl.tensor,
+    p_norm: tl.tensor, p_out: tl.tensor, z_units: tl.tensor, out_stride: tl.tensor, row_size: tl.tensor,
+    o_layer: tl.tensor, eps: tl.tensor,
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, C: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
     objective: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr, tile_places: tl.constexpr,
-    tile_size: tl.constexpr, precision: tl.constexpr, kind: tl.constexpr, unit: tl.constexpr,
+    tile_size: tl.constexpr, precision: tl.constexpr, kind: tl.constexpr, unit: tl.constexpr, early: tl.constexpr,
 ) -> None:  # fmt: skip
     """Outputs of one chunk of one head; also e of the state, where the chunk is not finished."""
-    i_tile, i_head = tl.program_id(0), tl.program_id(1)
-    row, _, start, end, first = _chunk(p_chunks, i_tile)
+    i_tile, i_head = tl.program_id(0) // H, tl.program_id(0) % H
+    row, position, start, end, first = chunk_of(p_chunks, i_tile)
+    if row < 0:
+        after_last(early)
+        return
     o_d, o_m, o_t = tl.arange(0, b_d), tl.arange(0, b_m), tl.arange(0, b_t)
     in_d, in_m = o_d < d, o_m < m
     i_t = first + o_t.to(tl.int64)
@@ -255,6 +196,9 @@ def _read(
     now_d = now[:, None] & in_d[None, :]
     p_tile = p_tiles + (i_tile * H + i_head).to(tl.int64) * tile_size
     o_tm = o_t[:, None] * b_m + o_m[None, :]
+    if early:
+        i_chunk = (first - start + position % C).to(tl.int32) // C
+        wait_for(steps_of(p_steps, (i_tile - i_chunk % _SPAN) * H + i_head, b_t), b_t)
     q, c = tl.load(p_tile + tile_places[0] + o_tm), tl.load(p_tile + tile_places[2] + o_tm)
     h = tl.load(p_tile + tile_places[3] + o_t[:, None] * b_d + o_d[None, :])
     A = tl.load(p_tile + tile_places[4] + o_m[:, None] * b_d + o_d[None, :])
@@ -284,17 +228,8 @@ def _read(
     if end - first < C:
         p_e = p_pool + row * row_size + o_layer + i_head * head_size + places[4]
         tl.store(p_e + o_m, tl.sum(tl.where((o_t == b_t - 1)[:, None], e, 0.0), axis=0), mask=in_m)
-
-
-@cache
-def prepare_options(layout: StateLayout, unit: int) -> dict[str, Any]:
-    """Constants that `_prepare` is launched with."""
-    s = layout.shape
-    names = "H d m taps line_d line_m places head_size use_forget_gate b_d b_m"
-    # So many lanes that each has a whole vector of bfloat16 of a tile.
-    vectors = tile_rows(s.C) * min(tile_width(s.d), tile_width(s.m)) // 8
-    num_warps = min(4, max(1, vectors // (64 if torch.version.hip else 32)))
-    return tile_options(layout, names, rows=tile_tokens(s.C), unit=unit, num_warps=num_warps)
+    if i_tile == 0:
+        after_last(early)  # so that whoever waits for this launch has waited for `advance`
 
 
 @cache
@@ -303,7 +238,9 @@ def advance_options(layout: StateLayout, precision: str, kind: tl.dtype) -> dict
     s = layout.shape
     names = "H d m C taps line_d line_m places head_size objective b_d b_m"
     num_warps = 2 if s.d * s.m <= 32 * 32 else 4 if s.d * s.m <= 64 * 64 and precision == "bf16" else 8
-    return tile_options(layout, names, precision=precision, kind=kind, ahead=3, num_warps=num_warps)
+    # An MI300 has 64 KB for tiles to come and a memory of 128 x 128.
+    ahead = 1 if torch.version.hip and s.d * s.m > 64 * 64 else 3
+    return tile_options(layout, names, precision=precision, kind=kind, ahead=ahead, num_warps=num_warps)
 
 
 @cache
@@ -354,26 +291,27 @@ def mix_prefill(
     scratch = torch.empty(
         tiles * s.H, tile_lines(layout)[1], dtype=torch.bfloat16 if rounded else torch.float32, device=z.device
     )
-    steps = torch.empty(tiles * s.H, 2 * tile_rows(s.C), device=z.device)
-    _prepare[(tiles, s.H)](
+    steps = torch.empty(tiles * s.H, 2 * tile_rows(s.C) + 1, device=z.device)
+    early = dependent(z.device)
+    prepare[(tiles * s.H,)](
         z, pool, chunks, weights.conv, weights.gate_bias, scratch, steps,
         z.stride(0) // unit, layout.row_size, o_layer, s.mu_floor,
-        **prepare_options(layout, unit),
+        **prepare_options(layout, unit), **early,
     )  # fmt: skip
     if s.C == 1:
         mix_tokens[(n, s.H)](
             z, scratch, pool, rows, positions, starts, firsts, weights.gate_bias, weights.norm, out,
             z.stride(0), out.stride(0), layout.row_size, o_layer, s.mu_floor, s.norm_eps,
-            **token_options(layout),
+            **token_options(layout), **early,
         )  # fmt: skip
         return out
     _advance[(n, s.H)](
         z, scratch, steps, pool, rows, positions, starts, firsts, z.stride(0), layout.row_size, o_layer,
-        **advance_options(layout, precision, kind),
+        **advance_options(layout, precision, kind), early=early["early"],  # not dependent: one a multiprocessor
     )  # fmt: skip
-    _read[(tiles, s.H)](
-        z, scratch, pool, chunks, weights.norm, out,
+    _read[(tiles * s.H,)](
+        z, scratch, steps, pool, chunks, weights.norm, out,
         z.stride(0) // unit, out.stride(0), layout.row_size, o_layer, s.norm_eps,
-        **read_options(layout, precision, kind, unit),
+        **read_options(layout, precision, kind, unit), **early,
     )  # fmt: skip
     return out

@@ -8,6 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from lattice_serve.kernels.dependent import after_last
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.triton_parts import (
     DECODING,
@@ -33,12 +34,16 @@ def mix_tokens(
     H: tl.constexpr, d: tl.constexpr, m: tl.constexpr, taps: tl.constexpr,
     line_d: tl.constexpr, line_m: tl.constexpr, places: tl.constexpr, head_size: tl.constexpr,
     objective: tl.constexpr, use_forget_gate: tl.constexpr, b_d: tl.constexpr, b_m: tl.constexpr, b_t: tl.constexpr,
-    tile_places: tl.constexpr, tile_size: tl.constexpr, rows: tl.constexpr,
+    tile_places: tl.constexpr, tile_size: tl.constexpr, rows: tl.constexpr, early: tl.constexpr,
 ) -> None:  # fmt: skip
     """One segment of one head, C = 1: R_t = A (mu - c w) + c h, and y = A' q with A' the columns of R made unit."""
     i_segment, i_head = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(p_starts + i_segment), tl.load(p_starts + i_segment + 1)
-    p_state = p_pool + tl.load(p_rows + i_segment) * row_size + o_layer + i_head * head_size
+    row = tl.load(p_rows + i_segment)
+    after_last(early)
+    if row < 0:
+        return
+    p_state = p_pool + row * row_size + o_layer + i_head * head_size
     o_d, o_m = tl.arange(0, b_d), tl.arange(0, b_m)
     in_d, in_m = o_d < d, o_m < m
     o_A, in_A = o_m[:, None] * line_d + o_d[None, :], in_m[:, None] & in_d[None, :]

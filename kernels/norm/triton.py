@@ -18,16 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lattice_serve.kernels.dependent import after_last, dependent
+
 
 @triton.jit(do_not_specialize=["M"])
 def _add_rms_norm(
     p_x: tl.tensor, p_parts: tl.tensor, p_weight: tl.tensor, p_out: tl.tensor, M: tl.tensor, eps: tl.tensor,
-    P: tl.constexpr, n: tl.constexpr, b_n: tl.constexpr,
+    P: tl.constexpr, n: tl.constexpr, b_n: tl.constexpr, early: tl.constexpr,
 ) -> None:  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     o_n = tl.arange(0, b_n)
     inside = o_n < n
     p_row = p_x + i_row * n + o_n
+    after_last(early)
     x = tl.load(p_row, mask=inside, other=0.0)
     for i_part in tl.static_range(P):
         x += tl.load(p_parts + (i_row + i_part * M) * n + o_n, mask=inside, other=0.0)
@@ -64,5 +67,6 @@ def add_rms_norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float, ou
         _add_rms_norm[(M,)](
             x, x if parts is None else parts, weight, out, M, eps,
             P=0 if parts is None else len(parts), n=n, b_n=b_n, num_warps=min(max(b_n // 512, 1), 8),
+            **dependent(x.device),
         )  # fmt: skip
     return out

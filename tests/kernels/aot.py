@@ -43,7 +43,7 @@ SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942":
 """That a block may have."""
 _REGISTERS, _WARPS = 65_536, 64
 """That a multiprocessor of NVIDIA's has, and may hold."""
-_ANY = {"H", "N", "K", "steps", "part", "n", "head_size", "places", "o_tail", "tile_places", "tile_size"}
+_ANY = {"H", "N", "K", "steps", "part", "lines", "n", "head_size", "places", "o_tail", "tile_places", "tile_size"}
 """Constants that follow from the size of a model: launches that differ in nothing else are one case."""
 _TOLD = ("P", "C", "d", "use_forget_gate", "scaled", "b_n", "b_m")
 """Constants that names tell."""
@@ -135,11 +135,13 @@ def launches(target: str) -> dict[str, Launch]:
     """By name, each once, of all `MODELS` on a target."""
     from triton.runtime.jit import JITFunction
 
+    from lattice_serve.kernels.dependent import dependent
     from lattice_serve.kernels.linear import tiles, triton
-    from lattice_serve.kernels.mixer import triton_prefill
+    from lattice_serve.kernels.mixer import triton_prefill, triton_prepare
 
     recorder = _Recorder(target)
-    for known in (tiles.architecture, triton._plan, triton_prefill.prepare_options, triton_prefill.read_options):
+    prefill = (triton_prepare.prepare_options, triton_prefill.advance_options, triton_prefill.read_options)
+    for known in (tiles.architecture, triton._plan, dependent, *prefill):
         known.cache_clear()  # a process has one kind of device otherwise
     kind, number, _ = TARGETS[target]
     capability = divmod(int(number), 10) if kind == "cuda" else (9, 4)
@@ -200,7 +202,7 @@ def _run(model: Model) -> None:
         network.decode(rows, rows, rows, torch.empty(count, 32_000))
     for count, n in ((24, 1), (299, 2), (512, 16)):
         segments = DeviceSegments(rows[:n], rows[:n], rows[: n + 1], rows[:n], rows[: 5 * n])
-        network.prefill(torch.empty(count, dtype=torch.int64), segments, rows[:n], rows[:0])
+        network.logits(network.prefill(torch.empty(count, dtype=torch.int64), segments)[:n])
 
 
 def compile_launch(target: str, name: str) -> dict[str, int]:

@@ -21,6 +21,8 @@ from tests.triton_device import DEVICE
 
 # isort: split
 from lattice_serve.kernels.decoder.triton import TritonDecoder, ladder
+from lattice_serve.kernels.decoder.triton_prompts import PromptStep
+from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments
 
 CONFIG = ModelConfig(
     vocab_size=70,
@@ -228,3 +230,39 @@ def test_the_ladder_ends_at_its_most_and_wastes_little(most: int) -> None:
     assert sizes[0] == 1
     assert sizes[-1] == most
     assert all(after <= 1.5 * before or after == before + 1 for before, after in itertools.pairwise(sizes))
+
+
+@pytest.mark.parametrize("C", [1, 4])
+def test_a_step_of_prompts_is_filled_up_with_none(C: int) -> None:
+    """Tokens, segments and chunks that only fill it leave no trace in any state row; the others have the same bits."""
+    network, device = Network(chunk_size=C), torch.device(DEVICE)
+    step = PromptStep(network.decoder._network, TOKENS, C, device)
+    if DEVICE == "cuda":
+        with torch.inference_mode():
+            step.capture(torch.cuda.graph_pool_handle())
+    assert torch.equal(network.pool, network.start.repeat(ROWS, 1))
+    for parts in ([(3, 7), (0, 1), (5, 12)], [(1, 40)], [(4, 2)]):
+        segments = Segments.of([(row, 0, length) for row, length in parts])
+        ids = [(7 * i + 3) % 70 for i in range(segments.starts[-1])]
+        assert step.holds(segments)
+        results = []
+        for filled in (False, True):
+            network.pool.copy_(network.start.repeat(ROWS, 1))
+            with torch.inference_mode():
+                if filled:
+                    hidden = step(ids, segments)
+                else:
+                    listed = DeviceSegments.of(segments, C, device)
+                    hidden = network.decoder._network.prefill(torch.tensor(ids, device=device), listed)
+            results.append((hidden.clone(), network.pool.clone()))
+        (hidden, pool), (of_filled, pool_of_filled) = results
+        assert same_bits(of_filled, hidden)
+        assert same_bits(pool_of_filled, pool)
+
+
+def test_a_step_of_prompts_says_what_it_does_not_hold() -> None:
+    step = PromptStep(Network().decoder._network, 40, 4, torch.device(DEVICE))
+    assert not step.holds(Segments.of([(0, 0, 41)]))
+    assert not step.holds(Segments.of([(row, 0, 1) for row in range(6)]))
+    assert step.holds(Segments.of([(row, 3, 6) for row in range(5)]))  # three chunks each
+    assert step.holds(Segments.of([(0, 3, 40)]))

@@ -1,0 +1,41 @@
+"""Dependent launches: on NVIDIA's GPUs from Hopper on, a kernel may begin before the one before it has wholly ended.
+
+It begins when the programs of that one are through, or have let it begin, while their last writes are still under way.
+So it asks for what it can by itself, and then waits. No more than two launches are ever on their way: what runs before
+the wait may count on all launches but the one before.
+
+One launch alone lets the next begin, in prefill. Where all did, programs lay where there was room first, several on one
+multiprocessor: decode of 256 rows took a seventh longer for it on an H200, of one a thirtieth less.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def after_last(early: tl.constexpr) -> None:
+    """From here on all launches before this one have ended, and what they wrote is seen."""
+    if early:
+        gdc_wait()
+
+
+@triton.jit
+def let_next_begin(early: tl.constexpr) -> None:
+    """The launch after this one may begin, as soon as all programs of this one have come here or have ended."""
+    if early:
+        gdc_launch_dependents()
+
+
+@cache
+def dependent(device: torch.device) -> dict[str, Any]:
+    """Options of a launch whose kernel calls `after_last(early)`."""
+    if device.type == "cpu" or torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9:
+        return {"early": False}
+    return {"early": True, "launch_pdl": True}
