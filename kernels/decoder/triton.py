@@ -8,7 +8,7 @@ alone, although the two paths round differently.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -65,14 +65,16 @@ class TritonDecoder:
         self._decode: dict[int, Callable[[], object]] = {n: self._decoding(n) for n in self._sizes}
         self._prompts: list[PromptStep] = []
         if on_gpu:
-            memory = torch.cuda.graph_pool_handle()
+            memory, prompts = torch.cuda.graph_pool_handle(), self._prompt_steps()
             with torch.inference_mode():
                 for n in reversed(self._sizes):
                     self._fill([], [], [], n)
                     self._decode[n] = Graph(self._decode[n], memory)
                 self._check_sizes()
                 self._compile_prefill()
-                self._capture_prompts(memory)
+                for step in reversed(prompts):
+                    step.capture(memory)
+            self._prompts = prompts
 
     def __call__(
         self, ids: Sequence[int], segments: Segments, wanted: Sequence[int], hidden: Sequence[int] = ()
@@ -130,12 +132,9 @@ class TritonDecoder:
                 "device's name; in kernels/linear/tiles.py it needs one shape of tiles for decode"
             )
 
-    def _capture_prompts(self, memory: Any) -> None:
+    def _prompt_steps(self) -> list[PromptStep]:
         sizes = [n for n in ladder(min(self._max_tokens, _MOST_CAPTURED)) if n >= _LEAST_CAPTURED]
-        for n in reversed(sizes or [self._max_tokens]):
-            step = PromptStep(self._network, n, self.multiple, self._pool.device)
-            step.capture(memory)
-            self._prompts.insert(0, step)
+        return [PromptStep(self._network, n, self.multiple, self._pool.device) for n in sizes or [self._max_tokens]]
 
     def _compile_prefill(self) -> None:
         """Tiles differ by the number of tokens: no prompt is to wait for a compiler."""

@@ -248,12 +248,11 @@ def test_a_step_of_prompts_is_filled_up_with_none(C: int) -> None:
         results = []
         for filled in (False, True):
             network.pool.copy_(network.start.repeat(ROWS, 1))
-            with torch.inference_mode():
-                if filled:
-                    hidden = step(ids, segments)
-                else:
-                    listed = DeviceSegments.of(segments, C, device)
-                    hidden = network.decoder._network.prefill(torch.tensor(ids, device=device), listed)
+            if filled:  # outside of inference mode, in which it was captured
+                hidden = step(ids, segments)
+            else:
+                listed = DeviceSegments.of(segments, C, device)
+                hidden = network.decoder._network.prefill(torch.tensor(ids, device=device), listed)
             results.append((hidden.clone(), network.pool.clone()))
         (hidden, pool), (of_filled, pool_of_filled) = results
         assert same_bits(of_filled, hidden)
