@@ -16,21 +16,22 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+# Triton has names for these two instructions, which do not compile in 3.4.
 
 
 @triton.jit
 def after_last(early: tl.constexpr) -> None:
     """From here on all launches before this one have ended, and what they wrote is seen."""
     if early:
-        gdc_wait()
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def let_next_begin(early: tl.constexpr) -> None:
     """The launch after this one may begin, as soon as all programs of this one have come here or have ended."""
     if early:
-        gdc_launch_dependents()
+        tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, is_pure=False, pack=1)
 
 
 @cache

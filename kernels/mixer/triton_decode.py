@@ -188,7 +188,7 @@ def _mix_token(
         tl.store(p_state + o_A, _unit(R), mask=in_A)
     elif slot == C - 1:
         R = A * (1 - b)[None, :, None] + c[None, :, None] * h[:, None, :]
-        few: tl.constexpr = min(b_s, 8)
+        few: tl.constexpr = b_s if b_s < 8 else 8
         for i_first in range(0, C - 1, few):
             c_few, h_few = tl.tuple(()), tl.tuple(())
             for i_s in tl.static_range(few):
