@@ -87,7 +87,7 @@ class Engine:
         """Collected, and not emitted yet."""
         self._compiling: dict[str, Future[Compiled]] = {}
         """Of sequences that the scheduler does not know yet: they wait for their grammars."""
-        self._seeds = random.Random(os.urandom(16))
+        self._seeds, self._eos = random.Random(os.urandom(16)), model_config.eos_token_id
         self._prompt_tokens = self._generated = self._steps = self._step_tokens = self._drafted = self._accepted = 0
         self._warm_up()
         self.info = Ready(
@@ -186,7 +186,7 @@ class Engine:
         self._began = time.monotonic()
         self._running = self.runner.launch(pieces) if pieces else None
         self._steps += bool(pieces)
-        self._step_tokens = sum(piece.tokens for piece in pieces)
+        self._step_tokens = self._running.tokens if self._running else 0
         if not self._overlaps:
             self.collect()
 
@@ -209,7 +209,7 @@ class Engine:
                 self._drafted += len(piece.draft)
                 self._accepted += len(result.sampled) - 1
                 self.memory.settle(piece, len(result.sampled) - 1)
-            if piece.keeps:
+            if not piece.decodes and piece.keeps:
                 self._pace.record_kept(self.memory.keep_prompt(piece, result.logits))
             if not result.sampled and sequence.decoding and sequence.params.max_tokens == 0:
                 self._score(sequence)
@@ -317,8 +317,7 @@ class Engine:
         self.memory.clear()
 
     def _ends(self, stop_token_ids: tuple[int, ...], ignore_eos: bool = False) -> tuple[int, ...]:
-        eos = self.model.config.eos_token_id
-        return stop_token_ids if eos is None or ignore_eos else (*stop_token_ids, eos)
+        return stop_token_ids if self._eos is None or ignore_eos else (*stop_token_ids, self._eos)
 
     def _queue_compiled(self) -> list[RequestFailed]:
         """Hand the sequences whose grammars are compiled to the scheduler. Waits only where there is no other work."""
@@ -355,7 +354,7 @@ class Engine:
         # Below min_tokens the sampler has not let any of these be chosen.
         if token_id in params.stop_token_ids:
             taken.text, sequence.finish_reason, taken.stop_reason = "", "stop", token_id
-        elif token_id == self.model.config.eos_token_id and not params.ignore_eos:
+        elif token_id == self._eos and not params.ignore_eos:
             taken.text, sequence.finish_reason = "", "stop"
         else:
             matcher = sequence.sample_row.matcher

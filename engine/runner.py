@@ -33,26 +33,37 @@ class Runner:
     def __init__(self, backend: Backend, device: torch.device) -> None:
         """device: where the backend's tensors are, and tokens are chosen."""
         self.backend, self._device = backend, device
+        self._plan = _Plan([])
 
     @torch.inference_mode()
     def launch(self, pieces: Sequence[Piece]) -> Running:
-        """Begin a forward pass over `pieces`, whose sequences hold rows. On a GPU it runs while this returns."""
-        plan = _Plan()
-        parts = [plan.add(piece) for piece in pieces]
+        """Begin a forward pass over `pieces`, whose sequences hold rows. On a GPU it runs while this returns.
+
+        The same list as the last time is the same pieces moved on: see `Scheduler.schedule`.
+        """
+        if pieces is self._plan.pieces:
+            self._plan.move_on()
+        else:
+            self._plan = _Plan(pieces)
+        plan = self._plan
         logits = hidden = torch.empty(0, device=self._device)
-        if plan.ids:
-            logits, hidden = self.backend(plan.ids, Segments.of(plan.segments, plan.decodes), plan.wanted, plan.pooled)
+        if plan.segments is not None:
+            logits, hidden = self.backend(plan.ids, plan.segments, plan.wanted, plan.pooled)
         chosen = plan.chosen(logits)
-        return Running(parts, logits, hidden, chosen, start(chosen, plan.rows))
+        return Running(plan, logits, hidden, chosen, start(chosen, plan.rows))
 
 
 class Running:
     """A step that the device has been given."""
 
     def __init__(
-        self, parts: list[_Part], logits: Tensor, hidden: Tensor, chosen: Tensor, sampled: Callable[[], list[Sampled]]
+        self, plan: _Plan, logits: Tensor, hidden: Tensor, chosen: Tensor, sampled: Callable[[], list[Sampled]]
     ) -> None:
-        self._parts, self._logits, self._hidden, self._chosen, self._sampled = parts, logits, hidden, chosen, sampled
+        self._plan, self._logits, self._hidden, self._chosen, self._sampled = plan, logits, hidden, chosen, sampled
+
+    @property
+    def tokens(self) -> int:
+        return len(self._plan.ids)
 
     @torch.inference_mode()
     def results(self) -> list[StepResult]:
@@ -60,7 +71,7 @@ class Running:
         sampled = self._sampled()
         results = []
         first = 0
-        for part in self._parts:
+        for part in self._plan.parts:
             piece = part.piece
             choices = sampled[first : first + part.choices]
             error = None
@@ -107,10 +118,11 @@ class _Part:
 class _Plan:
     """A step as the backend takes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self.pieces = pieces
         self.ids: list[int] = []
-        self.segments: list[tuple[int, int, int]] = []
-        self.decodes = 0
+        self._segments: list[tuple[int, int, int]] = []
+        self._decodes = 0
         """How many of them, the first ones, are of decode."""
         self.wanted: list[int] = []
         """Tokens whose logits are wanted, by their places."""
@@ -120,23 +132,31 @@ class _Plan:
         """What is to be chosen."""
         self._chosen: list[int | Tensor] = []
         """From which logits: a place among those wanted, or what a sequence came with."""
+        self.parts = [self._add(piece) for piece in pieces]
+        self.segments = Segments.of(self._segments, self._decodes) if self._segments else None
 
-    def add(self, piece: Piece) -> _Part:
+    def move_on(self) -> None:
+        """To the next token of each piece, all of which `goes_on`."""
+        assert self.segments is not None
+        self.ids = [piece.sequence.output_ids[-1] for piece in self.pieces]
+        self.segments = self.segments.moved_on()
+
+    def _add(self, piece: Piece) -> _Part:
         sequence = piece.sequence
         assert sequence.row is not None, "a sequence runs without a state row"
         begin, scored, pooled = len(self.ids), len(self.wanted), len(self.pooled)
         if piece.next_alone:
             self.ids.append(sequence.output_ids[-1])
-            self.segments.append((sequence.row, piece.start, 1))
-            self.decodes += 1
+            self._segments.append((sequence.row, piece.start, 1))
+            self._decodes += 1
             self._chosen.append(scored)
             self.wanted.append(begin)
             self.rows.append(sequence.sample_row)
             return _Part(piece, 1, _NOTHING, _NOTHING)
         if piece.tokens:
             self.ids += [*sequence.tokens(piece.start, piece.end), *piece.draft]
-            self.segments.append((sequence.row, piece.start, piece.tokens))
-            self.decodes += piece.decodes
+            self._segments.append((sequence.row, piece.start, piece.tokens))
+            self._decodes += piece.decodes
         end = begin + piece.end - piece.start
         self.wanted += range(begin, begin + len(piece.scored))
         if sequence.pooled is not None and not sequence.output_ids:

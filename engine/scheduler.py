@@ -48,6 +48,11 @@ class Piece:
         return not self.draft and self.end == last and self.start == last - 1 and self.start >= prompt
 
     @property
+    def goes_on(self) -> bool:
+        """Whether it is that, and what follows it will be."""
+        return self.next_alone and self.sequence.drafter is None
+
+    @property
     def samples(self) -> bool:
         """Whether the sequence's next token is chosen after this piece."""
         return self.end == self.sequence.length and self.sequence.params.max_tokens > 0
@@ -101,6 +106,8 @@ class Scheduler:
         """Earliest deadline first; WAITING and PARKED."""
         self.preemptions = 0
         self._step = 0
+        self._steady: list[Piece] = []
+        """What `schedule` chose last, where it chose nothing but the next token of all that run, and they run still."""
         self._tickets = 0
         self._since: dict[str, int] = {}
 
@@ -115,11 +122,12 @@ class Scheduler:
         """Forget a sequence in any phase; its row is the caller's to free."""
         (self.running if sequence.status is Status.RUNNING else self.waiting).remove(sequence)
         self._since.pop(sequence.request_id, None)
+        self._steady = []
 
     @property
     def decoding(self) -> int:
         """Sequences that run and wait for their next token."""
-        return sum(sequence.decoding for sequence in self.running)
+        return len(self._steady) or sum(sequence.decoding for sequence in self.running)
 
     def assign(self) -> Moves:
         """Choose who holds a row in the next step. Sequences change their status; the caller moves their states."""
@@ -133,7 +141,16 @@ class Scheduler:
         """Choose what the next step runs, decode first, up to `tokens` or `max_step_tokens`.
 
         kept: as how many tokens it counts that a piece ends where its sequence's state is to be kept.
+        Where nothing but the next token of the same sequences runs again, and there is no other to choose, it is the
+        list returned last, its pieces moved on: that is most steps, of many pieces.
         """
+        if all(piece.sequence.computed == piece.end for piece in self._steady):
+            for piece in self._steady:
+                piece.start, piece.end = piece.end, piece.end + 1
+        else:
+            self._steady = []
+        if self._steady:
+            return self._steady
         # Decode goes first: a long prompt may delay the others' next token by one step's budget, never more. Prompts
         # share the rest evenly, what the short ones leave going to the long: none waits for another's to end.
         decoding = [sequence for sequence in self.running if sequence.decoding]
@@ -155,7 +172,10 @@ class Scheduler:
                 piece = Piece(sequence, sequence.computed, sequence.computed + count)
                 pieces.append(piece)
                 left -= min(left, count + (kept if kept and piece.keeps else 0))
-        return [self._with_draft(piece, left // len(pieces)) for piece in pieces]
+        pieces = [self._with_draft(piece, left // len(pieces)) for piece in pieces]
+        if len(pieces) == len(self.running) and all(piece.goes_on for piece in pieces):
+            self._steady = pieces
+        return pieces
 
     def _with_draft(self, piece: Piece, room: int) -> Piece:
         """The piece, and guesses at what follows where its sequence makes any."""
@@ -205,12 +225,14 @@ class Scheduler:
                 self._park(last, moves)
             self.waiting.remove(first)
             first.status = Status.RUNNING
+            self._steady = []
             self._since[first.request_id] = self._step
             self.running.append(first)
             moves.admit.append(first)
 
     def _park(self, sequence: Sequence, moves: Moves) -> None:
         self.running.remove(sequence)
+        self._steady = []
         sequence.status = Status.PARKED
         self.preemptions += 1
         moves.park.append(sequence)

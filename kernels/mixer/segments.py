@@ -44,6 +44,10 @@ class Segments:
         n = self.decodes
         return Segments(self.rows[n:], self.positions[n:], self.starts[n:] - self.starts[n])
 
+    def moved_on(self) -> Segments:
+        """The same segments of one token each, after it."""
+        return Segments(self.rows, self.positions + 1, self.starts, self.decodes)
+
     def check(self, pool: Tensor, row_size: int) -> None:
         """Raises ValueError, naming the pool, unless it is float32 [rows, row_size] in one piece and holds the rows."""
         if pool.dtype != torch.float32 or pool.ndim != 2 or pool.shape[1] != row_size or not pool.is_contiguous():

@@ -77,7 +77,10 @@ class Simulation:
         """Choose a step, and check it."""
         before = list(self.holders)
         moves = self.scheduler.assign()
+        chosen = [(piece.sequence, piece.start, piece.end) for piece in self.scheduler.schedule()]
+        self.scheduler._steady = []  # choose anew: what was moved on must be the same
         batch = Step(self.scheduler.schedule(), moves.park, moves.admit)
+        assert [(piece.sequence, piece.start, piece.end) for piece in batch.pieces] == chosen
         self.steps += 1
         assert all(sequence in self.holders and sequence.status is Status.PARKED for sequence in batch.park)
         self.holders = [sequence for sequence in self.holders if sequence not in batch.park]
@@ -165,6 +168,34 @@ def test_a_step_mixes_decode_with_pieces_of_prompts() -> None:
     steps = [lengths(simulation.step()) for _ in range(4)]
     assert [step["s0"] for step in steps] == [1, 1, 1, 1], "a long prompt delays no one's next token"
     assert [step["s1"] for step in steps] == [9, 9, 7, 1]
+
+
+def test_pieces_move_on_while_nothing_else_is_to_choose() -> None:
+    simulation = Simulation(rows=3, budget=20)
+    scheduler = simulation.scheduler
+
+    def step() -> list[Piece]:
+        scheduler.assign()
+        pieces = scheduler.schedule()
+        assert all(piece.start == piece.sequence.computed for piece in pieces)
+        simulation.run(Step(pieces))
+        return pieces
+
+    first, second = simulation.add(prompt=2, max_tokens=50), simulation.add(prompt=3, max_tokens=4)
+    prompts, decode = step(), step()
+    assert prompts is not decode
+    assert step() is decode
+    assert [piece.end for piece in decode] == [4, 5]
+    assert scheduler.decoding == 2
+    third = simulation.add(prompt=2, max_tokens=9)
+    assert [piece.sequence for piece in step()] == [first, second, third], "one that has come is not left out"
+    assert second.status is Status.FINISHED
+    decode = step()
+    assert [piece.sequence for piece in decode] == [first, third], "one that has ended is"
+    assert step() is decode
+    pieces = scheduler.schedule()
+    assert scheduler.schedule() is not pieces, "what did not run is chosen again"
+    assert [(piece.start, piece.end) for piece in scheduler.schedule()] == [(7, 8), (4, 5)]
 
 
 def test_only_the_end_of_a_prompt_samples() -> None:
