@@ -135,13 +135,13 @@ def launches(target: str) -> dict[str, Launch]:
     """By name, each once, of all `MODELS` on a target."""
     from triton.runtime.jit import JITFunction
 
-    from lattice_serve.kernels.dependent import dependent
+    from lattice_serve.kernels import dependent
     from lattice_serve.kernels.linear import tiles, triton
     from lattice_serve.kernels.mixer import triton_prefill, triton_prepare
 
     recorder = _Recorder(target)
     prefill = (triton_prepare.prepare_options, triton_prefill.advance_options, triton_prefill.read_options)
-    for known in (tiles.architecture, triton._plan, dependent, *prefill):
+    for known in (tiles.architecture, triton._plan, dependent.dependent, *prefill):
         known.cache_clear()  # a process has one kind of device otherwise
     kind, number, _ = TARGETS[target]
     capability = divmod(int(number), 10) if kind == "cuda" else (9, 4)
@@ -149,6 +149,7 @@ def launches(target: str) -> dict[str, Launch]:
         stack.enter_context(patch.object(JITFunction, "run", lambda *a, **named: recorder(*a, **named)))
         stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda device=None: capability))
         stack.enter_context(patch.object(torch.version, "hip", "7.0" if kind == "hip" else None))
+        stack.enter_context(patch.object(dependent, "driver_version", lambda: 13_000))
         stack.enter_context(torch.device("meta"))
         for model in MODELS:
             _run(model)

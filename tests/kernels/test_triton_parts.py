@@ -13,6 +13,7 @@ from tests.kernels.naive import error, normal
 from tests.triton_device import DEVICE
 
 # isort: split
+from lattice_serve.kernels import dependent
 from lattice_serve.kernels.linear.triton import gated_linear, linear, parts
 from lattice_serve.kernels.norm.triton import add_rms_norm
 
@@ -155,3 +156,31 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match=r"not torch\.float64"):
         linear(x.double(), weight.double(), None, "decode", floats(1, 3, 5))
     assert parts(x.device, "prefill", weight, 4) == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "early"),
+    [
+        ((8, 0), 13_000, False),
+        ((9, 0), 13_000, True),
+        ((9, 0), 12_020, False),
+        ((9, 0), 0, False),
+        ((10, 0), 13_000, False),
+    ],
+)
+def test_launches_depend_where_that_is_known_to_work(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], driver: int, early: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(dependent, "driver_version", lambda: driver)
+    options = dependent.dependent.__wrapped__(torch.device("cuda", 0))
+    assert options == ({"early": True, "launch_pdl": True} if early else {"early": False})
+
+
+def test_no_driver_knows_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_library(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(dependent.ctypes, "CDLL", no_library)
+    assert dependent.driver_version() == 0
