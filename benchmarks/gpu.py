@@ -249,6 +249,7 @@ def random_network(config: ModelConfig, pool: Tensor, layout: StateLayout, quant
 
 
 def prompt(network: TritonNetwork, ids: Tensor, segments: DeviceSegments) -> Tensor:
+    """Logits [1, V] of the last of its tokens."""
     return network.logits(network.prefill(ids, segments)[-1:])
 
 

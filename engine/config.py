@@ -95,7 +95,7 @@ class EngineConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, given: Any) -> Any:
-        # A GPU is given the launches of a prompt one by one, which takes as long for 500 tokens as for some thousands.
+        # An H200 took a third less time for each of 2048 tokens of a prompt than for each of 512.
         if isinstance(given, dict) and given.get("device", "cpu") != "cpu":
             given = {"max_step_tokens": _GPU_STEP_TOKENS} | given
         return given

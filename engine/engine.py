@@ -390,6 +390,7 @@ class Engine:
         if self._compiling.pop(sequence.request_id, None) is None:
             self.scheduler.remove(sequence)
         self.memory.release(sequence)
+        self.runner.forget()
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request_id]
 

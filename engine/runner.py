@@ -33,7 +33,8 @@ class Runner:
     def __init__(self, backend: Backend, device: torch.device) -> None:
         """device: where the backend's tensors are, and tokens are chosen."""
         self.backend, self._device = backend, device
-        self._plan = _Plan([])
+        self._plan: _Plan | None = None
+        """Of the last step, as long as all that it ran may go on."""
 
     @torch.inference_mode()
     def launch(self, pieces: Sequence[Piece]) -> Running:
@@ -41,16 +42,20 @@ class Runner:
 
         The same list as the last time is the same pieces moved on: see `Scheduler.schedule`.
         """
-        if pieces is self._plan.pieces:
-            self._plan.move_on()
-        else:
-            self._plan = _Plan(pieces)
         plan = self._plan
+        if plan is not None and pieces is plan.pieces:
+            plan.move_on()
+        else:
+            plan = self._plan = _Plan(pieces)
         logits = hidden = torch.empty(0, device=self._device)
         if plan.segments is not None:
             logits, hidden = self.backend(plan.ids, plan.segments, plan.wanted, plan.pooled)
         chosen = plan.chosen(logits)
         return Running(plan, logits, hidden, chosen, start(chosen, plan.rows))
+
+    def forget(self) -> None:
+        """A sequence has ended: hold nothing of it."""
+        self._plan = None
 
 
 class Running:

@@ -23,6 +23,7 @@ from lattice_serve.engine.grammar import Matcher, restrict
 from lattice_serve.engine.messages import TokenLogprob
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.kernels.draw.cpu import draw
+from lattice_serve.kernels.upload import upload
 
 MAX_VOCAB_SIZE = 1 << 20
 """Beyond it the grid of `_weights` would become coarse, and the sort keys would not fit."""
@@ -213,8 +214,8 @@ def _penalised(scores: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     device = scores.device
     counts = [row.counts for row in rows if row.counts is not None]
     assert len(counts) == len(rows), "a penalised row needs its counts"
-    output = _upload(torch.stack([count.output for count in counts]), device)
-    seen = _upload(torch.stack([count.prompt for count in counts]), device) | (output > 0)
+    output = upload(torch.stack([count.output for count in counts]), device)
+    seen = upload(torch.stack([count.prompt for count in counts]), device) | (output > 0)
     penalty = _column([row.params.repetition_penalty for row in rows], device)
     scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
     scores -= _column([row.params.frequency_penalty for row in rows], device) * output
@@ -314,17 +315,12 @@ def _logprobs(logits: Tensor, targets: Sequence[int], tops: Sequence[int]) -> li
 
 def _column(values: Sequence[float], device: torch.device) -> Tensor:
     """`[B, 1]` float64."""
-    return _upload(torch.tensor(values, dtype=torch.float64), device)[:, None]
+    return upload(torch.tensor(values, dtype=torch.float64), device)[:, None]
 
 
 def _places(values: Sequence[int], device: torch.device) -> Tensor:
     """`[B]` int64."""
-    return _upload(torch.tensor(values, dtype=torch.int64), device)
-
-
-def _upload(values: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for what it is at."""
-    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+    return upload(torch.tensor(values, dtype=torch.int64), device)
 
 
 def _fetching(values: Tensor) -> Callable[[], list[list[int]]]:

@@ -144,13 +144,11 @@ class Scheduler:
         Where nothing but the next token of the same sequences runs again, and there is no other to choose, it is the
         list returned last, its pieces moved on: that is most steps, of many pieces.
         """
-        if all(piece.sequence.computed == piece.end for piece in self._steady):
+        if self._steady and all(piece.sequence.computed == piece.end for piece in self._steady):
             for piece in self._steady:
                 piece.start, piece.end = piece.end, piece.end + 1
-        else:
-            self._steady = []
-        if self._steady:
             return self._steady
+        self._steady = []
         # Decode goes first: a long prompt may delay the others' next token by one step's budget, never more. Prompts
         # share the rest evenly, what the short ones leave going to the long: none waits for another's to end.
         decoding = [sequence for sequence in self.running if sequence.decoding]

@@ -20,6 +20,7 @@ from lattice_serve.kernels.decoder.weights import DecoderWeights
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.segments import Segments
 from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments
+from lattice_serve.kernels.upload import pinned, upload
 
 _LEAST_CAPTURED, _MOST_CAPTURED = 64, 8192
 """Tokens of prompts that graphs are captured for: for more, the device takes longer than the host for the launches."""
@@ -153,14 +154,11 @@ class TritonDecoder:
         """Inputs of decode, filled up to `size` with rows of none."""
         missing = size - len(ids)
         columns = [*ids, *[0] * missing, *rows, *[-1] * missing, *positions, *[0] * missing]
-        self._inputs[: 3 * size].copy_(self._pinned(columns), non_blocking=True)
+        inputs = pinned(torch.tensor(columns, dtype=torch.int64), self._pool.device)
+        self._inputs[: 3 * size].copy_(inputs, non_blocking=True)
 
     def _chosen(self, states: Tensor, places: Sequence[int]) -> Tensor:
         return states[self._upload(places)] if places else states[:0]
 
     def _upload(self, values: Sequence[int]) -> Tensor:
-        return self._pinned(values).to(self._pool.device, non_blocking=True)
-
-    def _pinned(self, values: Sequence[int]) -> Tensor:
-        """Host memory that is copied from without waiting; torch keeps it until the copy is through."""
-        return torch.tensor(values, dtype=torch.int64, pin_memory=self._pool.device.type == "cuda")
+        return upload(torch.tensor(values, dtype=torch.int64), self._pool.device)

@@ -13,7 +13,8 @@ from torch import Tensor
 from lattice_serve.kernels.decoder.triton_graph import Graph
 from lattice_serve.kernels.decoder.triton_network import TritonNetwork
 from lattice_serve.kernels.mixer.segments import Segments
-from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments, count_chunks, list_segments, tile_tokens
+from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments, list_segments, tile_tokens
+from lattice_serve.kernels.upload import pinned
 
 _NONE = Segments(np.empty(0, np.int64), np.empty(0, np.int64), np.zeros(1, np.int64))
 
@@ -25,7 +26,9 @@ class PromptStep:
     """
 
     def __init__(self, network: TritonNetwork, tokens: int, C: int, device: torch.device) -> None:
+        """C: tokens of a chunk. device: the network's."""
         self._tokens, self._C, self._segments = tokens, C, min(max(4, tokens // 8), 64)
+        # Of so many tokens and segments there are never more.
         self._chunks = -(-tokens // tile_tokens(C)) + 2 * self._segments
         size = tokens + 4 * self._segments + 1 + 5 * self._chunks
         self._inputs = torch.zeros(size, dtype=torch.int64, device=device)
@@ -43,8 +46,7 @@ class PromptStep:
 
     def holds(self, segments: Segments) -> bool:
         """Whether they fit. Not every prompt of few tokens does: its segments may be too many."""
-        fits = segments.starts[-1] <= self._tokens and len(segments.rows) <= self._segments
-        return bool(fits and count_chunks(segments, self._C) <= self._chunks)
+        return bool(segments.starts[-1] <= self._tokens and len(segments.rows) <= self._segments)
 
     def __call__(self, ids: Sequence[int], segments: Segments) -> Tensor:
         """What `TritonNetwork.prefill` returns, good until the next call. Does not wait for the device."""
@@ -57,6 +59,4 @@ class PromptStep:
         filled = np.zeros(self._tokens, np.int64)
         filled[: len(ids)] = ids
         inputs = torch.from_numpy(np.concatenate((filled, listed)))
-        if self._inputs.is_cuda:
-            inputs = inputs.pin_memory()
-        self._inputs.copy_(inputs, non_blocking=True)
+        self._inputs.copy_(pinned(inputs, self._inputs.device), non_blocking=True)

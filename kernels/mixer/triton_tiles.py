@@ -17,6 +17,7 @@ from torch import Tensor
 from lattice_serve.kernels.mixer.layout import StateLayout
 from lattice_serve.kernels.mixer.segments import IntArray, Segments
 from lattice_serve.kernels.mixer.triton_parts import geometry, tile_width
+from lattice_serve.kernels.upload import upload
 
 _ROWS = 16
 """A tensor core has no smaller product; tokens of a tile where C = 1."""
@@ -44,20 +45,13 @@ class DeviceSegments:
     @classmethod
     def of(cls, segments: Segments, C: int, device: torch.device | str) -> DeviceSegments:
         """By one copy, which does not wait for the device. C: tokens of a chunk."""
-        n, chunks = len(segments.rows), count_chunks(segments, C)
-        joined = torch.from_numpy(list_segments(segments, C, n, chunks))
-        if torch.device(device).type == "cuda":
-            joined = joined.pin_memory()
-        return cls.within(joined.to(device, non_blocking=True), n)
+        n, chunks = len(segments.rows), int(_counts(segments, C).sum())
+        return cls.within(upload(torch.from_numpy(list_segments(segments, C, n, chunks)), torch.device(device)), n)
 
     @classmethod
     def within(cls, joined: Tensor, n: int) -> DeviceSegments:
         """Parts of what `list_segments` made for n segments."""
         return cls(*joined.split((n, n, n + 1, n, len(joined) - 4 * n - 1)))
-
-
-def count_chunks(segments: Segments, C: int) -> int:
-    return int(_counts(segments, C).sum())
 
 
 def list_segments(segments: Segments, C: int, n: int, chunks: int) -> IntArray:
@@ -73,7 +67,7 @@ def list_segments(segments: Segments, C: int, n: int, chunks: int) -> IntArray:
 
 
 def _counts(segments: Segments, C: int) -> IntArray:
-    """[n] the chunks that each segment touches."""
+    """[n] the chunks that each segment touches: fewer than two more than its tokens would fill."""
     starts = segments.starts
     counts: IntArray = -(-(starts[1:] - starts[:-1] + segments.positions % C) // tile_tokens(C))
     return counts

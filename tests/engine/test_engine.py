@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lattice_serve.engine.errors import CheckpointError, ConfigError, InvalidPar
 from lattice_serve.engine.llm import Completion
 from lattice_serve.engine.messages import EngineStats, Pooling, RequestFailed
 from lattice_serve.engine.models.lattice import DenseOps, LatticeForCausalLM
-from lattice_serve.engine.sequence import Status
+from lattice_serve.engine.sequence import Sequence, Status
 from lattice_serve.engine.state_pool import MAX_ROWS
 from lattice_serve.engine.weights import load_model
 from lattice_serve.kernels.decoder import cpu as decoder
@@ -37,6 +38,13 @@ def only(*token_ids: int) -> dict[int, float]:
 
 def answer(engine: Engine, **params: Any) -> Completion:
     return complete(engine, submit("r", PROMPT, **params))
+
+
+def test_nothing_is_held_of_a_request_that_has_ended(engine: Engine) -> None:
+    complete(engine, submit("held", PROMPT, max_tokens=4, ignore_eos=True))
+    gc.collect()
+    held = [each for each in gc.get_objects() if type(each) is Sequence and each.request_id == "held"]
+    assert not held
 
 
 @pytest.fixture(scope="module")

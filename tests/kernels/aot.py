@@ -43,7 +43,7 @@ SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942":
 """That a block may have."""
 _REGISTERS, _WARPS = 65_536, 64
 """That a multiprocessor of NVIDIA's has, and may hold."""
-_ANY = {"H", "N", "K", "steps", "part", "lines", "n", "head_size", "places", "o_tail", "tile_places", "tile_size"}
+_ANY = {"H", "N", "K", "steps", "part", "n", "head_size", "places", "o_tail", "tile_places", "tile_size"}
 """Constants that follow from the size of a model: launches that differ in nothing else are one case."""
 _TOLD = ("P", "C", "d", "use_forget_gate", "scaled", "b_n", "b_m")
 """Constants that names tell."""

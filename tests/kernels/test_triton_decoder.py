@@ -22,7 +22,7 @@ from tests.triton_device import DEVICE
 # isort: split
 from lattice_serve.kernels.decoder.triton import TritonDecoder, ladder
 from lattice_serve.kernels.decoder.triton_prompts import PromptStep
-from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments
+from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments, list_segments, tile_tokens
 
 CONFIG = ModelConfig(
     vocab_size=70,
@@ -267,3 +267,14 @@ def test_a_step_of_prompts_says_what_it_does_not_hold() -> None:
     assert not step.holds(Segments.of([(row, 0, 1) for row in range(6)]))
     assert step.holds(Segments.of([(row, 3, 6) for row in range(5)]))  # three chunks each
     assert step.holds(Segments.of([(0, 3, 40)]))
+
+
+@given(
+    st.sampled_from([1, 2, 4, 16]),
+    st.lists(st.tuples(st.integers(0, 50), st.integers(1, 60)), min_size=1, max_size=9),
+)
+def test_a_step_has_room_for_the_chunks_of_any_segments(C: int, parts: list[tuple[int, int]]) -> None:
+    segments = Segments.of([(row, position, length) for row, (position, length) in enumerate(parts)])
+    n, tokens = len(parts), int(segments.starts[-1])
+    chunks = -(-tokens // tile_tokens(C)) + 2 * n
+    assert len(list_segments(segments, C, n, chunks)) == 4 * n + 1 + 5 * chunks
