@@ -203,7 +203,8 @@ class Engine:
             if not piece.decodes:
                 self._prompt_tokens += min(piece.end, len(sequence.prompt_ids)) - piece.start
             if result.error is not None:
-                self._failures.append(self._fail(sequence, result.error))
+                if not self.memory.distrust(sequence):
+                    self._failures.append(self._fail(sequence, result.error))
                 continue
             if piece.draft:
                 self._drafted += len(piece.draft)

@@ -95,6 +95,17 @@ class Memory:
         if self._multiple == 1 and len(sequence.prompt_ids) < sequence.computed < sequence.length:
             self._keep(sequence, None, last=True)
 
+    def distrust(self, sequence: Sequence) -> bool:
+        """Forget the cached states that a sequence whose numbers went wrong goes on from. Where one of them was not its
+        own, and nothing has come of it yet, it begins anew without them, and this returns True."""
+        self._cache.discard(sequence.cache_salt, sequence.seen())
+        sequence.known = sequence.recalled = None
+        if not sequence.cached_tokens or sequence.output_ids:
+            return False
+        sequence.computed = sequence.cached_tokens = 0
+        self._pool.initialise(_row(sequence))
+        return True
+
     def release(self, sequence: Sequence) -> None:
         """Scrub and take back whatever a sequence holds."""
         if sequence.row is not None:

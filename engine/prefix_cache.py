@@ -41,6 +41,8 @@ class PrefixCache:
         self._trees: dict[str, RadixTree[Snapshot]] = {}
         self.outcomes: defaultdict[str, int] = defaultdict(int)
         """Look-ups so far, by `Outcome`."""
+        self.added = 0
+        """Snapshots so far."""
 
     @property
     def enabled(self) -> bool:
@@ -104,6 +106,7 @@ class PrefixCache:
         first, length = self._tiers[0], len(ids) + (0 if after is None else after.length)
         snapshot = node.value = Snapshot(row, length, None if logits is None else first.copy(logits), salt, node)
         first.add(snapshot)
+        self.added += 1
         self._shrink()
         if not lent:
             self.settle(snapshot)
@@ -132,6 +135,14 @@ class PrefixCache:
     def renew(self, snapshot: Snapshot) -> None:
         """Count a snapshot that is kept as used just now."""
         self._tier(snapshot).snapshots.move_to_end(id(snapshot))
+
+    def discard(self, salt: str, ids: Sequence[int]) -> None:
+        """Forget every snapshot that these tokens begin with: one of them has turned out to be no good."""
+        tree = self._trees.get(salt)
+        for _, node in tree.path(_array(ids))[0] if tree is not None else ():
+            assert node.value is not None
+            self._tier(node.value).remove(node.value)
+            self._drop(node.value)
 
     def clear(self) -> None:
         self.outcomes.clear()

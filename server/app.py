@@ -94,9 +94,9 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
     tokenizer = Tokenizer.load(settings.model, ModelConfig.load(settings.model).vocab_size)
     metrics = ServerMetrics(settings.model_name, settings.replicas)
     replicas = [
-        Replica(config, each, engine_command, settings.watchdog_seconds, cache_file)
-        for config, each, cache_file in zip(
-            settings.engine_configs(), metrics.engines, settings.cache_files(), strict=True
+        Replica(config, each, engine_command, settings.watchdog_seconds, cache_options)
+        for config, each, cache_options in zip(
+            settings.engine_configs(), metrics.engines, settings.cache_options(), strict=True
         )
     ]
     router = Router(replicas, max_waiting=settings.max_waiting)

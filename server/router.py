@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Literal, TypeAlias
 
@@ -33,10 +32,10 @@ class Replica:
         metrics: Metrics,
         command: Sequence[str],
         watchdog_seconds: float,
-        cache_file: Path | None = None,
+        cache_options: Sequence[str] = (),
     ) -> None:
         self.client = EngineClient(metrics, watchdog_seconds)
-        self.supervisor = Supervisor(config, self.client, command, cache_file)
+        self.supervisor = Supervisor(config, self.client, command, cache_options)
 
     @property
     def state(self) -> ReplicaState:

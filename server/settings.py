@@ -52,8 +52,13 @@ class Settings(EngineConfig, BaseSettings):
     replicas: int = Field(default=1, ge=1)
     """Engines, each with all that the engine's fields say: with GPUs of their own, or sharing the processors."""
     prefix_cache_file: Path | None = None
-    """Where cached states outlive the engine: read at its start, written at its end. Of several replicas each has its
-    own, the path with `.0`, `.1`, ... behind it."""
+    """Where cached states outlive the engine: read at its start, written at its end and from time to time. Of several
+    replicas each has its own, the path with `.0`, `.1`, ... behind it."""
+    prefix_cache_key_file: Path | None = None
+    """The key that proves such a file to be a server's own: 32 bytes or more that nobody else can read. It is made when
+    there is none. None: beside the file, with `.key` behind its name."""
+    prefix_cache_save_seconds: float = Field(default=300.0, ge=0, allow_inf_nan=False)
+    """Between two saves of the cached states, where any have come. 0: they are saved at the engine's end alone."""
     step_seconds: float | None = Field(default=0.05, gt=0, allow_inf_nan=False)
     """As the engine's, but limited: a server's clients wait for their next tokens."""
     grace_period: float = Field(default=30.0, ge=0, allow_inf_nan=False)
@@ -151,12 +156,17 @@ class Settings(EngineConfig, BaseSettings):
         first = range(0, self.replicas * self.tensor_parallel_size, self.tensor_parallel_size)
         return [EngineConfig(**fields | {"device": f"{self.device}:{i}"}) for i in first]
 
-    def cache_files(self) -> list[Path | None]:
-        """One a replica."""
-        path = self.prefix_cache_file
-        if path is None or self.replicas == 1:
-            return [path] * self.replicas
-        return [path.with_name(f"{path.name}.{i}") for i in range(self.replicas)]
+    def cache_options(self) -> list[list[str]]:
+        """What the engine of each replica is told about its cache file."""
+        path, key = self.prefix_cache_file, self.prefix_cache_key_file
+        if path is None:
+            return [[]] * self.replicas
+        paths = [path]
+        if self.replicas > 1:
+            paths = [path.with_name(f"{path.name}.{i}") for i in range(self.replicas)]
+        options = [f"--cache-save-seconds={self.prefix_cache_save_seconds}"]
+        options += [] if key is None else [f"--cache-key-file={key}"]
+        return [[f"--cache-file={each}", *options] for each in paths]
 
 
 def _is_loopback(host: str) -> bool:

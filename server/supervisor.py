@@ -45,16 +45,16 @@ class Supervisor:
         config: EngineConfig,
         client: EngineClient,
         command: Sequence[str] = ENGINE_COMMAND,
-        cache_file: Path | None = None,
+        cache_options: Sequence[str] = (),
     ) -> None:
-        """cache_file: where what an engine has cached outlives it; writing it may take a while at the end."""
+        """cache_options: where what an engine has cached outlives it; writing it may take a while at the end."""
         self.restarts = 0
         self.failure: ConfigError | None = None
         """Set when the engine cannot be started, or ended before it was ever ready: trying again would not help."""
         self._config = config
         self._client = client
-        self._command = [*command, *(() if cache_file is None else ("--cache-file", str(cache_file)))]
-        self._stop_seconds = _STOP_SECONDS if cache_file is None else SAVE_SECONDS
+        self._command = [*command, *cache_options]
+        self._stop_seconds = SAVE_SECONDS if cache_options else _STOP_SECONDS
 
     async def run(self) -> None:
         """Until cancelled, or until there is a `failure`."""

@@ -116,13 +116,14 @@ def test_a_gpu_has_longer_steps_unless_it_is_told(monkeypatch: pytest.MonkeyPatc
 
 
 def test_each_replica_has_a_cache_file_of_its_own(tmp_path: Path) -> None:
-    path = tmp_path / "states"
-    assert Settings.load(prefix_cache_file=path).cache_files() == [path]
-    assert Settings.load(prefix_cache_file=path, replicas=2).cache_files() == [
-        tmp_path / "states.0",
-        tmp_path / "states.1",
+    path, key = tmp_path / "states", tmp_path / "key"
+    seconds = "--cache-save-seconds=300.0"
+    assert Settings.load(prefix_cache_file=path).cache_options() == [[f"--cache-file={path}", seconds]]
+    given = {"prefix_cache_file": path, "prefix_cache_key_file": key, "prefix_cache_save_seconds": 5}
+    assert Settings.load(**given, replicas=2).cache_options() == [
+        [f"--cache-file={path}.{i}", "--cache-save-seconds=5.0", f"--cache-key-file={key}"] for i in range(2)
     ]
-    assert Settings.load(replicas=2).cache_files() == [None, None]
+    assert Settings.load(replicas=2).cache_options() == [[], []]
 
 
 @pytest.mark.parametrize("name", ["", "none/states"])
