@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import structlog
 
 from lattice_serve.engine.config import SAVE_SECONDS, EngineConfig
 from lattice_serve.engine.errors import ConfigError
+from lattice_serve.engine.own_folder import OwnFolder
 from lattice_serve.server.engine_client import EngineClient
 
 log = structlog.get_logger(__name__)
@@ -82,13 +82,13 @@ class Supervisor:
         for it, or no process."""
         # One for each engine: who clears up temporary files may take it away, and then the next one has its own.
         try:
-            temporary = tempfile.TemporaryDirectory(prefix="lattice-", ignore_cleanup_errors=True)
+            own = OwnFolder()
         except OSError as error:  # where the whole file system is read-only, for one
             raise ConfigError(
                 f"no folder for the engine's socket: {error.strerror}: set TMPDIR to one that can be written to"
             ) from error
-        with temporary as folder:
-            return await self._run_process(Path(folder, "engine.sock"))
+        with own as folder:
+            return await self._run_process(folder / "engine.sock")
 
     async def _run_process(self, socket: Path) -> int:
         """The same, in its folder."""
