@@ -17,8 +17,10 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -30,6 +32,12 @@ from lattice_serve.engine.engine import Engine, failure
 from lattice_serve.engine.errors import LatticeError
 from lattice_serve.engine.messages import TO_ENGINE, Abort, FromEngine, StepOutputs, ToEngine, encode
 from lattice_serve.engine.replacement import clear_unfinished
+
+M = TypeVar("M")
+P = TypeVar("P")
+
+_PATIENCE_SECONDS = 20.0
+_PAUSE_SECONDS = 0.05
 
 
 class Connection:
@@ -61,16 +69,35 @@ class Connection:
         try:
             with self._link.makefile("rb") as stream:
                 while header := stream.read(4):
-                    self._inbox.put(TO_ENGINE.decode(stream.read(int.from_bytes(header, "big"))))
-        except (OSError, msgspec.MsgspecError, LatticeError) as error:
+                    # Nothing of it has been read yet while there is no memory for it; and what waits needs no more.
+                    frame = _patiently(bytearray, int.from_bytes(header, "big"))
+                    if stream.readinto(frame) < len(frame):
+                        raise EOFError("a message is cut short")
+                    self._inbox.put(_patiently(TO_ENGINE.decode, frame))
+        except (EOFError, MemoryError, OSError, msgspec.MsgspecError, LatticeError) as error:
             print(f"engine: connection lost: {error}", file=sys.stderr)
         finally:
             self._inbox.put(None)
 
     def _write(self) -> None:
-        with suppress(OSError):  # The server has gone: the reader sees it too.
-            while True:
-                self._link.sendall(encode(self._outbox.get()))
+        try:
+            with suppress(OSError):  # The server has gone: the reader sees it too.
+                while True:
+                    self._link.sendall(_patiently(encode, self._outbox.get()))
+        except MemoryError:
+            self._link.shutdown(socket.SHUT_RDWR)  # it is of no use any more
+
+
+def _patiently(make: Callable[[P], M], of: P) -> M:
+    """What `make` makes, as soon as there is memory for it. Raises `MemoryError` where that takes too long."""
+    until = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return make(of)
+        except MemoryError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(_PAUSE_SECONDS)
 
 
 def serve(engine: Engine, connection: Connection, saver: CacheSaver | None = None) -> None:

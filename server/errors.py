@@ -33,7 +33,7 @@ STATUSES = {
     429: "Too many requests wait: come back after `Retry-After` seconds.",
     431: "Path and headers are too large.",
     500: "The engine failed at this request.",
-    503: "The engine is starting, or the server is shutting down: come back after `Retry-After` seconds.",
+    503: "The engine is starting or out of memory, or the server shuts down: come back after `Retry-After` seconds.",
 }
 """What the statuses of errors mean to a client."""
 

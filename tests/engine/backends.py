@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lattice_serve.engine import engine as engine_module
+from lattice_serve.engine import assembly
 from lattice_serve.engine.backend import Backend, TorchBackend, decoder_weights
 from lattice_serve.engine.engine import Engine
 from tests.engine.harness import make_engine
@@ -30,5 +30,5 @@ def torch_backend(model: Any, layout: Any, pool: Any, *, max_tokens: int, gather
 
 def engine_of(model: Path, backend: Any, **settings: Any) -> Engine:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "make_backend", backend)
+        patch.setattr(assembly, "make_backend", backend)
         return make_engine(model, dtype="float32", device=DEVICE, **settings)

@@ -260,6 +260,7 @@ STATUSES = {
     "Overloaded": 429,
     "Draining": 503,
     "EngineUnavailable": 503,
+    "OutOfMemory": 503,
     "EngineDied": 500,
     "NumericalError": 500,
 }
