@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lattice_serve import kernels
-from lattice_serve.engine.models.lattice import DenseOps, LatticeForCausalLM, ModelState
+from lattice_serve.engine.models.lattice.model import DenseOps, LatticeForCausalLM, ModelState
 from lattice_serve.kernels.cpu_features import has_bf16
 from lattice_serve.kernels.lattice import chunk
 from lattice_serve.kernels.mixer import reference as mixer

@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lattice_serve.engine.backend import decoder_weights
-from lattice_serve.engine.config import ModelConfig
-from lattice_serve.engine.models.lattice import DenseOps, LatticeForCausalLM
+from lattice_serve.engine.models.lattice.config import LatticeConfig
+from lattice_serve.engine.models.lattice.model import DenseOps, LatticeForCausalLM
 from lattice_serve.kernels.cpu_features import Products, available_products
 from lattice_serve.kernels.decoder.cpu import CpuDecoder
 from lattice_serve.kernels.linear.quantize import quantize
@@ -23,7 +22,7 @@ from lattice_serve.kernels.mixer import MixerState, Segments, StateLayout
 from tests.kernels.harness import poison, same_bits
 from tests.kernels.naive import error
 
-CONFIG = ModelConfig(
+CONFIG = LatticeConfig(
     vocab_size=70,
     hidden_size=40,
     num_hidden_layers=2,
@@ -65,7 +64,7 @@ class Network:
             layout.store(self.start, i, MixerState.initial(self.model.shape, layer.mixer.weights(), 1))
         self.pool = self.start.repeat(rows, 1)
         self.decoder = CpuDecoder(
-            decoder_weights(self.model),
+            self.model.decoder_weights(),
             layout,
             self.pool,
             max_tokens=max_tokens,

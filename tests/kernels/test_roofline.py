@@ -11,7 +11,7 @@ import pytest
 import torch
 from roofline import BATCHES, DEVICES, MODELS, decode_step, matrix_sizes, mixer_decode_bytes, prefill
 
-from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
 from lattice_serve.kernels.mixer import MixerShape, MixerState, MixerWeights, StateLayout
 from tests.kernels.naive import normal
 from tests.triton_device import DEVICE

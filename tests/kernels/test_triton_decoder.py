@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lattice_serve.engine.backend import decoder_weights
-from lattice_serve.engine.config import ModelConfig
-from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.engine.models.lattice.config import LatticeConfig
+from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
 from lattice_serve.kernels.mixer import MixerState, Segments, StateLayout
 from tests.kernels.harness import poison, same_bits
 from tests.kernels.naive import error
@@ -24,7 +23,7 @@ from lattice_serve.kernels.decoder.triton import TritonDecoder, ladder
 from lattice_serve.kernels.decoder.triton_prompts import PromptStep
 from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments, list_segments, tile_tokens
 
-CONFIG = ModelConfig(
+CONFIG = LatticeConfig(
     vocab_size=70,
     hidden_size=40,
     num_hidden_layers=2,
@@ -60,7 +59,7 @@ class Network:
         self.start = start.to(DEVICE)
         self.pool = self.start.repeat(ROWS, 1)
         self.decoder = TritonDecoder(
-            decoder_weights(self.model), layout, self.pool, max_tokens=TOKENS, quantization=quantization
+            self.model.decoder_weights(), layout, self.pool, max_tokens=TOKENS, quantization=quantization
         )
 
     def run(self, decodes: list[Part], prompts: list[Part]) -> list[Tensor]:

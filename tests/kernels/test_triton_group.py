@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from lattice_serve.engine.backend import decoder_weights
 from lattice_serve.engine.tensor_parallel.group import Group
 from lattice_serve.engine.tensor_parallel.share import WHOLE
 from lattice_serve.kernels.mixer import StateLayout
@@ -27,7 +26,7 @@ def test_a_group_of_one_is_the_model(tmp_path: Path) -> None:
     group = Group(WHOLE, "cuda:0" if DEVICE == "cuda" else DEVICE, tmp_path)
     try:
         layout = StateLayout(network.model.shape, 1)
-        weights = decoder_weights(network.model)
+        weights = network.model.decoder_weights()
         network.decoder = TritonDecoder(weights, layout, network.pool, max_tokens=TOKENS, gather=group.gather)
         prompt, answer = tokens(11), tokens(3, seed=1)
         logits = network.alone(prompt, answer)

@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lattice_serve import kernels
-from lattice_serve.engine.config import ModelConfig
-from lattice_serve.kernels.mixer import MixerShape, MixerState, MixerWeights, mix
+from lattice_serve.engine.models.causal_lm import CausalLM, Gather, RaggedBatch
+from lattice_serve.engine.models.lattice.config import LatticeConfig
+from lattice_serve.kernels.decoder.cpu import CpuDecoder
+from lattice_serve.kernels.decoder.weights import DecoderWeights, LayerWeights
+from lattice_serve.kernels.mixer import MixerShape, MixerState, MixerWeights, StateLayout, mix
+
+if TYPE_CHECKING:
+    from lattice_serve.engine.backend import Backend
 
 
 class Ops(Protocol):
@@ -86,8 +93,33 @@ class DenseOps:
         return y
 
 
+class RowOps:
+    """Torch operations over a ragged batch [T, width], whose memory lies in state rows."""
+
+    def __init__(self, model: LatticeForCausalLM, batch: RaggedBatch) -> None:
+        self._model, self._batch = model, batch
+        self.linear, self.add = batch.linear, batch.add
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return kernels.rms_norm(x, weight, eps)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        return kernels.swiglu(gate_up)
+
+    def mix(self, layer: int, z: Tensor) -> Tensor:
+        model = self._model
+        layout, weights = model.layout, model.layers[layer].mixer.weights()
+
+        def recur(z: Tensor, row: Tensor, position: int) -> Tensor:
+            y, state = mix(z[None], weights, model.shape, layout.load(row, layer, position))
+            layout.store(row, layer, state)
+            return y[0]
+
+        return self._batch.scan(z, model.shape.out_width, recur)
+
+
 class Mixer(nn.Module):
-    def __init__(self, config: ModelConfig, shape: MixerShape) -> None:
+    def __init__(self, config: LatticeConfig, shape: MixerShape) -> None:
         super().__init__()
         self.in_proj = nn.Linear(config.hidden_size, shape.in_width, bias=False)
         self.conv = nn.Parameter(torch.empty(shape.conv_width, shape.taps))
@@ -101,14 +133,14 @@ class Mixer(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LatticeConfig) -> None:
         super().__init__()
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, shape: MixerShape, index: int) -> None:
+    def __init__(self, config: LatticeConfig, shape: MixerShape, index: int) -> None:
         super().__init__()
         self.index = index
         self.eps = config.norm_eps
@@ -124,10 +156,11 @@ class Layer(nn.Module):
         return ops.add(x, ops.linear(ops.swiglu(gate_up), self.mlp.down_proj.weight))
 
 
-class LatticeForCausalLM(nn.Module):
-    """Parameters are float32 on the default device until loaded or moved; see `engine.weights`."""
+class LatticeForCausalLM(CausalLM):
+    config_class = LatticeConfig
+    config: LatticeConfig
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LatticeConfig) -> None:
         super().__init__()
         self.config = config
         self.shape = MixerShape(
@@ -140,6 +173,7 @@ class LatticeForCausalLM(nn.Module):
             use_forget_gate=config.use_forget_gate,
             norm_eps=config.norm_eps,
         )
+        self.layout = StateLayout(self.shape, config.num_hidden_layers)
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers: list[Layer] = nn.ModuleList(  # type: ignore[assignment]
             Layer(config, self.shape, i) for i in range(config.num_hidden_layers)
@@ -171,6 +205,80 @@ class LatticeForCausalLM(nn.Module):
                 if name.endswith(("out_proj.weight", "down_proj.weight")):
                     std *= scale
                 parameter.normal_(std=std, generator=generator)
+
+    @property
+    def row_size(self) -> int:
+        return self.layout.row_size
+
+    def initial_row(self) -> Tensor:
+        row = torch.zeros(self.row_size)
+        for i, layer in enumerate(self.layers):
+            self.layout.store(row, i, MixerState.initial(self.shape, layer.mixer.weights(), 1).to("cpu"))
+        return row
+
+    def run(self, tokens: Tensor, batch: RaggedBatch) -> Tensor:
+        return self.hidden(tokens, RowOps(self, batch))
+
+    def compile_step(
+        self,
+        pool: Tensor,
+        *,
+        max_tokens: int,
+        threads: int,
+        parallel_from: int,
+        quantization: Literal["int8"] | None,
+        gather: Gather | None,
+    ) -> Backend | None:
+        backend: Backend
+        if pool.device.type == "cpu" and gather is None:  # it is one compiled step, with no place to meet others in
+            backend = CpuDecoder(
+                self.decoder_weights(),
+                self.layout,
+                pool,
+                max_tokens=max_tokens,
+                threads=threads,
+                parallel_from=parallel_from,
+                quantization=quantization,
+            )
+        elif pool.device.type == "cuda" and find_spec("triton"):  # AMD's devices are called cuda too
+            from lattice_serve.kernels.decoder.triton import TritonDecoder
+
+            backend = TritonDecoder(
+                self.decoder_weights(),
+                self.layout,
+                pool,
+                max_tokens=max_tokens,
+                quantization=quantization,
+                gather=gather,
+            )
+        else:
+            return None
+        for layer in self.layers:  # packed now, and not to be kept twice
+            for linear in (layer.mixer.in_proj, layer.mixer.out_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
+                linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
+        return backend
+
+    def decoder_weights(self) -> DecoderWeights:
+        """Returns the tensors as the compiled steps of `kernels` take them."""
+        layers = [
+            LayerWeights(
+                mixer_norm=layer.mixer_norm,
+                in_proj=layer.mixer.in_proj.weight,
+                mixer=layer.mixer.weights(),
+                out_proj=layer.mixer.out_proj.weight,
+                mlp_norm=layer.mlp_norm,
+                gate_up_proj=layer.mlp.gate_up_proj.weight,
+                down_proj=layer.mlp.down_proj.weight,
+            )
+            for layer in self.layers
+        ]
+        return DecoderWeights(
+            embedding=self.embedding,
+            layers=layers,
+            norm=self.norm,
+            head=self.head_weight,
+            norm_eps=self.config.norm_eps,
+        )
 
     def initial_state(self, batch: int) -> ModelState:
         """Memory of `batch` sequences before their first token; differentiable in the learned initial memory."""
