@@ -120,7 +120,7 @@ def test_it_runs_in_process(toy_model: Path) -> None:
     params = SamplingParams(max_tokens=5, temperature=0.0)
     llm = LLM(toy_model, max_rows=2)
     assert llm.generate(["It was"], params, progress=False) == llm.generate(["It was"], params, progress=False)
-    assert llm.info.bytes_per_row == 4 * CONFIG["num_hidden_layers"] * CONFIG["state_size"]
+    assert llm.info.bytes_per_row == 4 * SIZES["num_hidden_layers"] * SIZES["state_size"]
 
 
 def test_a_family_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
