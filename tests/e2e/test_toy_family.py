@@ -25,13 +25,8 @@ from tests.toy import TOY
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "tests.toy_command"]
-CONFIG: dict[str, Any] = {
-    "model_type": "toy",
-    "vocab_size": 4096,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "state_size": 20,
-}
+SIZES = {"vocab_size": 4096, "hidden_size": 24, "num_hidden_layers": 2, "state_size": 20}
+CONFIG = {"model_type": "toy", **SIZES}
 
 
 @pytest.fixture(scope="module", autouse=True)
