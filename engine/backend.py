@@ -20,7 +20,8 @@ from lattice_serve.engine.models.lattice import LatticeForCausalLM
 from lattice_serve.kernels.decoder.cpu import CpuDecoder
 from lattice_serve.kernels.decoder.weights import DecoderWeights, LayerWeights
 from lattice_serve.kernels.linear import RowInvariantLinear
-from lattice_serve.kernels.mixer import Segments, StateLayout, mix
+from lattice_serve.kernels.mixers.lattice import StateLayout, mix
+from lattice_serve.kernels.mixers.segments import Segments
 
 _PARALLEL_ALONE, _PARALLEL_BESIDE = 4_000_000, 60_000_000
 """Multiply-adds of a step from which on it is shared out over threads: a fifth of a millisecond, where nothing else

@@ -37,7 +37,7 @@ from lattice_serve.engine.tensor_parallel.share import Share
 from lattice_serve.engine.tensor_parallel.workers import Workers
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.engine.weights import load_model, pick_dtype
-from lattice_serve.kernels.mixer import StateLayout
+from lattice_serve.kernels.mixers.lattice import StateLayout
 
 _COMPILE_SECONDS = 0.02
 """A step that has nothing but grammars to wait for takes that long: messages are read between steps."""

@@ -1,7 +1,7 @@
 """Rows of state, one a running sequence, all allocated at the start.
 
-A row is everything that a sequence remembers, in all layers (`kernels.mixer.layout`). It is initialised when it is
-given out and scrubbed when it comes back, so that nothing of one request can reach the next.
+A row is everything that a sequence remembers, in all layers (`kernels.mixers.lattice.layout`). It is initialised when
+it is given out and scrubbed when it comes back, so that nothing of one request can reach the next.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import ConfigError
 from lattice_serve.engine.models.lattice import LatticeForCausalLM
-from lattice_serve.kernels.lanes import aligned
-from lattice_serve.kernels.mixer import MixerState, StateLayout
+from lattice_serve.kernels.mixers.lattice import MixerState, StateLayout
+from lattice_serve.kernels.numba.lanes import aligned
 
 P = TypeVar("P", bound="StatePool")
 

@@ -59,7 +59,7 @@ def offline(
     from lattice_serve.engine.llm import LLM
     from lattice_serve.engine.processors import available_cpus
     from lattice_serve.engine.weights import resolve_model
-    from lattice_serve.kernels.cpu_features import available_products
+    from lattice_serve.kernels.numba.features import available_products
 
     if plot is not None:
         plots.check()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lattice_serve import kernels
 from lattice_serve.engine.config import ModelConfig
-from lattice_serve.kernels.mixer import MixerShape, MixerState, MixerWeights, mix
+from lattice_serve.kernels.mixers.lattice import MixerShape, MixerState, MixerWeights, mix
 
 
 class Ops(Protocol):

@@ -15,8 +15,8 @@ from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.llm import LLM
 from lattice_serve.engine.models.lattice import LatticeForCausalLM
 from lattice_serve.engine.sampling import SamplingParams
-from lattice_serve.kernels.cpu_features import Products, available_products
-from lattice_serve.kernels.mixer import StateLayout
+from lattice_serve.kernels.mixers.lattice import StateLayout
+from lattice_serve.kernels.numba.features import Products, available_products
 from tests.tiny import init_tiny_model
 
 

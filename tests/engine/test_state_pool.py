@@ -18,8 +18,8 @@ from lattice_serve.engine.errors import ConfigError
 from lattice_serve.engine.models.lattice import LatticeForCausalLM
 from lattice_serve.engine.state_pool import ParkedState, StatePool
 from lattice_serve.engine.weights import bundled_model
-from lattice_serve.kernels.lanes import LANES
-from lattice_serve.kernels.mixer import StateLayout
+from lattice_serve.kernels.mixers.lattice import StateLayout
+from lattice_serve.kernels.numba.lanes import LANES
 
 CONFIG = ModelConfig(
     vocab_size=11,
