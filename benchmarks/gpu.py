@@ -37,13 +37,14 @@ from lattice_serve.engine.models.lattice.config import LatticeConfig
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.state_pool import MAX_ROWS
 from lattice_serve.engine.weights import bundled_model, init_model
-from lattice_serve.kernels.decoder.triton_graph import Graph
 from lattice_serve.kernels.decoder.triton_network import TritonNetwork
 from lattice_serve.kernels.decoder.weights import DecoderWeights, LayerWeights
-from lattice_serve.kernels.mixer import MixerShape, MixerState, MixerWeights, Segments, StateLayout, mix
-from lattice_serve.kernels.mixer.triton_decode import mix_decode
-from lattice_serve.kernels.mixer.triton_prefill import mix_prefill
-from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments
+from lattice_serve.kernels.mixers.lattice import MixerShape, MixerState, MixerWeights, StateLayout, mix
+from lattice_serve.kernels.mixers.lattice.triton.chunks import DeviceSegments
+from lattice_serve.kernels.mixers.lattice.triton.decode import mix_decode
+from lattice_serve.kernels.mixers.lattice.triton.prefill import mix_prefill
+from lattice_serve.kernels.mixers.segments import Segments
+from lattice_serve.kernels.triton.graph import Graph
 
 ROOT = Path(__file__).parents[1]
 Figures = dict[str, float]
@@ -339,7 +340,7 @@ def measure_engine(config: LatticeConfig, batches: list[int], tokens: int) -> Fi
 
 def run_tests() -> None:
     """Every kernel against float64, on this device. Exits where one fails."""
-    files = [str(path) for path in sorted((ROOT / "tests/kernels").glob("test_triton_*.py")) if "aot" not in path.name]
+    files = [str(path) for path in sorted((ROOT / "tests/kernels").rglob("test_triton*.py")) if "aot" not in path.name]
     files.append(str(ROOT / "tests/engine/test_triton_engine.py"))
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *files], cwd=ROOT)
     if done.returncode:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from lattice_serve.engine.models.lattice.config import LatticeConfig
 from lattice_serve.kernels.linear.tiles import ARCHITECTURES
-from lattice_serve.kernels.mixer import MixerShape, StateLayout
+from lattice_serve.kernels.mixers.lattice import MixerShape, StateLayout
 
 MODELS = {
     "117M": LatticeConfig(

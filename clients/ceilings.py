@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from lattice_serve.engine.models.base import Work
-from lattice_serve.kernels.cpu_features import Products
+from lattice_serve.kernels.numba.features import Products
 
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8}
 """Of a weight, by what the engine says it is stored in."""
@@ -22,7 +22,7 @@ class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def measure(cls, threads: int, products: Products, size: int) -> Ceilings:
         """size: bytes that a step reads."""
-        from lattice_serve.kernels.cpu import limits
+        from lattice_serve.kernels.numba import machine_limits as limits
 
         return cls(
             bytes_per_second=limits.bandwidth(threads, size),

@@ -16,7 +16,7 @@ from torch import Tensor
 from lattice_serve.engine.errors import ConfigError
 from lattice_serve.engine.models.causal_lm import CausalLM, Gather
 from lattice_serve.kernels.linear import RowInvariantLinear
-from lattice_serve.kernels.mixer import Segments
+from lattice_serve.kernels.mixers.segments import Segments
 
 _PARALLEL_ALONE, _PARALLEL_BESIDE = 4_000_000, 60_000_000
 """Multiply-adds of a step from which on threads share it: a fifth of a millisecond, where nothing else wants the

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import ConfigError
-from lattice_serve.kernels.lanes import aligned
+from lattice_serve.kernels.numba.lanes import aligned
 
 MAX_ROWS = 256
 """State rows when only their memory is bounded."""

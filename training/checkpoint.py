@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lattice_serve.engine.errors import CheckpointError
 from lattice_serve.engine.models.lattice.model import LatticeForCausalLM, ModelState
-from lattice_serve.kernels.mixer import MixerState
+from lattice_serve.kernels.mixers.lattice import MixerState
 
 _KEPT = 2
 

@@ -60,7 +60,7 @@ def offline(
     from lattice_serve.engine.models.registry import load_config
     from lattice_serve.engine.processors import available_cpus
     from lattice_serve.engine.weights import resolve_model
-    from lattice_serve.kernels.cpu_features import available_products
+    from lattice_serve.kernels.numba.features import available_products
 
     if plot is not None:
         plots.check()

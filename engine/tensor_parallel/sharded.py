@@ -11,7 +11,7 @@ from lattice_serve.engine.state_pool import StatePool
 from lattice_serve.engine.tensor_parallel.commands import CheckScrubbed, Initialise, Read, Run, Scrub, Write
 from lattice_serve.engine.tensor_parallel.group import Group
 from lattice_serve.engine.tensor_parallel.workers import Workers
-from lattice_serve.kernels.mixer import Segments
+from lattice_serve.kernels.mixers.segments import Segments
 
 
 class ShardedPool(StatePool):

@@ -39,7 +39,7 @@ from lattice_serve.engine.tensor_parallel.commands import (
 from lattice_serve.engine.tensor_parallel.group import Group, devices
 from lattice_serve.engine.tensor_parallel.share import Share
 from lattice_serve.engine.weights import load_model, pick_dtype
-from lattice_serve.kernels.mixer import Segments
+from lattice_serve.kernels.mixers.segments import Segments
 
 Inbox = queue.SimpleQueue[Command]
 

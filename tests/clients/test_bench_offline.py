@@ -16,8 +16,8 @@ from lattice_serve.engine.models.base import Work
 from lattice_serve.engine.models.lattice.config import LatticeConfig
 from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
 from lattice_serve.engine.sampling import SamplingParams
-from lattice_serve.kernels.cpu_features import Products, available_products
-from lattice_serve.kernels.mixer import StateLayout
+from lattice_serve.kernels.mixers.lattice import StateLayout
+from lattice_serve.kernels.numba.features import Products, available_products
 from tests.tiny import init_tiny_model
 
 

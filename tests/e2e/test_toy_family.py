@@ -17,7 +17,7 @@ from lattice_serve.engine.llm import LLM
 from lattice_serve.engine.models import registry
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.weights import bundled_model
-from lattice_serve.kernels.mixer import Segments
+from lattice_serve.kernels.mixers.segments import Segments
 from tests.e2e.harness import LATTICE, RealServer, choices
 from tests.engine.harness import Visit, complete, drive, make_engine, submit
 from tests.server.harness import ServerProcess

@@ -19,7 +19,7 @@ from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
 from lattice_serve.engine.models.registry import load_config, model_class
 from lattice_serve.engine.state_pool import ParkedState, StatePool
 from lattice_serve.engine.weights import bundled_model
-from lattice_serve.kernels.lanes import LANES
+from lattice_serve.kernels.numba.lanes import LANES
 
 CONFIG = LatticeConfig(
     vocab_size=11,

@@ -28,7 +28,7 @@ from lattice_serve.engine.tensor_parallel.commands import CheckScrubbed, Initial
 from lattice_serve.engine.tensor_parallel.group import devices
 from lattice_serve.engine.tensor_parallel.share import Share
 from lattice_serve.engine.weights import load_model
-from lattice_serve.kernels.mixer import Segments
+from lattice_serve.kernels.mixers.segments import Segments
 from tests.engine.backends import engine_of, torch_backend, triton_backend
 from tests.engine.harness import Visit, assert_idle, complete, drive, submit
 from tests.engine.test_process import ENDLESS, SECONDS, EngineProcess

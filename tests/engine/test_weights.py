@@ -31,7 +31,7 @@ from lattice_serve.engine.weights import (
     resolve_model,
     save_model,
 )
-from lattice_serve.kernels import cpu_features
+from lattice_serve.kernels.numba import features as cpu_features
 
 SMALL = ("norm", "mixer_norm", "mlp_norm", "conv", "gate_bias", "anchor")
 

@@ -135,9 +135,10 @@ def launches(target: str) -> dict[str, Launch]:
     """By name, each once, of all `MODELS` on a target."""
     from triton.runtime.jit import JITFunction
 
-    from lattice_serve.kernels import dependent
     from lattice_serve.kernels.linear import tiles, triton
-    from lattice_serve.kernels.mixer import triton_prefill, triton_prepare
+    from lattice_serve.kernels.mixers.lattice.triton import prefill as triton_prefill
+    from lattice_serve.kernels.mixers.lattice.triton import prepare as triton_prepare
+    from lattice_serve.kernels.triton import dependent_launch as dependent
 
     recorder = _Recorder(target)
     prefill = (triton_prepare.prepare_options, triton_prefill.advance_options, triton_prefill.read_options)
@@ -165,8 +166,8 @@ def _run(model: Model) -> None:
     from lattice_serve.engine.models.lattice.config import LatticeConfig
     from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
     from lattice_serve.kernels.decoder.triton_network import TritonNetwork
-    from lattice_serve.kernels.mixer import StateLayout
-    from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments
+    from lattice_serve.kernels.mixers.lattice import StateLayout
+    from lattice_serve.kernels.mixers.lattice.triton.chunks import DeviceSegments
 
     config = LatticeConfig(
         vocab_size=32_000,

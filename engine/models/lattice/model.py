@@ -21,7 +21,7 @@ from lattice_serve.engine.models.causal_lm import CausalLM, Gather, RaggedBatch
 from lattice_serve.engine.models.lattice.config import LatticeConfig
 from lattice_serve.kernels.decoder.cpu import CpuDecoder
 from lattice_serve.kernels.decoder.weights import DecoderWeights, LayerWeights
-from lattice_serve.kernels.mixer import MixerShape, MixerState, MixerWeights, StateLayout, mix
+from lattice_serve.kernels.mixers.lattice import MixerShape, MixerState, MixerWeights, StateLayout, mix
 
 if TYPE_CHECKING:
     from lattice_serve.engine.backend import Backend
