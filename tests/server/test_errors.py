@@ -58,7 +58,7 @@ DEEP = b'{"prompt":' + b"[" * 100_000
         (b'{"prompt": "a", "temperature": -1}', "temperature"),
         (b'{"prompt": "a", "temperature": true}', "temperature"),
         (b'{"prompt": "a", "temperature": "0.5"}', "temperature"),
-        (b'{"prompt": "a", "top_p": 0}', "top_p"),
+        (b'{"prompt": "a", "top_p": -0.1}', "top_p"),
         (b'{"prompt": "a", "top_k": -2}', "top_k"),
         (b'{"prompt": "a", "max_tokens": 1e400}', "max_tokens"),
         (b'{"prompt": "a", "max_tokens": 1.5}', "max_tokens"),
