@@ -91,7 +91,8 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
     """
     logs.configure(settings.log_level)
     _raise_file_limit()
-    tokenizer = Tokenizer.load(settings.model, ModelConfig.load(settings.model).vocab_size)
+    model = ModelConfig.load(settings.model)
+    tokenizer = Tokenizer.load(settings.model, model.vocab_size)
     metrics = ServerMetrics(settings.model_name, settings.replicas)
     replicas = [
         Replica(config, each, engine_command, settings.watchdog_seconds, cache_file)
@@ -100,7 +101,7 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
         )
     ]
     router = Router(replicas, max_waiting=settings.max_waiting)
-    services = Services(settings, router, tokenizer, ChatTemplate(settings.model), metrics)
+    services = Services(settings, router, tokenizer, ChatTemplate(settings.model), metrics, model.hidden_size)
     with _listen(settings) as listener:
         address = _url(listener)
         for replica in replicas:

@@ -19,12 +19,17 @@ Texts = str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=Tru
 TEXTS = "give a string, a list of strings, a list of token ids or a list of lists of token ids"
 
 
-def each(texts: Texts, name: str) -> Sequence[str | list[int]]:
-    """One after another. Raises `InvalidParameter`, naming the field, when there is none, or one of them is empty."""
+def each(texts: Texts, name: str, most: int) -> Sequence[str | list[int]]:
+    """One after another.
+
+    Raises `InvalidParameter`, naming the field, when there is none, one is empty, or more than `most` are there.
+    """
     single = isinstance(texts, str) or (bool(texts) and isinstance(texts[0], int))
     listed = cast("Sequence[str | list[int]]", [texts] if single else texts)
     if not listed or not all(listed):
         raise InvalidParameter(f"{name} is empty: give at least one token", param=name)
+    if len(listed) > most:
+        raise InvalidParameter(f"{name} holds {len(listed)} texts: give at most {most} in one request", param=name)
     return listed
 
 

@@ -223,8 +223,19 @@ def test_wrong_method(server: ServerProcess) -> None:
     check_error(server.http.delete("/v1/models"), 405)
 
 
-def test_more_answers_than_the_server_ever_holds(server: ServerProcess) -> None:
-    assert check_error(server.post(prompt=["a"] * 1033), 400)["param"] == "n"
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": ["a"] * 2049}, "prompt"),
+        ({"prompt": [[5]] * 2049, "n": 2}, "prompt"),
+        ({"prompt": ["a"] * 17, "n": 128}, "n"),
+        ({"prompt": ["a"] * 17, "n": 1, "best_of": 128}, "best_of"),
+    ],
+)
+def test_more_answers_than_one_request_may_ask_for(server: ServerProcess, fields: dict[str, Any], param: str) -> None:
+    error = check_error(server.post(**fields), 400)
+    assert error["param"] == param
+    assert "at most 2048" in error["message"]
 
 
 def test_an_unknown_engine_error_is_a_500(server: ServerProcess) -> None:
