@@ -151,8 +151,8 @@ class ChatRequest(GenerationRequest, ChatPrompt):
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
         if self.token_limit == 0:
-            raise InvalidParameter("max_tokens is 0: give at least 1", param="max_tokens")
-        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidParameter(f"{self.limit_name} is 0: give at least 1", param=self.limit_name)
+        if self.top_logprobs and not self.logprobs:
             raise InvalidParameter("top_logprobs: give it only with logprobs: true", param="top_logprobs")
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):

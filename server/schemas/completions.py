@@ -43,7 +43,8 @@ class CompletionRequest(GenerationRequest):
             raise InvalidParameter("prompt_logprobs: not with stream: true", param="prompt_logprobs")
         if self.token_limit == 0 and not (self.echo or self.prompt_logprobs is not None or self.cache_points):
             raise InvalidParameter(
-                "max_tokens is 0: give at least 1, or echo: true, prompt_logprobs or cache_points", param="max_tokens"
+                f"{self.limit_name} is 0: give at least 1, or echo: true, prompt_logprobs or cache_points",
+                param=self.limit_name,
             )
         return self
 

@@ -180,7 +180,7 @@ class ResponseRequest(RequestModel):
 
     @model_validator(mode="after")
     def _check(self) -> ResponseRequest:
-        if self.top_logprobs is not None and not self.with_logprobs:
+        if self.top_logprobs and not self.with_logprobs:
             raise InvalidParameter(f'top_logprobs: give it only with include: ["{LOGPROBS}"]', param="top_logprobs")
         return self
 

@@ -129,6 +129,7 @@ class TestPlain:
     def test_an_answer_has_a_longest(self, server: ServerProcess) -> None:
         assert ask(server, user("a"))["usage"]["completion_tokens"] == 2048
         assert ask(server, user("a"), max_completion_tokens=2)["usage"]["completion_tokens"] == 2
+        assert ask(server, user("a"), max_completion_tokens=2, max_tokens=5)["usage"]["completion_tokens"] == 2
 
     def test_choice_i_of_n_has_the_seed_plus_i(self, server: ServerProcess) -> None:
         answer = ask(server, user("a"), n=2, seed=7, max_tokens=5)
@@ -148,6 +149,8 @@ class TestPlain:
             assert entry["top_logprobs"][0] == {name: entry[name] for name in ("token", "logprob", "bytes")}
         (choice,) = ask(server, user("a"), logprobs=True, max_tokens=1)["choices"]
         assert choice["logprobs"]["content"][0]["top_logprobs"] == []
+        (choice,) = ask(server, user("a"), top_logprobs=0, max_tokens=1)["choices"]
+        assert choice["logprobs"] is None, "0 asks for nothing"
 
     def test_every_sampling_field_is_taken(self, server: ServerProcess) -> None:
         fields: dict[str, Any] = {
@@ -484,6 +487,7 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "http://a.example"}}]
         ({"chat_template_kwargs": {"a": json.loads("[" * 150 + "]" * 150)}}, "chat_template_kwargs"),
         ({"tools": [function(parameters={"x": json.loads("[" * 150 + "]" * 150)})]}, "tools"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"logprobs": 5}, "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -577,6 +581,7 @@ def test_hints_are_ignored(server: ServerProcess) -> None:
         "reasoning_effort": "none",
         "modalities": ["text"],
         "response_format": {"type": "text"},
+        "top_logprobs": 0,
     }
     assert ask(server, user("a"), max_tokens=2, **hints)["usage"]["completion_tokens"] == 2
 

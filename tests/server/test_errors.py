@@ -64,7 +64,13 @@ DEEP = b'{"prompt":' + b"[" * 100_000
         (b'{"prompt": "a", "max_tokens": 1.5}', "max_tokens"),
         (b'{"prompt": "a", "max_tokens": true}', "max_tokens"),
         (b'{"prompt": "a", "max_tokens": 0}', "max_tokens"),
-        (b'{"prompt": "a", "max_completion_tokens": 0}', "max_tokens"),
+        (b'{"prompt": "a", "max_completion_tokens": 0}', "max_completion_tokens"),
+        (b'{"prompt": "a", "max_tokens": 5, "max_completion_tokens": 0}', "max_completion_tokens"),
+        (b'{"prompt": "a", "max_tokens": 1e30}', "max_tokens"),
+        (b'{"prompt": "a", "max_tokens": 16.0, "n": 1.5}', "n"),
+        (b'{"prompt": [1.0, 1e400]}', "prompt"),
+        (b'{"prompt": "a", "stop": ["a", ""]}', "stop"),
+        (b'{"prompt": "a", "stop": "' + b"x" * 257 + b'"}', "stop"),
         (b'{"prompt": "a", "max_tokens": -1}', "max_tokens"),
         (b'{"prompt": "a", "max_tokens": 99999999999999999999999}', "max_tokens"),
         (b'{"prompt": "a", "min_tokens": 17}', "min_tokens"),
@@ -98,8 +104,8 @@ DEEP = b'{"prompt":' + b"[" * 100_000
         (b'{"prompt": "a", "logit_bias": {"5000": 1}}', "logit_bias"),
         (b'{"prompt": "a", "logit_bias": [1]}', "logit_bias"),
         (b'{"prompt": "a", "seed": 9223372036854775808}', "seed"),
-        (b'{"prompt": "a", "seed": 1.0}', "seed"),
-        (b'{"prompt": "a", "priority": 1e9}', "priority"),
+        (b'{"prompt": "a", "seed": 1.5}', "seed"),
+        (b'{"prompt": "a", "priority": 1e10}', "priority"),
         (b'{"prompt": "a", "model": 5}', "model"),
     ],
 )
@@ -212,6 +218,23 @@ def test_unknown_model(server: ServerProcess) -> None:
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/completion", "/v1/completions/", "/metrics/", "/docs", "/health/x"])
 def test_unknown_route(server: ServerProcess, path: str) -> None:
     assert "/openapi.json" in check_error(server.http.get(path), 404)["message"]
+
+
+GETS = ["/v1/models", "/v1/models/lattice", "/health", "/ready", "/ping", "/metrics", "/version", "/openapi.json"]
+
+
+@pytest.mark.parametrize("path", [*GETS, "/tokenizer_info", "/v1/models/other", "/nowhere"])
+def test_head_is_get_without_a_body(server: ServerProcess, path: str) -> None:
+    head, get = server.http.head(path), server.http.get(path)
+    assert head.status_code == get.status_code
+    assert head.content == b""
+    assert head.headers["content-type"] == get.headers["content-type"] if path != "/ping" else True
+    assert abs(int(head.headers["content-length"]) - len(get.content)) < 100, "metrics grow"
+
+
+def test_head_of_what_only_takes_posts(server: ServerProcess) -> None:
+    response = server.http.head("/v1/completions")
+    assert (response.status_code, response.headers["allow"], response.content) == (405, "POST", b"")
 
 
 def test_wrong_method(server: ServerProcess) -> None:

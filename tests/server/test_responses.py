@@ -235,7 +235,7 @@ def test_hints_are_ignored(client: Any) -> None:
     hints: dict[str, Any] = {
         "user": "me", "safety_identifier": "x", "prompt_cache_key": "x", "service_tier": "auto", "truncation": "auto",
         "background": False, "parallel_tool_calls": True, "tool_choice": "auto",
-        "include": ["reasoning.encrypted_content"], "reasoning": {"effort": "none", "summary": None},
+        "top_logprobs": 0, "include": ["reasoning.encrypted_content"], "reasoning": {"effort": "none", "summary": None},
     }  # fmt: skip
     assert client.responses.create(model="lattice", input="!say a", **hints).output_text == "a"
 
