@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lattice_serve.engine.messages import Submit, TokenOutput
 from lattice_serve.server.engine_client import EngineClient, Generation
@@ -52,9 +52,10 @@ class Feed(Generation):
             self._client.submit(self, self._next, request)
             self._next += 1
 
-    async def __anext__(self) -> tuple[int, TokenOutput]:
-        self.fill()
-        return await super().__anext__()
+    def __anext__(self) -> Coroutine[Any, Any, tuple[int, TokenOutput]]:
+        if self._next < len(self._requests):
+            self.fill()
+        return super().__anext__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
