@@ -29,17 +29,17 @@ HOOKS = '''
 import schemathesis
 
 @schemathesis.hook
-def map_body(context, body):
+def before_call(context, case, kwargs):
     """No answer of more than a few tokens, and of the model that there is: others are a 404, whatever else is asked."""
+    body = case.body
     if isinstance(body, dict):
         if isinstance(body.get("model"), str):
             body["model"] = "lattice"
-        name = "max_output_tokens" if "input" in body else "max_tokens"
-        if name not in body and "max_completion_tokens" not in body or (type(body.get(name)) is int and body[name] > 8):
-            body[name] = 8
-        if type(body.get("max_completion_tokens")) is int and body["max_completion_tokens"] > 8:
-            body["max_completion_tokens"] = 8
-    return body
+        limits = ["max_tokens", "max_completion_tokens", "max_output_tokens"]
+        given = [name for name in limits if body.get(name) is not None]
+        for name in given or ["max_output_tokens" if "input" in body else "max_tokens"]:
+            if name not in given or (isinstance(body[name], (int, float)) and body[name] > 8):
+                body[name] = 8
 '''
 OPERATIONS = 15
 """About so many the description has; examples are counted for each."""

@@ -143,9 +143,9 @@ class _Writer:
         if delta.content:
             yield from self._write(delta.content)
         for call in delta.tool_calls or ():
+            self._scores = []
             if call.id:
                 name = call.function.name or ""
-                self._scores = []
                 yield from self._begin(OutputCall(f"fc_{uuid.uuid4().hex}", call.id, name))
             item = self._output[-1]
             assert isinstance(item, OutputCall), "arguments came without a call"

@@ -199,6 +199,13 @@ def test_tokens_of_a_call_have_no_logprobs_in_a_message(client: Any) -> None:
     message, call = made.output
     assert "".join(score.token for score in message.content[0].logprobs).strip() == "So:"
     assert call.type == "function_call"
+    made = client.responses.create(
+        model="lattice", input=f"!say {CALL} Done.", tools=[TOOL], include=["message.output_text.logprobs"]
+    )
+    call, message = made.output
+    tokens = "".join(score.token for score in message.content[0].logprobs)
+    assert tokens.endswith(" Done.<|endoftext|>")
+    assert "Rome" not in tokens
 
 
 def test_a_cut_call_can_be_gone_on_from(server: ServerProcess, client: Any) -> None:
