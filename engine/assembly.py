@@ -8,9 +8,10 @@ import torch
 
 from lattice_serve.engine.backend import Backend, make_backend
 from lattice_serve.engine.bits import check_bits
-from lattice_serve.engine.config import EngineConfig, ModelConfig
+from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import ConfigError
-from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.engine.models.base import ModelConfig
+from lattice_serve.engine.models.causal_lm import CausalLM
 from lattice_serve.engine.state_pool import StatePool, row_count
 from lattice_serve.engine.tensor_parallel.commands import Reserve
 from lattice_serve.engine.tensor_parallel.group import devices
@@ -18,11 +19,10 @@ from lattice_serve.engine.tensor_parallel.sharded import ShardedBackend, Sharded
 from lattice_serve.engine.tensor_parallel.share import Share
 from lattice_serve.engine.tensor_parallel.workers import Workers
 from lattice_serve.engine.weights import load_model
-from lattice_serve.kernels.mixer import StateLayout
 
 
 class Assembly(NamedTuple):
-    model: LatticeForCausalLM
+    model: CausalLM
     """All of it, or this process's share."""
     pool: StatePool
     workers: Workers | None
@@ -45,21 +45,20 @@ def assemble(
         model = load_model(config.model, device=device, dtype=dtype, progress=progress, share=share)
         if device.startswith("cuda"):
             torch.cuda.set_device(device)  # kernels and graphs run on the current one, wherever their tensors are
-        layout = StateLayout(model.shape, len(model.layers))
+        initial = model.initial_row()
         # Off the CPU's own kernels prompts are cut at chunks.
-        multiple = 1 if config.device == "cpu" and workers is None else model_config.chunk_size
-        rows = row_count(config, layout.row_bytes * share.size, multiple)
+        multiple = 1 if config.device == "cpu" and workers is None else model_config.chunk_alignment
+        rows = row_count(config, initial.nbytes * share.size, multiple)
         gather = None
         if workers is None:
-            pool = StatePool.of(model, rows, device)
+            pool = StatePool(initial, rows, device)
         else:
             group = workers.meet(device)
             workers.send(Reserve(rows))
-            pool = ShardedPool.of(model, rows, device, workers, group)
+            pool = ShardedPool(initial, rows, device, workers, group)
             gather = group.gather
         backend = make_backend(
             model,
-            layout,
             pool.memory,
             max_tokens=config.max_step_tokens,
             threads=threads,

@@ -33,7 +33,7 @@ from lattice_serve.engine.errors import CacheFileError
 from lattice_serve.engine.prefix_cache import PrefixCache
 from lattice_serve.engine.replacement import replacing
 from lattice_serve.engine.tier import Snapshot
-from lattice_serve.kernels.compiled import sources_digest
+from lattice_serve.kernels.numba.cache import sources_digest
 
 MAGIC = b"lattice-serve states 2\n"
 INDEX, STATE = b"index", b"state"

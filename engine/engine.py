@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from lattice_serve.engine.assembly import assemble
-from lattice_serve.engine.config import EngineConfig, ModelConfig
+from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.drafter import Drafter
 from lattice_serve.engine.errors import InvalidParameter, LatticeError, NumericalError, OutOfMemory
 from lattice_serve.engine.grammar import Compiled, Grammars
 from lattice_serve.engine.memory import Memory
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit
+from lattice_serve.engine.models.registry import load_config
 from lattice_serve.engine.pace import Pace
 from lattice_serve.engine.pooled import Pooled
 from lattice_serve.engine.prefix_cache import PrefixCache, cache_budgets
@@ -47,8 +48,8 @@ class Engine:
         # The kernels' threads are their own. Torch's would fight them, and the sampler's small work does not need any.
         torch.set_num_threads(1)
         self.config = config
-        model_config = ModelConfig.load(config.model)
-        self.tokenizer = Tokenizer.load(config.model, model_config.vocab_size)
+        model_config = load_config(config.model)
+        self.tokenizer = model_config.tokenizer.load(config.model, model_config.vocab_size)
         dtype = pick_dtype(config.dtype, model_config)
         self.model, self.pool, self.workers, backend = assemble(
             config, model_config, dtype, threads, progress=progress, beside=beside
@@ -81,7 +82,7 @@ class Engine:
             model_name=Path(config.model).resolve().name,
             pid=os.getpid(),
             rows=self.pool.rows,
-            bytes_per_row=self.pool.layout.row_bytes * config.tensor_parallel_size,
+            bytes_per_row=self.pool.row_bytes * config.tensor_parallel_size,
             vocab_size=self.model.config.vocab_size,
             device=f"{config.device} ({backend.name})",
             dtype=config.quantization or str(dtype).removeprefix("torch."),

@@ -13,7 +13,7 @@ from lattice_serve.engine.errors import LatticeError, NumericalError
 from lattice_serve.engine.sampler import Sampled, SampleRow, prompt_logprobs, sample, start
 from lattice_serve.engine.scarcity import reported
 from lattice_serve.engine.scheduler import Piece
-from lattice_serve.kernels.mixer import Segments
+from lattice_serve.kernels.mixers.segments import Segments
 
 _NOTHING = slice(0, 0)
 

@@ -88,6 +88,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     temperature: float = 1.0
     """0 is greedy: the most likely token, the lowest id on a tie."""
     top_p: float = 1.0
+    """0 is greedy, too."""
     top_k: int = 0
     """0 is off."""
     min_p: float = 0.0
@@ -120,7 +121,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         check = _Checker(self)
         check("max_tokens", lambda x: x >= 0, "at least 0")
         check("temperature", lambda x: 0 <= x <= 100, "between 0 and 100")
-        check("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1")
+        check("top_p", lambda x: 0 <= x <= 1, "between 0 and 1")
         check("top_k", lambda x: x >= 0, "at least 0 (0 is off)")
         check("min_p", lambda x: 0 <= x <= 1, "between 0 and 1")
         check("presence_penalty", lambda x: -2 <= x <= 2, "between -2 and 2")
@@ -153,7 +154,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature == 0 or self.top_p == 0
 
 
 class _Checker:

@@ -20,13 +20,13 @@ from rich.markup import escape
 from rich.table import Table
 from starlette.middleware.cors import CORSMiddleware
 
-from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.errors import ConfigError, Draining
 from lattice_serve.engine.messages import Ready
-from lattice_serve.engine.tokenizer import Tokenizer
+from lattice_serve.engine.models.registry import load_config
 from lattice_serve.server import logs
 from lattice_serve.server.access import AccessLog
 from lattice_serve.server.errors import install_handlers
+from lattice_serve.server.head import HeadAsGet
 from lattice_serve.server.limits import Limits
 from lattice_serve.server.metrics import ServerMetrics
 from lattice_serve.server.protocol import bounded
@@ -42,8 +42,6 @@ log = structlog.get_logger(__name__)
 _FLUSH_SECONDS = 2
 _BACKLOG = 2048
 _OPEN_FILES = 1 << 16
-_IDLE_CONNECTION_SECONDS = 75
-"""Longer than common clients keep an idle connection, so that they do not send into one that just closed."""
 
 
 def create_app(services: Services) -> FastAPI:
@@ -63,6 +61,7 @@ def create_app(services: Services) -> FastAPI:
         app.include_router(module.router)
     install_handlers(app)
     settings = services.settings
+    app.add_middleware(HeadAsGet)
     # The one added last is outermost. Errors of the limits, too, must be readable for pages of allowed origins.
     app.add_middleware(
         Limits,
@@ -91,7 +90,8 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
     """
     logs.configure(settings.log_level)
     _raise_file_limit()
-    tokenizer = Tokenizer.load(settings.model, ModelConfig.load(settings.model).vocab_size)
+    model = load_config(settings.model)
+    tokenizer = model.tokenizer.load(settings.model, model.vocab_size)
     metrics = ServerMetrics(settings.model_name, settings.replicas)
     replicas = [
         Replica(config, each, engine_command, settings.watchdog_seconds, cache_options)
@@ -100,7 +100,7 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
         )
     ]
     router = Router(replicas, max_waiting=settings.max_waiting)
-    services = Services(settings, router, tokenizer, ChatTemplate(settings.model), metrics)
+    services = Services(settings, router, tokenizer, ChatTemplate(settings.model), metrics, model.hidden_size)
     with _listen(settings) as listener:
         address = _url(listener)
         for replica in replicas:
@@ -128,7 +128,7 @@ class _Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_keep_alive=_IDLE_CONNECTION_SECONDS,
+            timeout_keep_alive=services.settings.idle_connection_seconds,  # type: ignore[arg-type]  # a delay
             timeout_graceful_shutdown=_FLUSH_SECONDS,
         )
         super().__init__(config)
@@ -158,8 +158,11 @@ class _Server(uvicorn.Server):
 
 def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    both = settings.host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=_BACKLOG)
+        return socket.create_server(
+            (settings.host, settings.port), family=family, backlog=_BACKLOG, dualstack_ipv6=both
+        )
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {settings.host} port {settings.port}: {error.strerror}: choose another host or port",

@@ -6,7 +6,8 @@ import asyncio
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn._types import ASGISendEvent
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from lattice_serve.server.errors import HeaderTooLarge, TimedOut, error_json
 
@@ -23,6 +24,38 @@ _STATUS_LINES = {
     HeaderTooLarge.status: b"HTTP/1.1 431 Request Header Fields Too Large\r\n",
 }
 _OFFERS = (b"connection", b"upgrade", b"http2-settings")
+
+
+class _UnchunkedCycle(RequestResponseCycle):
+    """An answer to a client of HTTP/1.0, which knows no chunks: a body of unknown length ends with the connection."""
+
+    _until_close = False
+
+    async def send(self, message: ASGISendEvent) -> None:
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message["headers"]}
+            if b"content-length" not in names and self.scope["method"] != "HEAD":
+                self._until_close = self.response_started = True
+                lines = [b"%b: %b\r\n" % header for header in (*self.default_headers, *message["headers"])]
+                head = STATUS_LINE[message["status"]] + b"".join(lines) + b"connection: close\r\n\r\n"
+                self.transport.write(head)
+                return
+        elif self._until_close and message["type"] == "http.response.body":
+            await self._write(message.get("body", b""), last=not message.get("more_body", False))
+            return
+        await super().send(message)
+
+    async def _write(self, body: bytes, *, last: bool) -> None:
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected or self.response_complete:
+            return
+        self.transport.write(body)
+        if last:
+            self.response_complete = True
+            self.message_event.set()
+            self.transport.close()
+            self.on_response()
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -68,6 +101,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._in_body = True
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            self.cycle.__class__ = _UnchunkedCycle  # which uvicorn makes itself, and asks nobody
 
     def on_body(self, body: bytes) -> None:
         self._pending = 0

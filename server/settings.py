@@ -40,12 +40,14 @@ class Settings(EngineConfig, BaseSettings):
     served_model_name: str | None = None
     """What clients call the model. None: the name of its folder, "lattice" for the bundled one."""
     host: str = "127.0.0.1"
+    """`::` is every address, of IPv4, too."""
     port: int = Field(default=8000, ge=0, le=65535)
     """0 lets the system choose."""
     api_key: SecretStr | None = None
     """One key, or several with commas between them."""
     api_key_file: Path | None = None
-    """A key a line, besides those of `api_key`. Read at start. Neither: no key is asked for."""
+    """A key a line, besides those of `api_key`; lines that begin with `#` are comments. Read at start. Neither: no key
+    is asked for."""
     cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
     """Origins, such as `https://chat.example`, whose pages may send requests; `*`: any. In the environment with commas
     between them."""
@@ -71,6 +73,9 @@ class Settings(EngineConfig, BaseSettings):
     """In which the head of a request has to come, then its body, and in which a client has to take what it streams."""
     keep_alive_seconds: float = Field(default=15.0, gt=0, allow_inf_nan=False)
     """Silence on a stream after which a comment is sent, so that proxies keep it open."""
+    idle_connection_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False)
+    """That a connection is kept for its client's next request. Longer than clients and proxies keep theirs (Go's, 90),
+    so that they do not send into one that just closed."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @classmethod
@@ -138,7 +143,8 @@ class Settings(EngineConfig, BaseSettings):
                 lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"api_key_file: {error}: give a text file", param="api_key_file") from error
-            from_file = tuple(line.strip() for line in lines if line.strip())
+            stripped = (line.strip() for line in lines)
+            from_file = tuple(line for line in stripped if line and not line.startswith("#"))
             if not from_file:
                 raise ConfigError("api_key_file has no key in it: write one a line", param="api_key_file")
             keys += from_file

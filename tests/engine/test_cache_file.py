@@ -91,7 +91,7 @@ def test_an_engine_goes_on_where_another_has_ended(tiny_model: Path, tmp_path: P
     first = make_engine(tiny_model, prefix_cache_memory=1 << 20)
     answer = complete(first, request)
     longer = submit("l", [*prompt, *answer.token_ids, 9], max_tokens=5, temperature=0, ignore_eos=True, logprobs=2)
-    shape = StateShape(first.pool.layout.row_size, first.info.vocab_size)
+    shape = StateShape(first.pool.memory.shape[1], first.info.vocab_size)
     assert file(path, shape=shape).save(Contents(first.cache)) == 2
     second = make_engine(tiny_model, prefix_cache_memory=1 << 20)
     assert file(path, shape=shape).load(second.cache) == 2
