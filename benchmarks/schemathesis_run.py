@@ -15,12 +15,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import httpx
+from served import Served
 
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,unsupported_method"
@@ -43,23 +42,6 @@ def before_call(context, case, kwargs):
 '''
 OPERATIONS = 15
 """About so many the description has; examples are counted for each."""
-START_SECONDS = 120
-
-
-def address(process: subprocess.Popen[bytes], log: Path) -> str:
-    """Of the server, once it takes requests."""
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        for line in logged(log):
-            if line["event"] == "ready":
-                return str(line["address"])
-        time.sleep(0.1)
-    raise SystemExit(f"the server did not start:\n{log.read_text()[-3000:]}")
-
-
-def logged(log: Path) -> list[dict[str, Any]]:
-    lines = log.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 def main() -> None:
@@ -71,22 +53,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "short_answers.py").write_text(HOOKS)
-        log = folder / "server.log"
-        with log.open("wb") as file:
-            server = subprocess.Popen([programs / "lattice", "serve", "--port=0", "--threads=1"], stderr=file)
-        try:
-            url = address(server, log)
-            command = [str(programs / "schemathesis"), "run", f"{url}/openapi.json", "--checks", CHECKS, "--no-color"]
+        with Served("--threads=1") as server:
+            schema = f"{server.url}/openapi.json"
+            command = [str(programs / "schemathesis"), "run", schema, "--checks", CHECKS, "--no-color"]
             command += ["--max-examples", str(options.examples // OPERATIONS), "--seed", str(options.seed)]
             command += ["--request-timeout", "60", "--continue-on-failure"]
             environment = os.environ | {"SCHEMATHESIS_HOOKS": "short_answers", "PYTHONPATH": name}
             done = subprocess.run(command, cwd=name, env=environment)
-            ready = httpx.get(f"{url}/ready").status_code == 200
-        finally:
-            server.terminate()
-            server.wait()
-        requests = [line for line in logged(log) if line["event"] == "request"]
-        errors = [line for line in logged(log) if line["level"] in ("error", "critical")]
+            ready = httpx.get(f"{server.url}/ready").status_code == 200
+        requests = server.logged("request")
+        errors = [line for line in server.lines if line["level"] in ("error", "critical")]
     for line in errors:
         print(json.dumps(line), file=sys.stderr)
     statuses = Counter(str(line["status"]) for line in requests)
