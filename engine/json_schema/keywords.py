@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from lattice_serve.engine.json_schema.numbers import BOUNDS
@@ -33,7 +34,8 @@ ASSERTIONS = (
 ) | {"pattern"}
 """All that a value may fail by."""
 
-_MOST = 2**53
+_MOST = 2**31 - 1
+"""Longer than any answer, and what llguidance's regular expressions count to."""
 
 
 def count(schema: dict[str, Any], key: str, place: Place) -> int | None:
@@ -41,9 +43,10 @@ def count(schema: dict[str, Any], key: str, place: Place) -> int | None:
     value = schema.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST or value != int(value):
+    is_count = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    if not is_count or value != int(value):
         raise place.error(f"{key} is {str(value)[:50]!r}: give an integer from 0")
-    return int(value)
+    return min(int(value), _MOST)
 
 
 def as_map(schema: dict[str, Any], key: str, place: Place) -> dict[str, Any]:

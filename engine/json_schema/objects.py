@@ -153,6 +153,8 @@ class _Object:
 
     def cases(self) -> list[Schema] | None:
         """Returns schemas one of which holds where the number of properties is as asked; None where it always is."""
+        if self._least <= len(self._required) and self._most is None:
+            return None
         optional = [name for name, part in self._properties.items() if part is not False and name not in self._required]
         is_open = self._others is not False or any(part is not False for part in self._patterns.values())
         missing = max(0, self._least - len(self._required))
