@@ -103,7 +103,7 @@ class Grammars:
             check_room(HEADROOM // 4 + verdict.bytes)  # where Rust finds none, it ends the process
             if self._compiler is None:
                 self._compiler = Compiler(self._tokenizer)
-            return Compiled(self._compiler.compile(grammar), bytes=verdict.bytes)
+            return Compiled(self._compiler.compile(verdict.source), bytes=verdict.bytes)
         except Exception as error:  # of one request: the engine goes on
             print(f"engine: a grammar could not be tried: {error}", file=sys.stderr)
             return Compiled()

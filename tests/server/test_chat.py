@@ -274,29 +274,23 @@ class TestTools:
         expected = "tool_calls" if choice == "required" else "stop"
         assert whole["finish_reason"] == last["choices"][0]["finish_reason"] == expected
 
-    def test_what_must_be_called_is_a_schema(self, server: ServerProcess) -> None:
-        shared = {"$defs": {"n": {"type": "integer"}}}
-        add = {"name": "add", "parameters": {"properties": {"a": {"$ref": "#/$defs/n"}}, **shared}}
+    def test_what_must_be_called_is_a_grammar(self, server: ServerProcess) -> None:
+        parameters = {"properties": {"a": {"$ref": "#/$defs/n"}}, "$defs": {"n": {"type": "integer"}}}
+        add = {"name": "add", "parameters": {**parameters, "description": "Adds."}}
         tools = [{"type": "function", "function": function} for function in (add, {"name": "now"})]
 
-        def schema(**fields: Any) -> Any:
+        def grammar(**fields: Any) -> Any:
             ask(server, user("a"), tools=tools, max_tokens=1, **fields)
             grammar = server.records("submit")[-1]["grammar"]
-            return grammar and json.loads(grammar["text"])
+            return grammar and (grammar["kind"], json.loads(grammar["text"]))
 
-        required = schema(tool_choice="required")
-        assert (required["type"], required["minItems"], "maxItems" in required) == ("array", 1, False)
-        assert required["$defs"] == shared["$defs"]
-        first, second = (call["properties"] for call in required["items"]["anyOf"])
-        assert first == {
-            "name": {"const": "add"},
-            "arguments": {"type": "object", "properties": {"a": {"$ref": "#/$defs/n"}}},
-        }
-        assert second == {"name": {"const": "now"}, "arguments": {"type": "object"}}
-        assert schema(tool_choice="required", parallel_tool_calls=False)["maxItems"] == 1
-        named = schema(tool_choice={"type": "function", "function": {"name": "now"}})
-        assert (len(named["items"]["anyOf"]), named["maxItems"]) == (1, 1)
-        assert schema(tool_choice="auto") is None
+        functions = [{"name": "add", "parameters": parameters}, {"name": "now", "parameters": {}}]
+        assert grammar(tool_choice="required") == ("tool_calls", {"functions": functions, "one": False})
+        one = ("tool_calls", {"functions": functions, "one": True})
+        assert grammar(tool_choice="required", parallel_tool_calls=False) == one
+        named = grammar(tool_choice={"type": "function", "function": {"name": "now"}})
+        assert named == ("tool_calls", {"functions": functions[1:], "one": True})
+        assert grammar(tool_choice="auto") is None
 
     def test_white_space_between_calls_is_no_content(self, server: ServerProcess) -> None:
         said = f"\n{CALL}\n{CALL}\n"
@@ -528,8 +522,7 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "http://a.example"}}]
         (
             {
                 "tools": [
-                    function(name="f", parameters={"$defs": {"x": {"type": "null"}}}),
-                    function(name="g", parameters={"$defs": {"x": {"type": "string"}}}),
+                    function(name="f", parameters={"properties": {"a": {"format": "path"}}}, strict=True),
                 ],
                 "tool_choice": "required",
             },
