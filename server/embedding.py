@@ -6,6 +6,9 @@ import base64
 import math
 import sys
 from array import array
+from typing import cast
+
+import msgspec
 
 from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.engine.messages import Submit
@@ -41,14 +44,15 @@ async def embed(services: Services, request: EmbeddingRequest) -> Embeddings:
     services.admit(len(texts))  # Again: others may have come in while the texts were tokenized.
     params = SamplingParams(max_tokens=0)
     requests = [Submit("", ids, params, pooling=request.pooling or "mean") for ids in prompts]
-    data: list[Embedding] = []
+    # Written one by one: 2048 long vectors at once would hold up other requests for as long as that takes.
+    data = [msgspec.Raw()] * len(prompts)
     with services.router.generate(requests) as generation:
         async for index, output in generation:
             assert output.embedding is not None, "the engine was asked for a vector"
             vector = _unit(output.embedding)
-            data.append(Embedding(index, _base64(vector) if request.encoding_format == "base64" else vector))
-    data.sort(key=lambda embedding: embedding.index)
-    return Embeddings(data, services.settings.model_name, EmbeddingUsage(tokens, tokens))
+            embedding = Embedding(index, _base64(vector) if request.encoding_format == "base64" else vector)
+            data[index] = msgspec.Raw(msgspec.json.encode(embedding))
+    return Embeddings(cast("list[Embedding]", data), services.settings.model_name, EmbeddingUsage(tokens, tokens))
 
 
 async def _ids(services: Services, text: str | list[int]) -> array[int]:
