@@ -28,6 +28,7 @@ from lattice_serve.engine.sampler import Sampled, SampleRow, TokenCounts, penali
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.scheduler import Scheduler
 from lattice_serve.engine.sequence import Sequence, Status
+from lattice_serve.engine.shares import Shares
 from lattice_serve.engine.state_pool import StatePool, row_count
 from lattice_serve.engine.taken import Taken
 from lattice_serve.engine.tensor_parallel.commands import Reserve
@@ -69,11 +70,14 @@ class Engine:
         self.runner = Runner(backend, self.pool.memory.device)
         self._overlaps = self.pool.memory.device.type == "cuda"
         """Whether a step runs on while `launch` returns."""
+        self.shares = Shares()
         self.scheduler = Scheduler(
             rows=self.pool.rows,
             max_step_tokens=config.max_step_tokens,
             max_waiting=config.max_waiting,
             multiple=backend.multiple,
+            shares=self.shares,
+            fair_rows=config.priority_scope == "key",
         )
         self.cache = PrefixCache(cache_budgets(config), backend.multiple)
         self.memory = Memory(self.pool, self.cache, backend.multiple)
@@ -144,6 +148,7 @@ class Engine:
             detokenizer=Detokenizer(self.tokenizer.token_bytes, params.stop, params.include_stop, params.min_tokens),
             pooled=None if request.pooling is None else Pooled(request.pooling),
         )
+        self.shares.weigh(request.tenant, request.weight)
         self.memory.mark(sequence, request.cache_points)
         if params.grammar is not None:
             self._compiling[request.request_id] = self.grammars.compile(params.grammar)
