@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -16,7 +16,9 @@ from lattice_serve.engine.config import EngineConfig, ModelConfig
 from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.drafter import Drafter
 from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError
-from lattice_serve.engine.grammar import Compiled, Grammars
+from lattice_serve.engine.grammar import Grammars
+from lattice_serve.engine.grammar_queue import GrammarQueue
+from lattice_serve.engine.grammar_steps import GrammarSteps
 from lattice_serve.engine.memory import Memory
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit
 from lattice_serve.engine.pace import Pace
@@ -82,15 +84,17 @@ class Engine:
         self.cache = PrefixCache(cache_budgets(config), backend.multiple)
         self.memory = Memory(self.pool, self.cache, backend.multiple)
         self._pace = Pace(config.step_seconds, config.max_step_tokens)
-        self.grammars = Grammars(config.model, self.tokenizer)
+        self.grammars = Grammars(config.model, self.tokenizer, self.shares)
+        self.grammar_queue = GrammarQueue(
+            self.grammars, lambda asked: self._ends(asked.stop_token_ids, asked.ignore_eos)
+        )
+        self.grammar_steps = GrammarSteps(self.shares)
         self._sequences: dict[str, Sequence] = {}
         self._running: Running | None = None
         self._began = 0.0
         self._taken: list[Taken] = []
         self._failures: list[RequestFailed] = []
         """Collected, and not emitted yet."""
-        self._compiling: dict[str, Future[Compiled]] = {}
-        """Of sequences that the scheduler does not know yet: they wait for their grammars."""
         self._seeds, self._eos = random.Random(os.urandom(16)), model_config.eos_token_id
         self._prompt_tokens = self._generated = self._steps = self._step_tokens = self._drafted = self._accepted = 0
         self._warm_up()
@@ -151,7 +155,7 @@ class Engine:
         self.shares.weigh(request.tenant, request.weight)
         self.memory.mark(sequence, request.cache_points)
         if params.grammar is not None:
-            self._compiling[request.request_id] = self.grammars.compile(params.grammar)
+            self.grammar_queue.add(sequence)
         else:
             if self.config.speculative_tokens and not penalised(params):
                 sequence.drafter = Drafter(self.config.speculative_tokens)
@@ -183,13 +187,21 @@ class Engine:
 
     def launch(self) -> None:
         """Schedule and run a step. It is there when `collect` returns, and on the CPU when this does."""
-        self._failures += self._queue_compiled()
+        if not len(self.scheduler):
+            self.grammar_queue.wait(_COMPILE_SECONDS)
+        for sequence, error in self.grammar_queue.hand_over(self.scheduler):
+            self._fail(sequence, error)
+        for pending in self.grammar_steps.finished():
+            self.scheduler.resume(pending.sequence)
+            self._accept(pending.sequence, [pending.sampled], pending.done)
         self.memory.move(self.scheduler.assign(), self.scheduler.running)
         decoding = self.scheduler.decoding
         pieces = self.scheduler.schedule(self._pace.tokens(decoding), self._pace.kept_tokens(decoding))
         self.memory.hold(pieces)
         self._began = time.monotonic()
         self._running = self.runner.launch(pieces) if pieces else None
+        if not pieces:
+            self.grammar_steps.wait(_COMPILE_SECONDS)
         self._steps += bool(pieces)
         self._step_tokens = self._running.tokens if self._running else 0
         if not self._overlaps:
@@ -208,7 +220,7 @@ class Engine:
             if not piece.decodes:
                 self._prompt_tokens += min(piece.end, len(sequence.prompt_ids)) - piece.start
             if result.error is not None:
-                self._failures.append(self._fail(sequence, result.error))
+                self._fail(sequence, result.error)
                 continue
             if piece.draft:
                 self._drafted += len(piece.draft)
@@ -218,15 +230,7 @@ class Engine:
                 self._pace.record_kept(self.memory.keep_prompt(piece, result.logits))
             if not result.sampled and sequence.decoding and sequence.params.max_tokens == 0:
                 self._score(sequence)
-            try:
-                for sampled in result.sampled:
-                    self._advance(sequence, sampled)
-                    if sequence.finish_reason is not None:
-                        break
-            except InvalidParameter as error:
-                assert sequence.params.grammar is not None
-                self.grammars.discard(sequence.params.grammar)
-                self._failures.append(self._fail(sequence, error))
+            self._accept(sequence, result.sampled)
 
     def emit(self) -> StepOutputs:
         """What has been collected and not been emitted yet."""
@@ -247,7 +251,7 @@ class Engine:
         waiting = self.scheduler.waiting
         return EngineStats(
             running=len(self.scheduler.running),
-            waiting=len(waiting) + len(self._compiling),
+            waiting=len(waiting) + len(self.grammar_queue),
             rows=self.pool.rows,
             rows_used=self.memory.used,
             preempted=sum(sequence.status is Status.PARKED for sequence in waiting),
@@ -324,31 +328,28 @@ class Engine:
     def _ends(self, stop_token_ids: tuple[int, ...], ignore_eos: bool = False) -> tuple[int, ...]:
         return stop_token_ids if self._eos is None or ignore_eos else (*stop_token_ids, self._eos)
 
-    def _queue_compiled(self) -> list[RequestFailed]:
-        """Hand the sequences whose grammars are compiled to the scheduler. Waits only where there is no other work."""
-        if self._compiling and not len(self.scheduler):
-            wait(self._compiling.values(), _COMPILE_SECONDS, FIRST_COMPLETED)
-        failures = []
-        for request_id in [request_id for request_id, future in self._compiling.items() if future.done()]:
-            sequence = self._sequences[request_id]
-            grammar, row = sequence.params.grammar, sequence.sample_row
-            assert grammar is not None
-            ends = self._ends(row.params.stop_token_ids, row.params.ignore_eos)
-            try:
-                compiled = self._compiling[request_id].result()
-                row.matcher = self.grammars.matcher(compiled, ends, grammar.param)
-                self.scheduler.add(sequence)
-            except LatticeError as error:
-                failures.append(self._fail(sequence, error))
-            else:
-                del self._compiling[request_id]
-        return failures
+    def _accept(self, sequence: Sequence, sampled: list[Sampled], pushed: Future[None] | None = None) -> None:
+        """Take sampled tokens into their sequence, up to one that ends it. pushed: into its grammar already, when done.
+
+        It fails where its grammar is too complex to go on with.
+        """
+        try:
+            for each in sampled:
+                if pushed is not None:
+                    pushed.result()
+                elif not self.grammar_steps.push(sequence, each):
+                    self.scheduler.hold(sequence)
+                    return
+                self._advance(sequence, each)
+                if sequence.finish_reason is not None:
+                    return
+        except InvalidParameter as error:
+            assert sequence.params.grammar is not None
+            self.grammars.discard(sequence.params.grammar, sequence.cache_salt)
+            self._fail(sequence, error)
 
     def _advance(self, sequence: Sequence, sampled: Sampled) -> None:
-        """Take a sampled token into its sequence, and end that where it should.
-
-        Raises `InvalidParameter` where its grammar is too complex to go on with.
-        """
+        """Take a token, which its grammar has taken in, into its sequence, and end that where it should."""
         params, token_id = sequence.params, sampled.token_id
         sequence.output_ids.append(token_id)
         sequence.sample_row.index += 1
@@ -363,8 +364,6 @@ class Engine:
             taken.text, sequence.finish_reason = "", "stop"
         else:
             matcher = sequence.sample_row.matcher
-            if matcher is not None:
-                matcher.push(token_id)
             if params.stop:
                 taken.text, taken.stop_reason = sequence.detokenizer.push(token_id)
             if taken.stop_reason is not None or (matcher is not None and matcher.complete):
@@ -383,23 +382,20 @@ class Engine:
         taken.finish_reason = sequence.finish_reason
         self._taken.append(taken)
         if sequence.finish_reason is not None:
-            self.memory.keep_answer(sequence)
+            if sequence.row is not None:  # it may have been parked while its grammar took the token in
+                self.memory.keep_answer(sequence)
             self._finish(sequence)
 
-    def _fail(self, sequence: Sequence, error: LatticeError) -> RequestFailed:
+    def _fail(self, sequence: Sequence, error: LatticeError) -> None:
         self._finish(sequence)
-        return failure(sequence.request_id, error)
+        self._failures.append(RequestFailed.of(sequence.request_id, error))
 
     def _finish(self, sequence: Sequence) -> None:
         """Take a sequence out of everything, and scrub its state."""
-        if self._compiling.pop(sequence.request_id, None) is None:
+        self.grammar_steps.drop(sequence.request_id)
+        if not self.grammar_queue.remove(sequence.request_id):
             self.scheduler.remove(sequence)
         self.memory.release(sequence)
         self.runner.forget()
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request_id]
-
-
-def failure(request_id: str, error: LatticeError) -> RequestFailed:
-    """The message that says why a request failed."""
-    return RequestFailed(request_id, type(error).__name__, error.message, error.param)

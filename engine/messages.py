@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
 
+from lattice_serve.engine.errors import LatticeError
 from lattice_serve.engine.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -100,6 +101,10 @@ class RequestFailed(msgspec.Struct, frozen=True, tag=True):
     """Class name in `engine.errors`, e.g. "NumericalError"."""
     message: str
     param: str | None = None
+
+    @classmethod
+    def of(cls, request_id: str, error: LatticeError) -> RequestFailed:
+        return cls(request_id, type(error).__name__, error.message, error.param)
 
 
 class EngineStats(msgspec.Struct, frozen=True):

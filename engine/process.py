@@ -25,9 +25,9 @@ import msgspec
 
 from lattice_serve.engine import cache_file, standard_error
 from lattice_serve.engine.config import SAVE_SECONDS, EngineConfig
-from lattice_serve.engine.engine import Engine, failure
+from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.errors import CacheFileError, LatticeError
-from lattice_serve.engine.messages import TO_ENGINE, Abort, FromEngine, StepOutputs, ToEngine, encode
+from lattice_serve.engine.messages import TO_ENGINE, Abort, FromEngine, RequestFailed, StepOutputs, ToEngine, encode
 
 
 class Connection:
@@ -85,7 +85,7 @@ def serve(engine: Engine, connection: Connection) -> None:
                 try:
                     engine.submit(message)
                 except LatticeError as error:
-                    failures.append(failure(message.request_id, error))
+                    failures.append(RequestFailed.of(message.request_id, error))
             if engine.has_work:
                 engine.launch()
                 step = engine.emit()  # on a GPU, of the step before

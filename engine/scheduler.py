@@ -128,6 +128,7 @@ class Scheduler:
         self._step = 0
         self._steady: list[Piece] = []
         """What `schedule` chose last, where it chose nothing but the next token of all that run, and they run still."""
+        self._held: set[Sequence] = set()
         self._tickets = 0
         self._since: dict[str, int] = {}
         self._shares = shares or Shares()
@@ -152,16 +153,22 @@ class Scheduler:
         self._live[sequence.tenant] -= 1
         if not self._live[sequence.tenant]:
             del self._live[sequence.tenant]
+        self._held.discard(sequence)
         self._steady = []
 
-    def reconsider(self) -> None:
-        """Choose the next step anew: a sequence that ran is not ready for its next token."""
+    def hold(self, sequence: Sequence) -> None:
+        """Leave a sequence out of steps until `resume`: its last token is not known yet. It keeps its row, or place."""
+        self._held.add(sequence)
+        self._steady = []
+
+    def resume(self, sequence: Sequence) -> None:
+        self._held.discard(sequence)
         self._steady = []
 
     @property
     def decoding(self) -> int:
         """Sequences that run and wait for their next token."""
-        return len(self._steady) or sum(sequence.decoding for sequence in self.running)
+        return len(self._steady) or sum(sequence.decoding for sequence in self.running if sequence not in self._held)
 
     def assign(self) -> Moves:
         """Choose who holds a row in the next step. Sequences change their status; the caller moves their states."""
@@ -186,8 +193,9 @@ class Scheduler:
         self._steady = []
         # Decode goes first: a long prompt may delay the others' next token by one step's budget, never more. Prompts
         # share the rest evenly, what the short ones leave going to the long: none waits for another's to end.
-        decoding = [sequence for sequence in self.running if sequence.decoding]
-        prompts = [sequence for sequence in self.running if not sequence.decoding and sequence.leader is None]
+        ready = [sequence for sequence in self.running if sequence not in self._held] if self._held else self.running
+        decoding = [sequence for sequence in ready if sequence.decoding]
+        prompts = [sequence for sequence in ready if not sequence.decoding and sequence.leader is None]
         left = self.max_step_tokens
         if tokens is not None:
             left = min(left, max(tokens, len(decoding) + self.multiple))
@@ -210,7 +218,7 @@ class Scheduler:
                 pieces += cut
                 left -= used
         pieces = [self._with_draft(piece, left // len(pieces)) for piece in pieces]
-        if len(pieces) == len(self.running) and all(piece.goes_on for piece in pieces):
+        if len(pieces) == len(ready) and all(piece.goes_on for piece in pieces):
             self._steady = pieces
         return pieces
 

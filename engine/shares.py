@@ -61,3 +61,7 @@ def tenant_of(salt: str) -> str:
     """The tenant of a name that `salted` made."""
     tenant, separator, _ = salt.partition(SALT_SEPARATOR)
     return tenant if separator else ""
+
+
+ANYBODY = salted("", "")
+"""Of requests without a key and without a salt."""
