@@ -81,7 +81,7 @@ class Engine:
             shares=self.shares,
             fair_rows=config.priority_scope == "key",
         )
-        self.cache = PrefixCache(cache_budgets(config), backend.multiple)
+        self.cache = PrefixCache(cache_budgets(config), backend.multiple, self.shares)
         self.memory = Memory(self.pool, self.cache, backend.multiple)
         self._pace = Pace(config.step_seconds, config.max_step_tokens)
         self.grammars = Grammars(config.model, self.tokenizer, self.shares)
