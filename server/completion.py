@@ -29,9 +29,9 @@ class CompletionAnswer(Answer[CompletionRequest, Choice]):
         ]
 
     @classmethod
-    async def prepare(cls, services: Services, request: CompletionRequest) -> CompletionAnswer:
+    async def prepare(cls, services: Services, request: CompletionRequest, tenant: str) -> CompletionAnswer:
         check(services, request)
-        services.admit(len(request.prompts) * request.candidates)
+        services.admit(tenant, len(request.prompts) * request.candidates)
         return cls(services, request, [await _read(services, request, prompt) for prompt in request.prompts])
 
     def parts(self, index: int, output: TokenOutput) -> list[Choice]:

@@ -15,17 +15,17 @@ from lattice_serve.server.schemas.embeddings import Embedding, EmbeddingRequest,
 from lattice_serve.server.services import Services
 
 
-async def embed(services: Services, request: EmbeddingRequest) -> Embeddings:
+async def embed(services: Services, request: EmbeddingRequest, tenant: str) -> Embeddings:
     """Raises the error that says why the request cannot be served, or not now."""
     services.check_model(request.model)
     texts = each(request.input, "input")
-    services.admit(len(texts), "input")
+    services.admit(tenant, len(texts), "input")
     prompts = [await _ids(services, text) for text in texts]
-    services.admit(len(texts), "input")  # Again: others may have come in while the texts were tokenized.
+    services.admit(tenant, len(texts), "input")  # Again: others may have come in while the texts were tokenized.
     params = SamplingParams(max_tokens=0)
     requests = [Submit("", ids, params, pooling=request.pooling or "mean") for ids in prompts]
     data: list[Embedding] = []
-    with services.router.generate(requests) as generation:
+    with services.generate(tenant, requests) as generation:
         async for index, output in generation:
             assert output.embedding is not None, "the engine was asked for a vector"
             vector = _unit(output.embedding)

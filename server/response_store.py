@@ -53,7 +53,7 @@ class ResponseStore:
 
     def get(self, tenant: str, response_id: str, param: str | None = None) -> StoredResponse:
         """Raises `ResponseNotFound`, naming `param`."""
-        stored = self._stored.get(tenant, {}).get(response_id)
+        stored = self._stored[tenant].get(response_id) if tenant in self._stored else None
         if stored is None:
             raise ResponseNotFound(
                 f"there is no response {response_id[:100]!r}: it was not stored, not lately used, or is another key's",

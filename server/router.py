@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ import structlog
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import EngineUnavailable, LatticeError
 from lattice_serve.engine.messages import Ready, Submit
+from lattice_serve.engine.shares import salted
 from lattice_serve.server.engine_client import EngineClient, Generation
 from lattice_serve.server.metrics import Metrics
 from lattice_serve.server.seen import Seen, beginnings
@@ -78,6 +80,11 @@ class Router:
         return sum(replica.client.live for replica in self.replicas)
 
     @property
+    def tenants(self) -> Counter[str]:
+        """Sequences submitted and not ended, of each tenant that has any."""
+        return sum((replica.client.tenants for replica in self.replicas), Counter())
+
+    @property
     def capacity(self) -> int:
         """Sequences that the engines which take requests can run or let wait."""
         return sum(self._capacity(replica.client) for replica in self.replicas)
@@ -123,7 +130,7 @@ class Router:
         least = min(clients, key=lambda client: client.live)
         if len(self.replicas) == 1:
             return least
-        keys = beginnings(request.cache_salt, request.prompt_ids)
+        keys = beginnings(salted(request.tenant, request.cache_salt), request.prompt_ids)
         known = self._seen.find(keys)
         client = known if known in clients and self._has_time(known, least.live) else least
         self._seen.note(keys, client)

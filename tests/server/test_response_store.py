@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from lattice_serve.engine.errors import ResponseNotFound
@@ -48,14 +50,14 @@ def test_bytes_are_bounded_and_counted() -> None:
 
 
 @pytest.mark.parametrize("limits", [{"max_responses": 10}, {"max_bytes": 120}], ids=str)
-def test_a_tenant_pushes_out_its_own(limits: dict[str, int]) -> None:
+def test_a_tenant_pushes_out_its_own(limits: dict[str, Any]) -> None:
     store = ResponseStore(**limits)
     for number in range(5):
         store.put("polite", f"{number}", b"x" * 10, [])
     for number in range(100):
         store.put("greedy", f"{number}", b"x" * 10, [])
-    assert all(store.get("polite", f"{number}") for number in range(5))
-    assert store.get("greedy", "99")
+    for tenant, number in [*(("polite", number) for number in range(5)), ("greedy", 99)]:
+        assert store.get(tenant, f"{number}").body == b"x" * 10
     with pytest.raises(ResponseNotFound):
         store.get("greedy", "90")
 
