@@ -42,9 +42,6 @@ from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.engine.weights import load_model, pick_dtype
 from lattice_serve.kernels.mixer import StateLayout
 
-_COMPILE_SECONDS = 0.02
-"""A step that has nothing but grammars to wait for takes that long: messages are read between steps."""
-
 
 class Engine:
     def __init__(self, config: EngineConfig, *, progress: bool = False, beside: bool = False) -> None:
@@ -187,8 +184,6 @@ class Engine:
 
     def launch(self) -> None:
         """Schedule and run a step. It is there when `collect` returns, and on the CPU when this does."""
-        if not len(self.scheduler):
-            self.grammar_queue.wait(_COMPILE_SECONDS)
         for sequence, error in self.grammar_queue.hand_over(self.scheduler):
             self._fail(sequence, error)
         for pending in self.grammar_steps.finished():
@@ -201,7 +196,7 @@ class Engine:
         self._began = time.monotonic()
         self._running = self.runner.launch(pieces) if pieces else None
         if not pieces:
-            self.grammar_steps.wait(_COMPILE_SECONDS)
+            self.grammar_steps.wait()
         self._steps += bool(pieces)
         self._step_tokens = self._running.tokens if self._running else 0
         if not self._overlaps:

@@ -12,6 +12,8 @@ from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.scheduler import Scheduler
 from lattice_serve.engine.sequence import Sequence
 
+WAIT_SECONDS = 0.02
+"""A step that has nothing but grammars to wait for takes that long: messages are read between steps."""
 _STEP_SECONDS = 0.005
 """Of a step, in which sequences get their first masks while others wait."""
 
@@ -35,13 +37,13 @@ class GrammarQueue:
     def __len__(self) -> int:
         return len(self._compiling)
 
-    def wait(self, seconds: float) -> None:
-        """Wait for one of the grammars, if there are any."""
-        if self._compiling:
-            wait([compiled for _, compiled in self._compiling.values()], seconds, FIRST_COMPLETED)
-
     def hand_over(self, scheduler: Scheduler) -> list[tuple[Sequence, LatticeError]]:
-        """Give the scheduler the sequences whose grammars are compiled. What fails stays until it is removed."""
+        """Give the scheduler the sequences whose grammars are compiled. What fails stays until it is removed.
+
+        Waits for a moment where there is no other work.
+        """
+        if self._compiling and not len(scheduler):
+            wait([compiled for _, compiled in self._compiling.values()], WAIT_SECONDS, FIRST_COMPLETED)
         failures = []
         until = time.monotonic() + _STEP_SECONDS
         for sequence, compiled in [each for each in self._compiling.values() if each[1].done()]:

@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 from lattice_serve.engine.fair_executor import FairExecutor
+from lattice_serve.engine.grammar_queue import WAIT_SECONDS
 from lattice_serve.engine.sampler import Sampled
 from lattice_serve.engine.sequence import Sequence
 from lattice_serve.engine.shares import Shares
@@ -76,10 +77,10 @@ class GrammarSteps:
             del self._pending[pending.sequence.request_id]
         return finished
 
-    def wait(self, seconds: float) -> None:
-        """Wait for one of them, if there are any."""
+    def wait(self) -> None:
+        """Wait for one of them for a moment, if there are any."""
         if self._pending:
-            wait([pending.done for pending in self._pending.values()], seconds, FIRST_COMPLETED)
+            wait([pending.done for pending in self._pending.values()], WAIT_SECONDS, FIRST_COMPLETED)
             self._next = 0.0
 
     def drop(self, request_id: str) -> None:
