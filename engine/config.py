@@ -37,6 +37,8 @@ class EngineConfig(BaseModel):
     """Seconds that a step may take while answers are under way: prompts are cut to fit. None: no such limit."""
     max_waiting: int = Field(default=1024, ge=0)
     """Sequences that may wait for a row; more are refused."""
+    priority_scope: Literal["key", "server"] = "key"
+    """Among whose requests `priority` acts: those of one API key, or all, with no fair shares of rows then."""
     speculative_tokens: int = Field(default=0, ge=0, le=64)
     """Next tokens to guess where a text repeats itself, and to check in one step: the same tokens, sooner. 0: none."""
     prefix_cache_memory: int = Field(default=1 << 30, ge=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -15,7 +15,9 @@ from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.drafter import Drafter
 from lattice_serve.engine.errors import InvalidParameter, LatticeError, NumericalError, OutOfMemory
-from lattice_serve.engine.grammar import Compiled, Grammars
+from lattice_serve.engine.grammar import Grammars
+from lattice_serve.engine.grammar_queue import GrammarQueue
+from lattice_serve.engine.grammar_steps import GrammarSteps
 from lattice_serve.engine.memory import Memory
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit
 from lattice_serve.engine.models.registry import load_config
@@ -26,15 +28,13 @@ from lattice_serve.engine.processors import available_cpus
 from lattice_serve.engine.runner import Runner, Running
 from lattice_serve.engine.sampler import Sampled, SampleRow, TokenCounts, penalised
 from lattice_serve.engine.sampling import SamplingParams
-from lattice_serve.engine.scarcity import HEADROOM, check_room, reported
+from lattice_serve.engine.scarcity import reported
 from lattice_serve.engine.scheduler import Scheduler
 from lattice_serve.engine.sequence import Sequence, Status
+from lattice_serve.engine.shares import Shares
 from lattice_serve.engine.taken import Taken
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.engine.weights import pick_dtype
-
-_COMPILE_SECONDS = 0.02
-"""A step that has nothing but grammars to wait for takes that long: messages are read between steps."""
 
 
 class Engine:
@@ -57,24 +57,29 @@ class Engine:
         self.runner = Runner(backend, self.pool.memory.device)
         self._overlaps = self.pool.memory.device.type == "cuda"
         """Whether a step runs on while `launch` returns."""
+        self.shares = Shares()
         self.scheduler = Scheduler(
             rows=self.pool.rows,
             max_step_tokens=config.max_step_tokens,
             max_waiting=config.max_waiting,
             multiple=backend.multiple,
+            shares=self.shares,
+            fair_rows=config.priority_scope == "key",
         )
-        self.cache = PrefixCache(cache_budgets(config), backend.multiple)
+        self.cache = PrefixCache(cache_budgets(config), backend.multiple, self.shares)
         self.memory = Memory(self.pool, self.cache, backend.multiple)
         self._pace = Pace(config.step_seconds, config.max_step_tokens)
-        self.grammars = Grammars(config.model, self.tokenizer)
+        self.grammars = Grammars(config.model, self.tokenizer, self.shares)
+        self.grammar_queue = GrammarQueue(
+            self.grammars, lambda asked: self._ends(asked.stop_token_ids, asked.ignore_eos)
+        )
+        self.grammar_steps = GrammarSteps(self.shares)
         self._sequences: dict[str, Sequence] = {}
         self._running: Running | None = None
         self._began = 0.0
         self._taken: list[Taken] = []
         self._failures: list[RequestFailed] = []
         """Collected, and not emitted yet."""
-        self._compiling: dict[str, Future[Compiled]] = {}
-        """Of sequences that the scheduler does not know yet: they wait for their grammars."""
         self._seeds, self._eos = random.Random(os.urandom(16)), model_config.eos_token_id
         self._prompt_tokens = self._generated = self._steps = self._step_tokens = self._drafted = self._accepted = 0
         self._warm_up()
@@ -118,7 +123,7 @@ class Engine:
         try:
             self._submit(request)
         except (MemoryError, RuntimeError) as error:
-            self._compiling.pop(request.request_id, None)
+            self.grammar_queue.remove(request.request_id)
             raise self._scarce(error) from error
 
     def _submit(self, request: Submit) -> None:
@@ -139,9 +144,10 @@ class Engine:
             detokenizer=Detokenizer(self.tokenizer.token_bytes, params.stop, params.include_stop, params.min_tokens),
             pooled=None if request.pooling is None else Pooled(request.pooling),
         )
+        self.shares.weigh(request.tenant, request.weight)
         self.memory.mark(sequence, request.cache_points)
         if params.grammar is not None:
-            self._compiling[request.request_id] = self.grammars.compile(params.grammar)
+            self.grammar_queue.add(sequence)
         else:
             if self.config.speculative_tokens and not penalised(params):
                 sequence.drafter = Drafter(self.config.speculative_tokens)
@@ -173,9 +179,13 @@ class Engine:
 
     def launch(self) -> None:
         """Schedule and run a step. It is there when `collect` returns, and on the CPU when this does."""
-        self._failures += self._queue_compiled()
-        lost = self.memory.move(self.scheduler.assign(), self.scheduler.running)
-        self._failures += [self._fail(sequence, reported(MemoryError())) for sequence in lost]
+        for sequence, error in self.grammar_queue.hand_over(self.scheduler):
+            self._fail(sequence, self._scarce(error))
+        for pending in self.grammar_steps.finished():
+            self.scheduler.resume(pending.sequence)
+            self._accept(pending.sequence, [pending.sampled], pending.done)
+        for sequence in self.memory.move(self.scheduler.assign(), self.scheduler.running):
+            self._fail(sequence, reported(MemoryError()))
         decoding = self.scheduler.decoding
         pieces = self.scheduler.schedule(self._pace.tokens(decoding), self._pace.kept_tokens(decoding))
         self.memory.hold(pieces)
@@ -183,7 +193,10 @@ class Engine:
         try:
             self._running = self.runner.launch(pieces) if pieces else None
         except (MemoryError, RuntimeError) as error:
-            self._failures += [self._fail(piece.sequence, self._scarce(error)) for piece in pieces]
+            for piece in pieces:
+                self._fail(piece.sequence, self._scarce(error))
+        if not pieces:
+            self.grammar_steps.wait()
         self._steps += bool(pieces)
         self._step_tokens = self._running.tokens if self._running else 0
         if not self._overlaps:
@@ -204,7 +217,7 @@ class Engine:
             if result.error is not None:
                 numerical = isinstance(result.error, NumericalError)
                 if not numerical or not self.memory.distrust(sequence):
-                    self._failures.append(self._fail(sequence, result.error))
+                    self._fail(sequence, result.error)
                 continue
             if piece.draft:
                 self._drafted += len(piece.draft)
@@ -214,28 +227,18 @@ class Engine:
                 self._pace.record_kept(self.memory.keep_prompt(piece, result.logits))
             if not result.sampled and sequence.decoding and sequence.params.max_tokens == 0:
                 self._score(sequence)
-            try:
-                for sampled in result.sampled:
-                    self._advance(sequence, sampled)
-                    if sequence.finish_reason is not None:
-                        break
-            except InvalidParameter as error:
-                assert sequence.params.grammar is not None
-                self.grammars.discard(sequence.params.grammar)
-                self._failures.append(self._fail(sequence, error))
-            except (MemoryError, RuntimeError) as error:
-                self._failures.append(self._fail(sequence, self._scarce(error)))
+            self._accept(sequence, result.sampled)
 
     def emit(self) -> StepOutputs:
         """What has been collected and not been emitted yet."""
         taken, self._taken = self._taken, []
-        failures, self._failures = self._failures, []
         outputs = []
         for each in taken:
             try:
                 outputs.append(each.output())
             except (MemoryError, RuntimeError) as error:
-                failures.append(self._fail(each.sequence, self._scarce(error)))
+                self._fail(each.sequence, self._scarce(error))
+        failures, self._failures = self._failures, []
         return StepOutputs(outputs=outputs, failures=failures, stats=self.stats())
 
     def tidy(self) -> bool:
@@ -251,7 +254,7 @@ class Engine:
         waiting = self.scheduler.waiting
         return EngineStats(
             running=len(self.scheduler.running),
-            waiting=len(waiting) + len(self._compiling),
+            waiting=len(waiting) + len(self.grammar_queue),
             rows=self.pool.rows,
             rows_used=self.memory.used,
             preempted=sum(sequence.status is Status.PARKED for sequence in waiting),
@@ -279,32 +282,30 @@ class Engine:
     def _ends(self, stop_token_ids: tuple[int, ...], ignore_eos: bool = False) -> tuple[int, ...]:
         return stop_token_ids if self._eos is None or ignore_eos else (*stop_token_ids, self._eos)
 
-    def _queue_compiled(self) -> list[RequestFailed]:
-        """Hand the sequences whose grammars are compiled to the scheduler. Waits only where there is no other work."""
-        if self._compiling and not len(self.scheduler):
-            wait(self._compiling.values(), _COMPILE_SECONDS, FIRST_COMPLETED)
-        failures = []
-        for request_id in [request_id for request_id, future in self._compiling.items() if future.done()]:
-            sequence = self._sequences[request_id]
-            grammar, row = sequence.params.grammar, sequence.sample_row
-            assert grammar is not None
-            ends = self._ends(row.params.stop_token_ids, row.params.ignore_eos)
-            try:
-                compiled = self._compiling[request_id].result()
-                check_room(HEADROOM // 4 + compiled.bytes)  # where Rust finds none, it ends the process
-                row.matcher = self.grammars.matcher(compiled, ends, grammar.param)
-                self.scheduler.add(sequence)
-            except (LatticeError, MemoryError, RuntimeError) as error:
-                failures.append(self._fail(sequence, self._scarce(error)))
-            else:
-                del self._compiling[request_id]
-        return failures
+    def _accept(self, sequence: Sequence, sampled: list[Sampled], pushed: Future[None] | None = None) -> None:
+        """Take sampled tokens into their sequence, up to one that ends it. pushed: into its grammar already, when done.
+
+        It fails where its grammar is too complex to go on with, or there is no memory for it.
+        """
+        try:
+            for each in sampled:
+                if pushed is not None:
+                    pushed.result()
+                elif not self.grammar_steps.push(sequence, each):
+                    self.scheduler.hold(sequence)
+                    return
+                self._advance(sequence, each)
+                if sequence.finish_reason is not None:
+                    return
+        except InvalidParameter as error:
+            assert sequence.params.grammar is not None
+            self.grammars.discard(sequence.params.grammar, sequence.cache_salt)
+            self._fail(sequence, error)
+        except (MemoryError, RuntimeError) as error:
+            self._fail(sequence, self._scarce(error))
 
     def _advance(self, sequence: Sequence, sampled: Sampled) -> None:
-        """Take a sampled token into its sequence, and end that where it should.
-
-        Raises `InvalidParameter` where its grammar is too complex to go on with.
-        """
+        """Take a token, which its grammar has taken in, into its sequence, and end that where it should."""
         params, token_id = sequence.params, sampled.token_id
         sequence.output_ids.append(token_id)
         sequence.sample_row.index += 1
@@ -319,8 +320,6 @@ class Engine:
             taken.text, sequence.finish_reason = "", "stop"
         else:
             matcher = sequence.sample_row.matcher
-            if matcher is not None:
-                matcher.push(token_id)
             if params.stop:
                 taken.text, taken.stop_reason = sequence.detokenizer.push(token_id)
             if taken.stop_reason is not None or (matcher is not None and matcher.complete):
@@ -339,7 +338,8 @@ class Engine:
         taken.finish_reason = sequence.finish_reason
         self._taken.append(taken)
         if sequence.finish_reason is not None:
-            self.memory.keep_answer(sequence)
+            if sequence.row is not None:  # it may have been parked while its grammar took the token in
+                self.memory.keep_answer(sequence)
             self._finish(sequence)
 
     def _scarce(self, error: Exception) -> LatticeError:
@@ -349,21 +349,17 @@ class Engine:
             self.memory.give_way()
         return known
 
-    def _fail(self, sequence: Sequence, error: LatticeError) -> RequestFailed:
+    def _fail(self, sequence: Sequence, error: LatticeError) -> None:
         if sequence.status is not Status.FINISHED:
             self._finish(sequence)
-        return failure(sequence.request_id, error)
+        self._failures.append(RequestFailed.of(sequence.request_id, error))
 
     def _finish(self, sequence: Sequence) -> None:
         """Take a sequence out of everything, and scrub its state."""
-        if self._compiling.pop(sequence.request_id, None) is None:
+        self.grammar_steps.drop(sequence.request_id)
+        if not self.grammar_queue.remove(sequence.request_id):
             self.scheduler.remove(sequence)
         self.memory.release(sequence)
         self.runner.forget()
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request_id]
-
-
-def failure(request_id: str, error: LatticeError) -> RequestFailed:
-    """The message that says why a request failed."""
-    return RequestFailed(request_id, type(error).__name__, error.message, error.param)

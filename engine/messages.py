@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
 
+from lattice_serve.engine.errors import LatticeError
 from lattice_serve.engine.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -41,11 +42,15 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     priority: int = 0
     """Lower runs first; equal ones in order of arrival."""
     cache_salt: str = ""
-    """Only requests with the same one may share cached states."""
+    """Only requests of one tenant with the same one may share cached states and compiled grammars."""
     pooling: Pooling | None = None
     """What of its prompt's hidden states to give back, with the first output."""
     cache_points: tuple[int, ...] = ()
     """Numbers of prompt tokens after which to keep the state, beside the places that the cache chooses itself."""
+    tenant: str = ""
+    """Whose share of everything it takes from: see `engine.shares`."""
+    weight: int = 1
+    """Of the tenant, in what is shared."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -96,6 +101,10 @@ class RequestFailed(msgspec.Struct, frozen=True, tag=True):
     """Class name in `engine.errors`, e.g. "NumericalError"."""
     message: str
     param: str | None = None
+
+    @classmethod
+    def of(cls, request_id: str, error: LatticeError) -> RequestFailed:
+        return cls(request_id, type(error).__name__, error.message, error.param)
 
 
 class EngineStats(msgspec.Struct, frozen=True):

@@ -28,9 +28,9 @@ from lattice_serve.engine import cache_file, standard_error
 from lattice_serve.engine.cache_file import CacheFile, StateShape
 from lattice_serve.engine.cache_saver import CacheSaver
 from lattice_serve.engine.config import SAVE_SECONDS, EngineConfig
-from lattice_serve.engine.engine import Engine, failure
+from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.errors import LatticeError
-from lattice_serve.engine.messages import TO_ENGINE, Abort, FromEngine, StepOutputs, ToEngine, encode
+from lattice_serve.engine.messages import TO_ENGINE, Abort, FromEngine, RequestFailed, StepOutputs, ToEngine, encode
 from lattice_serve.engine.replacement import clear_unfinished
 
 M = TypeVar("M")
@@ -118,7 +118,7 @@ def serve(engine: Engine, connection: Connection, saver: CacheSaver | None = Non
                 try:
                     engine.submit(message)
                 except LatticeError as error:
-                    failures.append(failure(message.request_id, error))
+                    failures.append(RequestFailed.of(message.request_id, error))
             if engine.has_work:
                 engine.launch()
                 step = engine.emit()  # on a GPU, of the step before

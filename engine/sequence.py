@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lattice_serve.engine.messages import FinishReason, Submit, TokenLogprob
 from lattice_serve.engine.sampling import SamplingParams
+from lattice_serve.engine.shares import salted
 
 if TYPE_CHECKING:
     from lattice_serve.engine.detokenizer import Detokenizer
@@ -55,6 +56,9 @@ class Sequence:
     pooled: Pooled | None = None
     """Of its prompt's hidden states, where they are asked for."""
     cache_salt: str = ""
+    """As `engine.shares.salted` makes it."""
+    tenant: str = ""
+    """Whose share of rows it takes from."""
     marks: list[int] = field(default_factory=list)
     """Places in the prompt where its state is to be kept: no piece goes beyond the next one."""
     leader: Sequence | None = None
@@ -93,7 +97,8 @@ class Sequence:
             detokenizer=detokenizer,
             prompt_logprobs=scored,
             pooled=pooled,
-            cache_salt=request.cache_salt,
+            cache_salt=salted(request.tenant, request.cache_salt),
+            tenant=request.tenant,
         )
 
     @property

@@ -100,6 +100,7 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
         )
     ]
     router = Router(replicas, max_waiting=settings.max_waiting)
+    metrics.active_keys.set_function(lambda: len(router.tenants))
     services = Services(settings, router, tokenizer, ChatTemplate(settings.model), metrics, model.hidden_size)
     with _listen(settings) as listener:
         address = _url(listener)

@@ -56,7 +56,7 @@ class ChatAnswer(Answer[ChatRequest, ChunkChoice]):
         ]
 
     @classmethod
-    async def prepare(cls, services: Services, request: ChatRequest) -> ChatAnswer:
+    async def prepare(cls, services: Services, request: ChatRequest, tenant: str) -> ChatAnswer:
         check(services, request)
         if request.offered_tools and not (request.must_call or services.template.knows_tools):
             raise InvalidParameter(
@@ -64,7 +64,7 @@ class ChatAnswer(Answer[ChatRequest, ChunkChoice]):
                 "leave tools out, or set tool_choice to none, required or a function",
                 param="tools",
             )
-        services.admit(request.choices)
+        services.admit(tenant, request.choices)
         return cls(services, request, await prompt_ids(services, request))
 
     def parts(self, index: int, output: TokenOutput) -> list[ChunkChoice]:

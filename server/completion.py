@@ -29,9 +29,9 @@ class CompletionAnswer(Answer[CompletionRequest, Choice]):
         ]
 
     @classmethod
-    async def prepare(cls, services: Services, request: CompletionRequest) -> CompletionAnswer:
+    async def prepare(cls, services: Services, request: CompletionRequest, tenant: str) -> CompletionAnswer:
         check(services, request)
-        services.admit(len(request.prompts) * request.candidates)
+        services.admit(tenant, len(request.prompts) * request.candidates)
         prompts = [await _read(services, request, prompt) async for prompt in one_by_one(request.prompts)]
         return cls(services, request, prompts)
 

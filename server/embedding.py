@@ -24,7 +24,7 @@ from lattice_serve.server.schemas.embeddings import (
 from lattice_serve.server.services import Services, one_by_one
 
 
-async def embed(services: Services, request: EmbeddingRequest) -> Embeddings:
+async def embed(services: Services, request: EmbeddingRequest, tenant: str) -> Embeddings:
     """Raises the error that says why the request cannot be served, or not now."""
     services.check_model(request.model)
     size = services.embedding_size
@@ -34,19 +34,19 @@ async def embed(services: Services, request: EmbeddingRequest) -> Embeddings:
             param="dimensions",
         )
     texts = request.texts
-    services.admit(len(texts))
+    services.admit(tenant, len(texts))
     prompts = [await _ids(services, text) async for text in one_by_one(texts)]
     tokens = sum(map(len, prompts))
     if tokens > MAX_INPUT_TOKENS:
         raise InvalidParameter(
             f"input has {tokens} tokens: give at most {MAX_INPUT_TOKENS} in one request", param="input"
         )
-    services.admit(len(texts))  # Again: others may have come in while the texts were tokenized.
+    services.admit(tenant, len(texts))  # Again: others may have come in while the texts were tokenized.
     params = SamplingParams(max_tokens=0)
     requests = [Submit("", ids, params, pooling=request.pooling or "mean") for ids in prompts]
     # Written one by one: 2048 long vectors at once would hold up other requests for as long as that takes.
     data = [msgspec.Raw()] * len(prompts)
-    with services.router.generate(requests) as generation:
+    with services.generate(tenant, requests) as generation:
         async for index, output in generation:
             assert output.embedding is not None, "the engine was asked for a vector"
             vector = _unit(output.embedding)

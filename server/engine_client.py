@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class EngineClient:
         self._metrics = metrics
         self._watchdog_seconds = watchdog_seconds
         self._live: dict[str, _Live] = {}
+        self.tenants: Counter[str] = Counter()
+        """Of them, those of each tenant."""
         self._writer: asyncio.StreamWriter | None = None
         self._heard = self._waits = False
         """Whether the engine has said something since the last look, and whether it has to."""
@@ -65,7 +68,9 @@ class EngineClient:
         """Have the engine, which is ready, work on sequence `index` of `generation`, under an id of its own."""
         request_id = uuid.uuid4().hex
         generation.open[request_id] = self
-        self._live[request_id] = _Live(index, generation, self._metrics.sequence(len(request.prompt_ids)))
+        meter = self._metrics.sequence(len(request.prompt_ids))
+        self._live[request_id] = _Live(index, generation, meter, request.tenant)
+        self.tenants[request.tenant] += 1
         self._send(msgspec.structs.replace(request, request_id=request_id))
 
     def abort(self, request_id: str) -> None:
@@ -148,6 +153,9 @@ class EngineClient:
     def _take(self, request_id: str) -> _Live:
         live = self._live.pop(request_id)
         del live.generation.open[request_id]
+        self.tenants[live.tenant] -= 1
+        if not self.tenants[live.tenant]:
+            del self.tenants[live.tenant]
         return live
 
     def _send(self, message: ToEngine) -> None:
@@ -162,6 +170,7 @@ class _Live:
     index: int
     generation: Generation
     meter: SequenceMeter
+    tenant: str
 
 
 class Generation:

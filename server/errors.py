@@ -7,6 +7,8 @@ RequestError (engine.errors)
 ├── BodyTooLarge    413  the body is larger than the server takes
 ├── Encoded         415  the body is compressed
 └── HeaderTooLarge  431  the request line and headers are
+Overloaded (engine.errors)
+└── KeyQuota        429  the waiting queue is full, and the API key has its share of it
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lattice_serve.engine.errors import InvalidParameter, LatticeError, RequestError
+from lattice_serve.engine.errors import InvalidParameter, LatticeError, Overloaded, RequestError
 from lattice_serve.server.event_json import event_json
 
 STATUSES = {
@@ -69,6 +71,10 @@ class Encoded(RequestError):
 
 class HeaderTooLarge(RequestError):
     status = 431
+
+
+class KeyQuota(Overloaded):
+    pass
 
 
 class Fault(msgspec.Struct):

@@ -24,6 +24,8 @@ class Feed(Generation):
         super().__init__(timeout)
         self._router = router
         self._requests = requests
+        self.tenant = requests[0].tenant if requests else ""
+        """Whose places it holds."""
         self._places = places
         self._next = 0
         """Index of the first one that is not submitted."""

@@ -32,10 +32,10 @@ _NAMES = {"messages": "input", "response_format": "text"}
 """Fields of a chat that have another name here."""
 
 
-async def respond(services: Services, request: ResponseRequest, salt: str) -> bytes:
+async def respond(services: Services, request: ResponseRequest, tenant: str) -> bytes:
     """The whole response as JSON."""
     body = b""
-    async with aclosing(_events(services, request, salt)) as events:
+    async with aclosing(_events(services, request, tenant)) as events:
         async for event in events:
             body = _encode(event.get("response"))
     return body
@@ -44,8 +44,8 @@ async def respond(services: Services, request: ResponseRequest, salt: str) -> by
 class ResponseStream:
     """The events of a response as they are sent, and those that tell of its failure."""
 
-    def __init__(self, services: Services, request: ResponseRequest, salt: str) -> None:
-        self._events = _events(services, request, salt)
+    def __init__(self, services: Services, request: ResponseRequest, tenant: str) -> None:
+        self._events = _events(services, request, tenant)
         self._response: ResponseObject | None = None
         """As it is now, once it has begun."""
         self._number = 0
@@ -75,10 +75,10 @@ class ResponseStream:
         return b"event: %b\ndata: %b" % (event["type"].encode(), data)
 
 
-async def _events(services: Services, request: ResponseRequest, salt: str) -> AsyncGenerator[dict[str, Any], None]:
+async def _events(services: Services, request: ResponseRequest, tenant: str) -> AsyncGenerator[dict[str, Any], None]:
     """The last one has the whole response. Raises the error that says why it cannot be made, or not now."""
     try:
-        async with aclosing(_told(services, request, salt)) as events:
+        async with aclosing(_told(services, request, tenant)) as events:
             async for event in events:
                 yield event
     except InvalidParameter as error:
@@ -88,20 +88,20 @@ async def _events(services: Services, request: ResponseRequest, salt: str) -> As
         raise InvalidParameter(error.message.replace(param, _NAMES[param], 1), param=_NAMES[param]) from error
 
 
-async def _told(services: Services, request: ResponseRequest, salt: str) -> AsyncGenerator[dict[str, Any], None]:
+async def _told(services: Services, request: ResponseRequest, tenant: str) -> AsyncGenerator[dict[str, Any], None]:
     """The same, but that errors name the fields of a chat."""
     before: list[dict[str, Any]] = []
     if request.previous_response_id is not None:
-        stored = services.responses.get(salt, request.previous_response_id, "previous_response_id")
+        stored = services.responses.get(tenant, request.previous_response_id, "previous_response_id")
         before = msgspec.json.decode(stored.messages)
-    answer = await ChatAnswer.prepare(services, request.chat(before))
+    answer = await ChatAnswer.prepare(services, request.chat(before), tenant)
     response_id = f"resp_{uuid.uuid4().hex}"
     response = ResponseObject.of(
         request, id=response_id, created_at=int(time.time()), model=services.settings.model_name
     )
     writer = _Writer(response)
     reason, begun = None, False
-    async with aclosing(answer.each(salt)) as outputs:
+    async with aclosing(answer.each(tenant)) as outputs:
         async for _, choices in outputs:
             if not begun:  # not earlier: what fails before the first token is no response
                 begun = True
@@ -121,7 +121,7 @@ async def _told(services: Services, request: ResponseRequest, salt: str) -> Asyn
     response.status = "completed" if complete else "incomplete"
     response.incomplete_details = None if complete else {"reason": "max_output_tokens"}
     if response.store:
-        services.responses.put(salt, response_id, _encode(response), [*before, *request.messages, writer.message()])
+        services.responses.put(tenant, response_id, _encode(response), [*before, *request.messages, writer.message()])
     yield {"type": f"response.{response.status}", "response": response}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Literal, TypeAlias
@@ -12,6 +13,7 @@ import structlog
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import EngineUnavailable, LatticeError
 from lattice_serve.engine.messages import Ready, Submit
+from lattice_serve.engine.shares import salted
 from lattice_serve.server.engine_client import EngineClient
 from lattice_serve.server.feed import Feed
 from lattice_serve.server.metrics import Metrics
@@ -83,9 +85,14 @@ class Router:
         return sum(replica.client.live for replica in self.replicas)
 
     @property
-    def taken(self) -> int:
-        """Places of sequences that are not free: those of the live ones, and of those that follow them."""
-        return self.live + sum(feed.unused for feed in self._feeds)
+    def tenants(self) -> Counter[str]:
+        """Places of sequences that are not free, of each tenant that has any: those of its live sequences, and of those
+        that follow them."""
+        taken = sum((replica.client.tenants for replica in self.replicas), Counter[str]())
+        for feed in self._feeds:
+            if feed.unused:
+                taken[feed.tenant] += feed.unused
+        return taken
 
     @property
     def capacity(self) -> int:
@@ -147,7 +154,7 @@ class Router:
         least = min(clients, key=lambda client: client.live)
         if len(self.replicas) == 1:
             return least
-        keys = beginnings(request.cache_salt, request.prompt_ids)
+        keys = beginnings(salted(request.tenant, request.cache_salt), request.prompt_ids)
         known = self._seen.find(keys)
         client = known if known in clients and self._has_time(known, least.live) else least
         self._seen.note(keys, client)

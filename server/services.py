@@ -9,11 +9,16 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
+import msgspec
 from fastapi import Depends, Request
 
 from lattice_serve.engine.errors import Draining, EngineUnavailable, ModelNotFound, Overloaded
-from lattice_serve.engine.messages import Ready
+from lattice_serve.engine.messages import Ready, Submit
+from lattice_serve.engine.shares import Shares
 from lattice_serve.engine.tokenizer import Tokenizer
+from lattice_serve.server.engine_client import Generation
+from lattice_serve.server.errors import KeyQuota
+from lattice_serve.server.keys import tenant_of
 from lattice_serve.server.metrics import ServerMetrics
 from lattice_serve.server.response_store import ResponseStore
 from lattice_serve.server.router import Router
@@ -39,10 +44,17 @@ class Services:
     metrics: ServerMetrics
     embedding_size: int
     """Numbers in the vector of a text."""
-    responses: ResponseStore = field(default_factory=ResponseStore)
+    shares: Shares = field(default_factory=Shares)
+    """What is fair between API keys."""
+    responses: ResponseStore = field(init=False)
     draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
     """Unix time."""
+
+    def __post_init__(self) -> None:
+        for key, weight in self.settings.key_weights.items():
+            self.shares.weigh(tenant_of(key), weight)
+        self.responses = ResponseStore(shares=self.shares)
 
     def check_ready(self) -> list[Ready]:
         """What the engines that are ready said of themselves.
@@ -55,19 +67,31 @@ class Services:
             raise EngineUnavailable("the engine is starting: try again in a few seconds")
         return self.router.ready
 
-    def admit(self, sequences: int) -> None:
+    def admit(self, tenant: str, sequences: int) -> None:
         """Let a request with that many sequences in, or raise the error that says why not, and count it.
 
-        Of many sequences some alone have to find a place now: the others follow them, see `Feed`.
+        Of many sequences some alone have to find a place now: the others follow them, see `Feed`. Where all places are
+        taken, there are more for a tenant that has less than its fair share of them.
         """
         try:
             self.check_ready()
-            taken, capacity = self.router.taken, self.router.capacity
-            if taken + min(sequences, self.router.window) > capacity:
-                raise Overloaded(f"{taken} sequences run or wait, of at most {capacity}: try again later")
+            taken, capacity = self.router.tenants, self.router.capacity
+            if not self.shares.allows(tenant, min(sequences, self.router.window), taken, capacity):
+                if taken.keys() - {tenant}:
+                    raise KeyQuota(
+                        f"all {capacity} places are taken, and this key has its share of them, {taken[tenant]}: "
+                        "try again later"
+                    )
+                raise Overloaded(f"{taken.total()} sequences run or wait, of at most {capacity}: try again later")
         except (Draining, EngineUnavailable, Overloaded) as error:
             self.metrics.rejected(_REASONS[type(error)])
             raise
+
+    def generate(self, tenant: str, requests: Sequence[Submit], *, timeout: float | None = None) -> Generation:
+        """Submit the sequences of a request that is let in. See `Router.generate`."""
+        weight = self.shares.weight(tenant)
+        owned = [msgspec.structs.replace(request, tenant=tenant, weight=weight) for request in requests]
+        return self.router.generate(owned, timeout=timeout)
 
     def check_model(self, name: str | None) -> None:
         """Raises `ModelNotFound` unless `name` is the served model's, or absent."""
@@ -86,7 +110,12 @@ class Services:
         return await _offload(self.tokenizer.decode, ids)
 
 
-_REASONS = {Draining: "draining", EngineUnavailable: "engine_unavailable", Overloaded: "queue_full"}
+_REASONS = {
+    Draining: "draining",
+    EngineUnavailable: "engine_unavailable",
+    Overloaded: "queue_full",
+    KeyQuota: "key_quota",
+}
 
 
 async def one_by_one(items: Iterable[T]) -> AsyncIterator[T]:

@@ -15,6 +15,7 @@ from lattice_serve.engine import config as engine_config
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import ConfigError
 from lattice_serve.engine.processors import available_cpus
+from lattice_serve.server.keys import read_keys
 from lattice_serve.server.protocol import MAX_HEAD_BYTES
 
 BUNDLED_MODEL = Path(engine_config.__file__).parent / "bundled"
@@ -46,8 +47,8 @@ class Settings(EngineConfig, BaseSettings):
     api_key: SecretStr | None = None
     """One key, or several with commas between them."""
     api_key_file: Path | None = None
-    """A key a line, besides those of `api_key`; lines that begin with `#` are comments. Read at start. Neither: no key
-    is asked for."""
+    """A key a line, besides those of `api_key`, perhaps with `weight=N` behind it: its share of what keys compete for,
+    else 1. Lines that begin with `#` are comments. Read at start. Neither: no key is asked for."""
     cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
     """Origins, such as `https://chat.example`, whose pages may send requests; `*`: any. In the environment with commas
     between them."""
@@ -133,22 +134,26 @@ class Settings(EngineConfig, BaseSettings):
             return self.served_model_name
         return "lattice" if self.model == BUNDLED_MODEL else self.model.resolve().name
 
-    @cached_property
+    @property
     def api_keys(self) -> tuple[bytes, ...]:
         """Raises `ConfigError` when `api_key_file` cannot be read, or has no key in it."""
+        return tuple(self.key_weights)
+
+    @cached_property
+    def key_weights(self) -> dict[bytes, int]:
+        """The weight of each API key. Raises `ConfigError` as `api_keys` does."""
         secret = "" if self.api_key is None else self.api_key.get_secret_value()
-        keys = _split(secret)
+        keys = dict.fromkeys(_split(secret), 1)
         if self.api_key_file is not None:
             try:
-                lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
+                text = self.api_key_file.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"api_key_file: {error}: give a text file", param="api_key_file") from error
-            stripped = (line.strip() for line in lines)
-            from_file = tuple(line for line in stripped if line and not line.startswith("#"))
+            from_file = read_keys(text)
             if not from_file:
                 raise ConfigError("api_key_file has no key in it: write one a line", param="api_key_file")
-            keys += from_file
-        return tuple(key.encode() for key in keys)
+            keys |= from_file
+        return {key.encode(): weight for key, weight in keys.items()}
 
     def engine_configs(self) -> list[EngineConfig]:
         """One a replica: each with `tensor_parallel_size` GPUs of its own, from its device on, or with an even share of

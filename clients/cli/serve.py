@@ -76,6 +76,10 @@ def serve(
     speculative_tokens: Annotated[
         int | None, typer.Option(help="Tokens to guess ahead where a text repeats itself.", show_default="0, none")
     ] = None,
+    priority_scope: Annotated[
+        str | None,
+        typer.Option(help="Where `priority` acts: within a `key`, or the whole `server`.", show_default="key"),
+    ] = None,
     max_step_tokens: Annotated[
         int | None, typer.Option(help="Tokens a step, prompts and answers together.", show_default="512; on a GPU 2048")
     ] = None,
@@ -131,6 +135,7 @@ def serve(
             prefix_cache_device_memory=(
                 None if prefix_cache_device_memory is None else parse_size(prefix_cache_device_memory)
             ),
+            priority_scope=priority_scope,
             max_step_tokens=max_step_tokens,
             step_seconds=step_seconds,
             max_waiting=max_waiting,

@@ -18,5 +18,5 @@ router = APIRouter()
 async def create_embeddings(request: Request, services: Injected) -> Response:
     """A vector for each text."""
     asked = EmbeddingRequest.parse(await request.body())
-    answer = await until_disconnect(request.receive, embed(services, asked))
+    answer = await until_disconnect(request.receive, embed(services, asked, request.state.tenant))
     return Response(msgspec.json.encode(answer), media_type="application/json")

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from lattice_serve.engine import compiler, grammar
 from lattice_serve.engine.errors import EngineUnavailable, InvalidParameter, Overloaded
-from lattice_serve.engine.grammar import Grammars, Matcher, restrict
+from lattice_serve.engine.grammar import Compiled, Grammars, Matcher, restrict
 from lattice_serve.engine.sampler import SampleRow, sample
 from lattice_serve.engine.sampling import Grammar, SamplingParams
+from lattice_serve.engine.shares import ANYBODY, salted
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.engine.weights import bundled_model
 
@@ -268,13 +269,54 @@ class TestGrammars:
     def test_no_more_than_so_many_wait(self, grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(grammar, "MAX_PENDING", 2)
         release = threading.Event()
-        grammars._thread.submit(release.wait)
+        grammars._thread.submit("", lambda: Compiled(error=str(release.wait())))
         futures = [grammars.compile(Grammar.regex(f"wait{i}")) for i in range(2)]
         with pytest.raises(Overloaded):
             grammars.compile(Grammar.regex("wait2"))
         assert grammars.compile(Grammar.regex("wait1")) is futures[1]
         release.set()
         assert [future.result(20).error for future in futures] == ["", ""]
+
+    def test_each_salt_has_its_own(self, grammars: Grammars) -> None:
+        """Else the time that it takes would tell what others have used."""
+        mine = grammars.compile(Grammar.regex("[k-o]+"), salted("a", ""))
+        assert not mine.result(60).error
+        for salt in (salted("b", ""), salted("a", "x"), ANYBODY):
+            other = grammars.compile(Grammar.regex("[k-o]+"), salt)
+            assert other is not mine
+            assert other.result(60).root is not mine.result().root
+        assert grammars.compile(Grammar.regex("[k-o]+"), salted("a", "")) is mine
+
+    def test_one_tenant_pushes_out_its_own(self, grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(grammar, "MAX_CACHED", 4)
+        grammars._cache.clear()
+        polite = [grammars.compile(Grammar.regex(f"p{i}"), "polite/") for i in range(2)]
+        for i in range(6):
+            grammars.compile(Grammar.regex(f"g{i}"), "greedy/").result(60)
+        assert [grammars.compile(Grammar.regex(f"p{i}"), "polite/") for i in range(2)] == polite
+
+    def test_one_tenant_does_not_fill_the_places_of_another(
+        self, grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(grammar, "MAX_PENDING", 4)
+        release, order = threading.Event(), list[str]()
+
+        def compiled(wanted: Grammar) -> Compiled:
+            release.wait()
+            order.append(wanted.text)
+            return Compiled(error="none")
+
+        monkeypatch.setattr(grammars, "_compile", compiled)
+        futures = [grammars.compile(Grammar.regex(f"slow{i}"), "greedy/") for i in range(4)]
+        with pytest.raises(Overloaded):
+            grammars.compile(Grammar.regex("slow4"), "greedy/")
+        futures += [grammars.compile(Grammar.regex(f"quick{i}"), "polite/") for i in range(2)]
+        with pytest.raises(Overloaded):
+            grammars.compile(Grammar.regex("quick2"), "polite/")
+        release.set()
+        for future in futures:
+            future.result(20)
+        assert order.index("quick0") <= 2
 
     def test_a_process_that_dies_is_started_again(self, grammars: Grammars) -> None:
         grammars.compile(Grammar.regex("before")).result(60)

@@ -16,6 +16,7 @@ from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.engine.messages import RequestFailed, Submit
 from lattice_serve.engine.prefix_cache import PrefixCache, cache_budgets, intervals
 from lattice_serve.engine.sampling import SamplingParams
+from lattice_serve.engine.shares import Shares
 from tests.engine.harness import Visit, assert_idle, complete, drive, make_engine, submit
 
 ROW = 40
@@ -120,6 +121,39 @@ def test_memory_of_what_went_is_used_again() -> None:
         assert snapshot.row.data_ptr() == place
         assert snapshot.row.tolist() == row(token).tolist()
         assert (found(cache, [token, 0]), found(cache, [token - 1, 0])) == (1, None)
+
+
+@pytest.mark.parametrize("tiers", [[1000], [400, 600]])
+def test_a_tenant_pushes_out_its_own(tiers: list[int]) -> None:
+    """Whatever one puts in, and under however many salts: another keeps its share, and uses what is free."""
+    cache = PrefixCache([("cpu", budget) for budget in tiers])
+    for i in range(9):
+        cache.put("polite/", [1, i], row(i))
+    for i in range(300):
+        cache.put(f"greedy/{i % 7}", [2, i, i + 1], row(i))
+        cache.check()
+    # 44 bytes each, and more for the greedy one's tokens: half of 1000 bytes.
+    assert [found(cache, [1, i, 9], "polite/") for i in range(9)] == [2] * 9
+    assert len(cache) > 17
+    for i in range(300):
+        cache.put("polite/", [1, i], row(i))
+    assert sum(found(cache, [1, i, 9], "polite/") == 2 for i in range(300)) in range(10, 13)
+    cache.clear()
+    for i in range(300):
+        cache.put("greedy/", [2, i], row(i))
+    assert len(cache) > 20, "alone it may have everything"
+    cache.check()
+
+
+def test_weights_part_the_cache() -> None:
+    shares = Shares()
+    shares.weigh("heavy", 3)
+    cache = PrefixCache([("cpu", 1000)], shares=shares)
+    for i in range(100):
+        for tenant in ("heavy", "light"):
+            cache.put(f"{tenant}/", [1, i], row(i))
+    kept = [sum(found(cache, [1, i, 9], f"{t}/") == 2 for i in range(100)) for t in ("heavy", "light")]
+    assert kept[0] == pytest.approx(3 * kept[1], abs=2)
 
 
 def test_salts_part() -> None:

@@ -83,6 +83,9 @@ class FakeEngine:
                     seed=params.seed,
                     stop=params.stop,
                     grammar=msgspec.to_builtins(params.grammar),
+                    tenant=message.tenant,
+                    weight=message.weight,
+                    salt=message.cache_salt,
                 )
                 self.tasks[message.request_id] = asyncio.create_task(self.answer(message))
             else:

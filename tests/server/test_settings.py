@@ -65,6 +65,24 @@ def test_keys_from_a_file(tmp_path: Path) -> None:
     assert Settings.load(api_key_file=keys, api_key="k,l").api_keys == (b"k", b"l", b"a", b"b, c")
 
 
+def test_keys_in_a_file_have_weights_and_comments(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# of the team\na weight=3\n\n  # none\nb\nc d  weight=1000\nweight=2\n#e\n")
+    weights = Settings.load(api_key_file=keys, api_key="k,a").key_weights
+    assert weights == {b"k": 1, b"a": 3, b"b": 1, b"c d": 1000, b"weight=2": 1}
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "1001", "1.5", "", "x", "\u0663"])
+def test_a_wrong_weight_names_its_line_and_not_the_key(tmp_path: Path, weight: str) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"# one\nsecret weight={weight}\n")
+    with pytest.raises(
+        ConfigError, match="api_key_file: line 2: weight must be a whole number from 1 to 1000"
+    ) as caught:
+        Settings.load(api_key_file=keys)
+    assert "secret" not in caught.value.message
+
+
 @pytest.mark.parametrize("content", [None, b" \n", b"\xff", b"# a\n"])
 def test_a_file_without_keys_is_told_at_once(tmp_path: Path, content: bytes | None) -> None:
     keys = tmp_path / "keys"
