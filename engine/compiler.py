@@ -13,16 +13,17 @@ from __future__ import annotations
 import json
 import os
 import resource
-import select
 import signal
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
 import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
+from lattice_serve.engine import child_process
 from lattice_serve.engine.gbnf import is_gbnf, to_lark
 from lattice_serve.engine.sampling import Grammar
 from lattice_serve.engine.tokenizer import Tokenizer
@@ -95,16 +96,16 @@ class Trial:
             self._process = process = subprocess.Popen(
                 self._command,
                 bufsize=0,
+                env=child_process.environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,  # out of reach of the terminal's Ctrl-C
             )
             weakref.finalize(self, _end, process)
-            if _read_line(process, _START_SECONDS) != _READY:
+            if _ask(process, b"", _START_SECONDS) != _READY:
                 raise OSError("the grammar compiler did not start")
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(grammar) + b"\n")
-        return msgspec.json.decode(_read_line(self._process, 2 * _WALL_SECONDS), type=Verdict)
+        question = msgspec.json.encode(grammar) + b"\n"
+        return msgspec.json.decode(_ask(self._process, question, 2 * _WALL_SECONDS), type=Verdict)
 
 
 class _Vocabulary:
@@ -160,11 +161,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.communicate()
 
 
-def _read_line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
+def _ask(process: subprocess.Popen[bytes], question: bytes, seconds: float) -> bytes:
     """One line, which is written at once. Raises `OSError` when none comes."""
+    assert process.stdin is not None
     assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], seconds)
-    line = process.stdout.readline() if ready else b""
+    # One that is stopped does not read either, and a long question does not fit into its pipe.
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    try:
+        process.stdin.write(question)
+        line = process.stdout.readline()
+    finally:
+        timer.cancel()
     if not line:
         _end(process)
         raise OSError("the grammar compiler died")
@@ -222,6 +230,7 @@ def _answer(verdict: Verdict) -> None:
 
 
 def main(folder: str, vocab_size: str) -> None:
+    child_process.wake_at_parents_end()
     compiler = Compiler(Tokenizer.load(Path(folder), int(vocab_size)))
     os.nice(10)  # The engine's steps come first.
     os.write(sys.stdout.fileno(), _READY)

@@ -23,11 +23,11 @@ from pathlib import Path
 
 import msgspec
 
-from lattice_serve.engine import cache_file, standard_error
+from lattice_serve.engine import cache_file, child_process, standard_error
 from lattice_serve.engine.config import SAVE_SECONDS, EngineConfig
 from lattice_serve.engine.engine import Engine, failure
 from lattice_serve.engine.errors import CacheFileError, LatticeError
-from lattice_serve.engine.messages import TO_ENGINE, Abort, FromEngine, StepOutputs, ToEngine, encode
+from lattice_serve.engine.messages import TO_ENGINE, Abort, FromEngine, Ping, StepOutputs, ToEngine, encode
 
 
 class Connection:
@@ -79,6 +79,8 @@ def serve(engine: Engine, connection: Connection) -> None:
             messages = connection.receive(wait=not (engine.has_work or untidy))
             failures = []
             for message in messages:
+                if isinstance(message, Ping):
+                    continue
                 if isinstance(message, Abort):
                     engine.abort(message.request_id)
                     continue
@@ -139,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cache-file", type=Path, help="where cached states outlive the process")
     options = parser.parse_args(arguments)
     standard_error.outlive_it()
+    child_process.wake_at_parents_end()
     # Who stops a whole process group means the server, which has yet to drain: its end is this process's, see below.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     to_save = threading.Event()

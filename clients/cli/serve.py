@@ -85,7 +85,9 @@ def serve(
     ] = None,
     watchdog_seconds: Annotated[
         float | None,
-        typer.Option(help="Silence of an engine that has work after which it is started again.", show_default="120"),
+        typer.Option(
+            help="After which an engine that neither answers nor computes is started again.", show_default="15"
+        ),
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
 ) -> None:

@@ -13,13 +13,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from lattice_serve.engine import child_process
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import ConfigError, EngineDied
 from lattice_serve.engine.tensor_parallel.commands import READY, Command, Start, send
 from lattice_serve.engine.tensor_parallel.group import Group, check_free
 from lattice_serve.engine.tensor_parallel.share import Share
 
-COMMAND = (sys.executable, "-m", "lattice_serve.engine.tensor_parallel.worker")
+_QUIET = "ignore:compiled kernels are not kept"  # the leader says so
+COMMAND = (sys.executable, "-W", _QUIET, "-m", "lattice_serve.engine.tensor_parallel.worker")
 _STOP_SECONDS = 3.0
 
 
@@ -31,7 +33,12 @@ class Workers:
         """Start them: they load while this process does. Raises `ConfigError` where this one has a group already."""
         check_free()
         self._size = config.tensor_parallel_size
-        self._folder = Path(tempfile.mkdtemp(prefix="lattice-"))
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix="lattice-"))
+        except OSError as error:
+            raise ConfigError(
+                f"no folder for the processes of this model: {error.strerror}: set TMPDIR to one that can be written to"
+            ) from error
         self._links: list[socket.socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._groups: list[Group] = []
@@ -48,6 +55,7 @@ class Workers:
                     subprocess.Popen(
                         [*COMMAND, str(theirs.fileno())],
                         pass_fds=[theirs.fileno()],
+                        env=child_process.environment(),
                         stdin=subprocess.DEVNULL,
                         start_new_session=True,  # out of reach of the terminal's Ctrl-C
                     )
