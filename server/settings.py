@@ -58,7 +58,7 @@ class Settings(EngineConfig, BaseSettings):
     """As the engine's, but limited: a server's clients wait for their next tokens."""
     grace_period: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     """Seconds that running streams have to finish after SIGTERM."""
-    watchdog_seconds: float = Field(default=15.0, ge=1, allow_inf_nan=False)
+    watchdog_seconds: float = Field(default=12.0, ge=1, allow_inf_nan=False)
     """After which an engine that neither answers nor computes is killed, and started again; after half of it no more
     requests are sent to it. One that computes without an answer is given ten times as long."""
     max_body_bytes: int = Field(default=8 << 20, ge=1)

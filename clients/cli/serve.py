@@ -86,7 +86,7 @@ def serve(
     watchdog_seconds: Annotated[
         float | None,
         typer.Option(
-            help="After which an engine that neither answers nor computes is started again.", show_default="15"
+            help="After which an engine that neither answers nor computes is started again.", show_default="12"
         ),
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,

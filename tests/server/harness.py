@@ -30,6 +30,7 @@ class ServerProcess:
         ready: bool = True,
         engine_options: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
+        prefix: tuple[str, ...] = (),
         **settings: Any,
     ):
         self.record_path = folder / "record.jsonl"
@@ -38,7 +39,7 @@ class ServerProcess:
         self._ready = ready
         self._environment = _environment() | (environment or {})
         options = {"port": 0, "max_rows": 8, **settings}
-        self._command = [sys.executable, str(RUN_SERVER), json.dumps(options)]
+        self._command = [*prefix, sys.executable, str(RUN_SERVER), json.dumps(options)]
         self._command += ["--record", str(self.record_path), *engine_options]
 
     def __enter__(self: S) -> S:
