@@ -14,7 +14,7 @@ _RESERVE_REPLICA = 8
 _FEWEST = 8
 
 PROVEN = "lattice.proven"
-"""Name of the ASGI extension that `Limits` calls when a request has shown what it must."""
+"""Name of the ASGI extension whose `call` `Limits` makes when a request has shown what it must."""
 
 
 class Connections:

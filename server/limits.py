@@ -61,7 +61,7 @@ class Limits:
             if scope["path"] not in OPEN_PATHS:
                 scope["state"]["cache_salt"] = self._check_key(headers)
                 if PROVEN in scope.get("extensions", ()):
-                    scope["extensions"][PROVEN]()
+                    scope["extensions"][PROVEN]["call"]()
             self._check_size(int(headers.get("content-length", 0)))
             encoding = headers.get("content-encoding", "identity")
             if encoding.lower() != "identity":

@@ -92,7 +92,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.open_connections.begin(self)
         super().on_headers_complete()
         # The application sees this scope when it is its turn, which is later.
-        self.scope["extensions"] = {PROVEN: lambda: self.open_connections.prove(self)}
+        self.scope["extensions"] = {PROVEN: {"call": lambda: self.open_connections.prove(self)}}
 
     def on_body(self, body: bytes) -> None:
         self._pending = 0

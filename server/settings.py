@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +20,9 @@ from lattice_serve.engine.processors import available_cpus
 from lattice_serve.server.protocol import MAX_HEAD_BYTES
 
 BUNDLED_MODEL = Path(engine_config.__file__).parent / "bundled"
+
+_PREFIX = "LATTICE_"
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
 
 
 def _split(value: object) -> Any:
@@ -34,7 +39,7 @@ class Settings(EngineConfig, BaseSettings):
     turns every fault into a `ConfigError`.
     """
 
-    model_config = SettingsConfigDict(env_prefix="LATTICE_", env_ignore_empty=True, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
 
     model: Path = BUNDLED_MODEL
     served_model_name: str | None = None
@@ -73,14 +78,17 @@ class Settings(EngineConfig, BaseSettings):
     def load(cls, **fields: Any) -> Settings:
         """Settings from `fields` (None: not given), then the environment, then the defaults.
 
-        Raises `ConfigError` that names each wrong field.
+        Raises `ConfigError` that names each wrong field, or the variable that it comes from.
         """
+        given = {name: value for name, value in fields.items() if value is not None}
         try:
-            return cls(**{name: value for name, value in fields.items() if value is not None})
+            return cls(**given)
         except ValidationError as error:
             faults = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
-            text = "; ".join(f"{name}: {message}" if name else message for name, message in faults)
+            text = "; ".join(_fault(name, message, given) for name, message in faults)
             raise ConfigError(text, param=faults[0][0] or None) from error
+        except ConfigError as error:
+            raise ConfigError(_fault(error.param or "", error.message, given, named=True), param=error.param) from error
 
     @model_validator(mode="after")
     def _check_exposure(self) -> Settings:
@@ -158,6 +166,20 @@ class Settings(EngineConfig, BaseSettings):
         if path is None or self.replicas == 1:
             return [path] * self.replicas
         return [path.with_name(f"{path.name}.{i}") for i in range(self.replicas)]
+
+
+def _fault(name: str, message: str, given: Mapping[str, object], *, named: bool = False) -> str:
+    """What is wrong with a field. named: whether the message names the field itself."""
+    variables = {key.upper(): key for key in os.environ}
+    variable = variables.get(f"{_PREFIX}{name.split('.')[0].upper()}")
+    if not name or name.split(".")[0] in given or variable is None:
+        return message if named or not name else f"{name}: {message}"
+    if _SERVICE_LINK.match(os.environ[variable]):
+        return (
+            f"{variable} is {os.environ[variable]!r}, which Kubernetes sets for a Service of this name: rename the "
+            "Service, or set enableServiceLinks: false in the pod"
+        )
+    return f"{variable}: {message}"
 
 
 def _is_loopback(host: str) -> bool:
