@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, TypeVar, cast
+from typing import Annotated, ClassVar, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lattice_serve.engine.errors import InvalidParameter
 
@@ -16,6 +16,16 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 Strings = Annotated[list[str], Field(fail_fast=True)]
 Texts = str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+
+
+def _boolean(value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool):  # 0 equals False, in a Literal, too
+        raise ValueError("Input should be a valid boolean")
+    return value
+
+
+Off = Annotated[Literal[False], BeforeValidator(_boolean)]
+"""Of a field that is known and not served: `false` alone."""
 TEXTS = "give a string, a list of strings, a list of token ids or a list of lists of token ids"
 
 
