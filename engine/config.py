@@ -16,6 +16,8 @@ DType: TypeAlias = Literal["float32", "bfloat16"]
 SAVE_SECONDS = 60.0
 """In which an engine has to write its cached states, once its server is gone."""
 _GPU_STEP_TOKENS = 2048
+_LARGEST_VOCABULARY, _LARGEST_SIZE = 1 << 24, (1 << 31) - 1
+"""Above them files are damaged, and sizes overflow; tables of all tokens would take gigabytes."""
 
 
 class ModelConfig(BaseModel):
@@ -25,22 +27,30 @@ class ModelConfig(BaseModel):
 
     model_type: Literal["lattice"] = "lattice"
     architectures: tuple[Literal["LatticeForCausalLM"]] = ("LatticeForCausalLM",)
-    vocab_size: int = Field(ge=2)
-    hidden_size: int = Field(ge=1)
-    num_hidden_layers: int = Field(ge=1)
-    num_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    num_slots: int = Field(ge=1)
-    intermediate_size: int = Field(ge=1)
-    conv_kernel_size: int = Field(default=4, ge=1)
-    chunk_size: int = Field(default=16, ge=1)
+    vocab_size: int = Field(ge=2, le=_LARGEST_VOCABULARY)
+    hidden_size: int = Field(ge=1, le=_LARGEST_SIZE)
+    num_hidden_layers: int = Field(ge=1, le=_LARGEST_SIZE)
+    num_heads: int = Field(ge=1, le=_LARGEST_SIZE)
+    head_dim: int = Field(ge=1, le=_LARGEST_SIZE)
+    num_slots: int = Field(ge=1, le=_LARGEST_SIZE)
+    intermediate_size: int = Field(ge=1, le=_LARGEST_SIZE)
+    conv_kernel_size: int = Field(default=4, ge=1, le=_LARGEST_SIZE)
+    chunk_size: int = Field(default=16, ge=1, le=_LARGEST_SIZE)
     objective: Objective = "decoding"
     use_forget_gate: bool = True
-    norm_eps: float = Field(default=1e-6, gt=0)
+    norm_eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
     tie_word_embeddings: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    bos_token_id: int | None = Field(default=None, ge=0)
+    eos_token_id: int | None = Field(default=None, ge=0)
     torch_dtype: DType = "bfloat16"
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        for name in ("bos_token_id", "eos_token_id"):
+            token_id = getattr(self, name)
+            if token_id is not None and token_id >= self.vocab_size:
+                raise ValueError(f"{name} ({token_id}) must be below vocab_size ({self.vocab_size})")
+        return self
 
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
