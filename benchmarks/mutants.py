@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,12 @@ def outcome(run: Callable[[], object]) -> str:
 
 def load(folder: Path) -> None:
     """All that a server and its engine read of a folder."""
-    from lattice_serve.engine.config import ModelConfig
-    from lattice_serve.engine.tokenizer import Tokenizer
+    from lattice_serve.engine.models.registry import load_config
     from lattice_serve.engine.weights import load_model, pick_dtype
     from lattice_serve.server.template import ChatTemplate
 
-    config = ModelConfig.load(folder)
-    Tokenizer.load(folder, config.vocab_size)
+    config = load_config(folder)
+    config.tokenizer.load(folder, config.vocab_size)
     load_model(folder, dtype=pick_dtype("auto", config))
     ChatTemplate(folder)
 
@@ -216,7 +216,7 @@ def main() -> int:
         print("unchanged:", outcome(lambda: run(model)))
         for what, mutant in mutants(model, folder, options.count, options.seed):
             began = time.monotonic()
-            said = outcome(lambda mutant=mutant: run(mutant))  # type: ignore[misc]
+            said = outcome(partial(run, mutant))
             longest = max(longest, time.monotonic() - began)
             kinds[said.partition(":")[0]] += 1
             if said.startswith("WRONG"):
@@ -228,16 +228,14 @@ def main() -> int:
 def _tiny(folder: Path) -> Path:
     import torch
 
-    from lattice_serve.engine.config import ModelConfig
+    from lattice_serve.engine.models.lattice.config import LatticeConfig
     from lattice_serve.engine.weights import bundled_model, init_model
 
-    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 8, "num_slots": 5}
-    init_model(
-        ModelConfig(vocab_size=4096, intermediate_size=48, eos_token_id=1, **shape),
-        folder,
-        seed=0,
-        dtype=torch.bfloat16,
-    )
+    config = LatticeConfig(
+        vocab_size=4096, hidden_size=32, num_hidden_layers=1, num_heads=2, head_dim=8, num_slots=5,
+        intermediate_size=48, eos_token_id=1,
+    )  # fmt: skip
+    init_model(config, folder, seed=0, dtype=torch.bfloat16)
     shutil.copyfile(bundled_model() / "tokenizer.model", folder / "tokenizer.model")
     return folder
 

@@ -27,7 +27,7 @@ from lattice_serve.engine.errors import CacheFileError
 from lattice_serve.engine.prefix_cache import PrefixCache
 from lattice_serve.engine.radix_tree import Ids
 from lattice_serve.engine.tier import Snapshot
-from lattice_serve.kernels.compiled import sources_digest
+from lattice_serve.kernels.numba.cache import sources_digest
 
 _MAGIC = b"lattice-serve states 1\n"
 _READ = 1 << 20

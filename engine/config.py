@@ -1,73 +1,17 @@
-"""Configuration of the model and of the engine. Unknown fields are errors, each with a remedy."""
+"""Configuration of the engine. Unknown fields are errors."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lattice_serve.engine.errors import CheckpointError
-
-Objective: TypeAlias = Literal["decoding", "similarity", "encoding"]
 DType: TypeAlias = Literal["float32", "bfloat16"]
 
 SAVE_SECONDS = 60.0
 """In which an engine has to write its cached states, once its server is gone."""
 _GPU_STEP_TOKENS = 2048
-_LARGEST_VOCABULARY, _LARGEST_SIZE = 1 << 24, (1 << 31) - 1
-"""Above them files are damaged, and sizes overflow; tables of all tokens would take gigabytes."""
-
-
-class ModelConfig(BaseModel):
-    """`config.json` of a model folder. d is `head_dim`, m is `num_slots`, C is `chunk_size`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model_type: Literal["lattice"] = "lattice"
-    architectures: tuple[Literal["LatticeForCausalLM"]] = ("LatticeForCausalLM",)
-    vocab_size: int = Field(ge=2, le=_LARGEST_VOCABULARY)
-    hidden_size: int = Field(ge=1, le=_LARGEST_SIZE)
-    num_hidden_layers: int = Field(ge=1, le=_LARGEST_SIZE)
-    num_heads: int = Field(ge=1, le=_LARGEST_SIZE)
-    head_dim: int = Field(ge=1, le=_LARGEST_SIZE)
-    num_slots: int = Field(ge=1, le=_LARGEST_SIZE)
-    intermediate_size: int = Field(ge=1, le=_LARGEST_SIZE)
-    conv_kernel_size: int = Field(default=4, ge=1, le=_LARGEST_SIZE)
-    chunk_size: int = Field(default=16, ge=1, le=_LARGEST_SIZE)
-    objective: Objective = "decoding"
-    use_forget_gate: bool = True
-    norm_eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
-    tie_word_embeddings: bool = True
-    bos_token_id: int | None = Field(default=None, ge=0)
-    eos_token_id: int | None = Field(default=None, ge=0)
-    torch_dtype: DType = "bfloat16"
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        for name in ("bos_token_id", "eos_token_id"):
-            token_id = getattr(self, name)
-            if token_id is not None and token_id >= self.vocab_size:
-                raise ValueError(f"{name} ({token_id}) must be below vocab_size ({self.vocab_size})")
-        return self
-
-    @classmethod
-    def load(cls, folder: Path) -> ModelConfig:
-        """Read `config.json` of a model folder.
-
-        Raises `CheckpointError` when it is missing, is not JSON, or a field is missing, unknown or wrong.
-        """
-        path = folder / "config.json"
-        try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}: give a folder that holds a Lattice model") from error
-        except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
-            raise CheckpointError(f"{path}: {faults}") from error
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not JSON: {error}") from error
 
 
 class EngineConfig(BaseModel):

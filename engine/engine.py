@@ -12,13 +12,15 @@ import torch
 
 from lattice_serve.engine.backend import Backend, make_backend
 from lattice_serve.engine.bits import check_bits
-from lattice_serve.engine.config import EngineConfig, ModelConfig
+from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.drafter import Drafter
 from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError
 from lattice_serve.engine.grammar import Compiled, Grammars
 from lattice_serve.engine.memory import Memory
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit
+from lattice_serve.engine.models.base import ModelConfig
+from lattice_serve.engine.models.registry import load_config
 from lattice_serve.engine.pace import Pace
 from lattice_serve.engine.pooled import Pooled
 from lattice_serve.engine.prefix_cache import PrefixCache, cache_budgets
@@ -37,7 +39,6 @@ from lattice_serve.engine.tensor_parallel.share import Share
 from lattice_serve.engine.tensor_parallel.workers import Workers
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.engine.weights import load_model, pick_dtype
-from lattice_serve.kernels.mixer import StateLayout
 
 _COMPILE_SECONDS = 0.02
 """A step that has nothing but grammars to wait for takes that long: messages are read between steps."""
@@ -54,8 +55,8 @@ class Engine:
         # The kernels' threads are their own. Torch's would fight them, and the sampler's small work does not need any.
         torch.set_num_threads(1)
         self.config = config
-        model_config = ModelConfig.load(config.model)
-        self.tokenizer = Tokenizer.load(config.model, model_config.vocab_size)
+        model_config = load_config(config.model)
+        self.tokenizer = model_config.tokenizer.load(config.model, model_config.vocab_size)
         dtype = pick_dtype(config.dtype, model_config)
         self.workers: Workers | None = None
         """The processes that have the other shares of the model, if it is shared out."""
@@ -94,7 +95,7 @@ class Engine:
             model_name=Path(config.model).resolve().name,
             pid=os.getpid(),
             rows=self.pool.rows,
-            bytes_per_row=self.pool.layout.row_bytes * config.tensor_parallel_size,
+            bytes_per_row=self.pool.row_bytes * config.tensor_parallel_size,
             vocab_size=self.model.config.vocab_size,
             device=f"{config.device} ({backend.name})",
             dtype=config.quantization or str(dtype).removeprefix("torch."),
@@ -270,21 +271,20 @@ class Engine:
         self.model = load_model(config.model, device=device, dtype=dtype, progress=progress, share=share)
         if device.startswith("cuda"):
             torch.cuda.set_device(device)  # kernels and graphs run on the current one, wherever their tensors are
-        layout = StateLayout(self.model.shape, len(self.model.layers))
+        initial = self.model.initial_row()
         # Off the CPU's own kernels prompts are cut at chunks.
-        multiple = 1 if config.device == "cpu" and self.workers is None else model_config.chunk_size
-        rows = row_count(config, layout.row_bytes * share.size, multiple)
+        multiple = 1 if config.device == "cpu" and self.workers is None else model_config.chunk_alignment
+        rows = row_count(config, initial.nbytes * share.size, multiple)
         gather = None
         if self.workers is None:
-            self.pool = StatePool.of(self.model, rows, device)
+            self.pool = StatePool(initial, rows, device)
         else:
             group = self.workers.meet(device)
             self.workers.send(Reserve(rows))
-            self.pool = ShardedPool.of(self.model, rows, device, self.workers, group)
+            self.pool = ShardedPool(initial, rows, device, self.workers, group)
             gather = group.gather
         backend = make_backend(
             self.model,
-            layout,
             self.pool.memory,
             max_tokens=config.max_step_tokens,
             threads=threads,

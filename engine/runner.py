@@ -12,7 +12,7 @@ from lattice_serve.engine.backend import Backend
 from lattice_serve.engine.errors import NumericalError
 from lattice_serve.engine.sampler import Sampled, SampleRow, prompt_logprobs, start
 from lattice_serve.engine.scheduler import Piece
-from lattice_serve.kernels.mixer import Segments
+from lattice_serve.kernels.mixers.segments import Segments
 
 _NOTHING = slice(0, 0)
 

@@ -61,7 +61,7 @@ class Tokenizer:
         try:
             serialized = path.read_bytes()
         except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}: give a folder that holds a Lattice model") from error
+            raise CheckpointError(f"{path}: {error.strerror}: give a folder that holds a model") from error
         processor = SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(serialized)

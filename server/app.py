@@ -19,10 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 from starlette.middleware.cors import CORSMiddleware
 
-from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.errors import ConfigError, Draining
 from lattice_serve.engine.messages import Ready
-from lattice_serve.engine.tokenizer import Tokenizer
+from lattice_serve.engine.models.registry import load_config
 from lattice_serve.server import logs
 from lattice_serve.server.access import AccessLog
 from lattice_serve.server.connections import connection_limit
@@ -89,7 +88,8 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
     engine does not start.
     """
     logs.configure(settings.log_level)
-    tokenizer = Tokenizer.load(settings.model, ModelConfig.load(settings.model).vocab_size)
+    model_config = load_config(settings.model)
+    tokenizer = model_config.tokenizer.load(settings.model, model_config.vocab_size)
     metrics = ServerMetrics(settings.model_name, settings.replicas)
     replicas = [
         Replica(config, each, engine_command, settings.watchdog_seconds, cache_file)

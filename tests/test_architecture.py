@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,38 @@ def test_no_module_is_imported_by_its_folder_name() -> None:
         if name.split(".")[0] in MAY_IMPORT
     ]
     assert not wrong
+
+
+FAMILY_WORDS = re.compile(r"LatticeForCausalLM|LatticeConfig|num_slots|head_dim|chunk_size|MixerShape|StateLayout")
+
+
+def test_the_registry_alone_knows_a_model_family() -> None:
+    """Engine, server and clients name nothing of Lattice's own but in its module and the registry's line."""
+    own = ROOT / "engine" / "models"
+    allowed = {own / "registry.py", *(own / "lattice").rglob("*.py")}
+    wrong = []
+    for path in _modules("engine", "server", "clients"):
+        if path in allowed:
+            continue
+        family = (
+            f"{NAMESPACE}.engine.models.lattice",
+            f"{NAMESPACE}.kernels.mixers.lattice",
+            f"{NAMESPACE}.kernels.decoder",
+        )
+        wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in _imports(path) if name.startswith(family)]
+        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        wrong += [f"{path.relative_to(ROOT)}:{i}: {line.strip()}" for i, line in lines if FAMILY_WORDS.search(line)]
+    assert not wrong
+
+
+def test_reading_a_config_imports_no_torch() -> None:
+    """The server, which reads it, never computes."""
+    bundled = ROOT / "engine" / "bundled"
+    code = (
+        f"import sys; from pathlib import Path; from {NAMESPACE}.engine.models.registry import load_config; "
+        f"load_config(Path({str(bundled)!r})); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("module", ["engine/scheduler.py", "engine/sequence.py"])

@@ -17,7 +17,7 @@ from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.errors import CheckpointError, ConfigError, InvalidParameter, Overloaded
 from lattice_serve.engine.llm import Completion
 from lattice_serve.engine.messages import EngineStats, Pooling, RequestFailed
-from lattice_serve.engine.models.lattice import DenseOps, LatticeForCausalLM
+from lattice_serve.engine.models.lattice.model import DenseOps, LatticeForCausalLM
 from lattice_serve.engine.sequence import Sequence, Status
 from lattice_serve.engine.state_pool import MAX_ROWS
 from lattice_serve.engine.weights import load_model
@@ -58,7 +58,9 @@ def test_a_stop_string_may_end_with_a_character_that_is_never_complete(engine: E
 
 @pytest.fixture(scope="module")
 def reference(tiny_model: Path) -> LatticeForCausalLM:
-    return load_model(tiny_model, dtype=torch.float32).double()
+    model = load_model(tiny_model, dtype=torch.float32).double()
+    assert isinstance(model, LatticeForCausalLM)
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_each_mutant_loads_or_is_a_clear_error(model: Path, tmp_path: Path, seed: int) -> None:
-    said = {what: outcome(lambda mutant=mutant: load(mutant)) for what, mutant in mutants(model, tmp_path, 25, seed)}
+    said = {what: outcome(partial(load, mutant)) for what, mutant in mutants(model, tmp_path, 25, seed)}
     assert {what: text for what, text in said.items() if text.startswith("WRONG")} == {}
     assert sum(text.startswith("CheckpointError: ") for text in said.values()) > 5
 
