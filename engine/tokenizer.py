@@ -65,7 +65,7 @@ class Tokenizer:
         processor = SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(serialized)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # it quotes pieces in its errors, which may be no UTF-8
             raise CheckpointError(f"{path}: not a sentencepiece model: copy the file again") from error
         if vocab_size is not None and processor.vocab_size() > vocab_size:
             raise CheckpointError(

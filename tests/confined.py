@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -35,7 +36,7 @@ def read_only(*command: str, folders: tuple[str, ...] = ("/",)) -> list[str]:
 def _can_confine() -> bool:
     if os.geteuid() != 0 or not all(map(shutil.which, ("setpriv", "unshare", "mount"))):
         return False
-    tried = read_only(*as_nobody("test", "-r", __file__), folders=("/", MEMORY))
+    tried = read_only(*as_nobody(sys.executable, "-c", "import lattice_serve.engine"), folders=("/", MEMORY))
     return subprocess.run(tried, capture_output=True).returncode == 0
 
 
