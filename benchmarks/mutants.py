@@ -9,6 +9,7 @@ Each is loaded in a process of its own. Reported are the kinds of outcomes, and 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -213,6 +214,8 @@ def main() -> int:
         folder = Path(temporary)
         model = options.model or _tiny(folder / "model")
         run = start if options.start else load
+        if options.start:
+            importlib.import_module("lattice_serve.engine.engine")  # takes seconds, once
         print("unchanged:", outcome(lambda: run(model)))
         for what, mutant in mutants(model, folder, options.count, options.seed):
             began = time.monotonic()

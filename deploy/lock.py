@@ -1,7 +1,7 @@
 """Writes the lists of packages that the images install, with hashes: `python deploy/lock.py`. It needs uv.
 
-Versions are those of constraints.txt. torch is in none of them: its builds for CPUs and for each CUDA are other files, of
-an index that whoever builds an image chooses. Nor is what torch's builds for CUDA alone ask for.
+Versions are those of constraints.txt. torch is in none of them, nor is what its builds for CUDA alone ask for: whoever
+builds an image chooses the index of torch, and each has other files.
 """
 
 from __future__ import annotations
