@@ -10,16 +10,14 @@ from pathlib import Path
 
 import torch
 
-from lattice_serve.engine.backend import Backend, make_backend
-from lattice_serve.engine.bits import check_bits
+from lattice_serve.engine.assembly import assemble
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.drafter import Drafter
-from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError
+from lattice_serve.engine.errors import InvalidParameter, LatticeError, NumericalError, OutOfMemory
 from lattice_serve.engine.grammar import Compiled, Grammars
 from lattice_serve.engine.memory import Memory
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit
-from lattice_serve.engine.models.base import ModelConfig
 from lattice_serve.engine.models.registry import load_config
 from lattice_serve.engine.pace import Pace
 from lattice_serve.engine.pooled import Pooled
@@ -28,17 +26,12 @@ from lattice_serve.engine.processors import available_cpus
 from lattice_serve.engine.runner import Runner, Running
 from lattice_serve.engine.sampler import Sampled, SampleRow, TokenCounts, penalised
 from lattice_serve.engine.sampling import SamplingParams
+from lattice_serve.engine.scarcity import HEADROOM, check_room, reported
 from lattice_serve.engine.scheduler import Scheduler
 from lattice_serve.engine.sequence import Sequence, Status
-from lattice_serve.engine.state_pool import StatePool, row_count
 from lattice_serve.engine.taken import Taken
-from lattice_serve.engine.tensor_parallel.commands import Reserve
-from lattice_serve.engine.tensor_parallel.group import devices
-from lattice_serve.engine.tensor_parallel.sharded import ShardedBackend, ShardedPool
-from lattice_serve.engine.tensor_parallel.share import Share
-from lattice_serve.engine.tensor_parallel.workers import Workers
 from lattice_serve.engine.tokenizer import Tokenizer
-from lattice_serve.engine.weights import load_model, pick_dtype
+from lattice_serve.engine.weights import pick_dtype
 
 _COMPILE_SECONDS = 0.02
 """A step that has nothing but grammars to wait for takes that long: messages are read between steps."""
@@ -58,15 +51,9 @@ class Engine:
         model_config = load_config(config.model)
         self.tokenizer = model_config.tokenizer.load(config.model, model_config.vocab_size)
         dtype = pick_dtype(config.dtype, model_config)
-        self.workers: Workers | None = None
-        """The processes that have the other shares of the model, if it is shared out."""
-        try:
-            backend = self._open(model_config, dtype, threads, progress=progress, beside=beside)
-            self._check_fit(backend)
-            check_bits(backend, self.pool, model_config.vocab_size, config.max_step_tokens)
-        except BaseException:
-            self.close()
-            raise
+        self.model, self.pool, self.workers, backend = assemble(
+            config, model_config, dtype, threads, progress=progress, beside=beside
+        )
         self.runner = Runner(backend, self.pool.memory.device)
         self._overlaps = self.pool.memory.device.type == "cuda"
         """Whether a step runs on while `launch` returns."""
@@ -127,7 +114,14 @@ class Engine:
             )
 
     def submit(self, request: Submit) -> None:
-        """Queue a request. Raises `InvalidParameter` or `Overloaded`; then nothing was queued."""
+        """Queue a request. Raises `InvalidParameter`, `Overloaded` or `OutOfMemory`; then nothing was queued."""
+        try:
+            self._submit(request)
+        except (MemoryError, RuntimeError) as error:
+            self._compiling.pop(request.request_id, None)
+            raise self._scarce(error) from error
+
+    def _submit(self, request: Submit) -> None:
         params, vocab_size = request.params, self.model.config.vocab_size
         if request.request_id in self._sequences:
             raise InvalidParameter(f"request {request.request_id} runs already: give every request an id of its own")
@@ -180,12 +174,16 @@ class Engine:
     def launch(self) -> None:
         """Schedule and run a step. It is there when `collect` returns, and on the CPU when this does."""
         self._failures += self._queue_compiled()
-        self.memory.move(self.scheduler.assign(), self.scheduler.running)
+        lost = self.memory.move(self.scheduler.assign(), self.scheduler.running)
+        self._failures += [self._fail(sequence, reported(MemoryError())) for sequence in lost]
         decoding = self.scheduler.decoding
         pieces = self.scheduler.schedule(self._pace.tokens(decoding), self._pace.kept_tokens(decoding))
         self.memory.hold(pieces)
         self._began = time.monotonic()
-        self._running = self.runner.launch(pieces) if pieces else None
+        try:
+            self._running = self.runner.launch(pieces) if pieces else None
+        except (MemoryError, RuntimeError) as error:
+            self._failures += [self._fail(piece.sequence, self._scarce(error)) for piece in pieces]
         self._steps += bool(pieces)
         self._step_tokens = self._running.tokens if self._running else 0
         if not self._overlaps:
@@ -204,7 +202,9 @@ class Engine:
             if not piece.decodes:
                 self._prompt_tokens += min(piece.end, len(sequence.prompt_ids)) - piece.start
             if result.error is not None:
-                self._failures.append(self._fail(sequence, result.error))
+                numerical = isinstance(result.error, NumericalError)
+                if not numerical or not self.memory.distrust(sequence):
+                    self._failures.append(self._fail(sequence, result.error))
                 continue
             if piece.draft:
                 self._drafted += len(piece.draft)
@@ -223,12 +223,20 @@ class Engine:
                 assert sequence.params.grammar is not None
                 self.grammars.discard(sequence.params.grammar)
                 self._failures.append(self._fail(sequence, error))
+            except (MemoryError, RuntimeError) as error:
+                self._failures.append(self._fail(sequence, self._scarce(error)))
 
     def emit(self) -> StepOutputs:
         """What has been collected and not been emitted yet."""
         taken, self._taken = self._taken, []
         failures, self._failures = self._failures, []
-        return StepOutputs(outputs=[each.output() for each in taken], failures=failures, stats=self.stats())
+        outputs = []
+        for each in taken:
+            try:
+                outputs.append(each.output())
+            except (MemoryError, RuntimeError) as error:
+                failures.append(self._fail(each.sequence, self._scarce(error)))
+        return StepOutputs(outputs=outputs, failures=failures, stats=self.stats())
 
     def tidy(self) -> bool:
         """Put states away for some milliseconds, between steps, best when the outputs of one are out. Where it returns
@@ -259,54 +267,6 @@ class Engine:
             cache_outcomes=dict(self.cache.outcomes),
         )
 
-    def _open(
-        self, model_config: ModelConfig, dtype: torch.dtype, threads: int, *, progress: bool, beside: bool
-    ) -> Backend:
-        """Load the model, or this process's share of it, and make its state rows and what runs it."""
-        config, share = self.config, Share(0, self.config.tensor_parallel_size)
-        share.config(model_config)  # whether it can be shared out, before others are started
-        device = devices(config.device, share.size)[0]
-        if share.size > 1:
-            self.workers = Workers(config)
-        self.model = load_model(config.model, device=device, dtype=dtype, progress=progress, share=share)
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)  # kernels and graphs run on the current one, wherever their tensors are
-        initial = self.model.initial_row()
-        # Off the CPU's own kernels prompts are cut at chunks.
-        multiple = 1 if config.device == "cpu" and self.workers is None else model_config.chunk_alignment
-        rows = row_count(config, initial.nbytes * share.size, multiple)
-        gather = None
-        if self.workers is None:
-            self.pool = StatePool(initial, rows, device)
-        else:
-            group = self.workers.meet(device)
-            self.workers.send(Reserve(rows))
-            self.pool = ShardedPool(initial, rows, device, self.workers, group)
-            gather = group.gather
-        backend = make_backend(
-            self.model,
-            self.pool.memory,
-            max_tokens=config.max_step_tokens,
-            threads=threads,
-            beside=beside,
-            quantization=config.quantization,
-            gather=gather,
-        )
-        return backend if self.workers is None else ShardedBackend(backend, self.workers, share.size)
-
-    def _check_fit(self, backend: Backend) -> None:
-        """Raises `ConfigError` where a prompt could not move on beside all the other rows, or for drafts where only one
-        token at a time is decoded."""
-        if self.config.speculative_tokens and backend.multiple > 1:
-            raise ConfigError("speculative_tokens are for the CPU: leave them out", param="speculative_tokens")
-        need = self.pool.rows - 1 + backend.multiple
-        if self.config.max_step_tokens < need:
-            raise ConfigError(
-                f"max_step_tokens is {self.config.max_step_tokens}: give {need} or more, for {self.pool.rows} rows and "
-                f"chunks of {backend.multiple} tokens, or lower max_rows",
-                param="max_step_tokens",
-            )
-
     def _warm_up(self) -> None:
         """Compile what compiles at its first call, on a row that is then scrubbed: no request waits for it."""
         params = SamplingParams(max_tokens=1, temperature=0)
@@ -331,10 +291,11 @@ class Engine:
             ends = self._ends(row.params.stop_token_ids, row.params.ignore_eos)
             try:
                 compiled = self._compiling[request_id].result()
+                check_room(HEADROOM // 4 + compiled.bytes)  # where Rust finds none, it ends the process
                 row.matcher = self.grammars.matcher(compiled, ends, grammar.param)
                 self.scheduler.add(sequence)
-            except LatticeError as error:
-                failures.append(self._fail(sequence, error))
+            except (LatticeError, MemoryError, RuntimeError) as error:
+                failures.append(self._fail(sequence, self._scarce(error)))
             else:
                 del self._compiling[request_id]
         return failures
@@ -381,8 +342,16 @@ class Engine:
             self.memory.keep_answer(sequence)
             self._finish(sequence)
 
+    def _scarce(self, error: Exception) -> LatticeError:
+        """What to tell of an error that a request has met; where it is of memory, the cache gives up its own."""
+        known = reported(error)
+        if isinstance(known, OutOfMemory):
+            self.memory.give_way()
+        return known
+
     def _fail(self, sequence: Sequence, error: LatticeError) -> RequestFailed:
-        self._finish(sequence)
+        if sequence.status is not Status.FINISHED:
+            self._finish(sequence)
         return failure(sequence.request_id, error)
 
     def _finish(self, sequence: Sequence) -> None:

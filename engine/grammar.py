@@ -20,6 +20,7 @@ from torch import Tensor
 from lattice_serve.engine.compiler import Compiler, Trial, error_of
 from lattice_serve.engine.errors import EngineUnavailable, InvalidParameter, Overloaded
 from lattice_serve.engine.sampling import Grammar
+from lattice_serve.engine.scarcity import HEADROOM, check_room
 from lattice_serve.engine.tokenizer import Tokenizer
 
 MAX_CACHED = 64
@@ -99,9 +100,10 @@ class Grammars:
             verdict = self._trial(grammar)
             if verdict.error:
                 return Compiled(error=verdict.error)
+            check_room(HEADROOM // 4 + verdict.bytes)  # where Rust finds none, it ends the process
             if self._compiler is None:
                 self._compiler = Compiler(self._tokenizer)
-            return Compiled(self._compiler.compile(grammar), bytes=verdict.bytes)
+            return Compiled(self._compiler.compile(verdict.source), bytes=verdict.bytes)
         except Exception as error:  # of one request: the engine goes on
             print(f"engine: a grammar could not be tried: {error}", file=sys.stderr)
             return Compiled()

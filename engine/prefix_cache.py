@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from typing import Literal, TypeAlias
 
@@ -41,6 +42,8 @@ class PrefixCache:
         self._trees: dict[str, RadixTree[Snapshot]] = {}
         self.outcomes: defaultdict[str, int] = defaultdict(int)
         """Look-ups so far, by `Outcome`."""
+        self.added = 0
+        """Snapshots so far."""
 
     @property
     def enabled(self) -> bool:
@@ -96,14 +99,19 @@ class PrefixCache:
             return None
         tree = self._trees.setdefault(salt, RadixTree())
         node = tree.node(_array(ids), None if after is None else after.node)
-        if node.value is not None and (node.value.logits is not None or logits is None):
+        first, copied = self._tiers[0], None
+        if logits is not None and (node.value is None or node.value.logits is None):
+            with suppress(MemoryError):  # then the state is kept without them
+                copied = first.copy(logits)
+        if node.value is not None and copied is None:
             self.renew(node.value)
             return node.value
+        length = len(ids) + (0 if after is None else after.length)
         if node.value is not None:
             self._tier(node.value).remove(node.value)
-        first, length = self._tiers[0], len(ids) + (0 if after is None else after.length)
-        snapshot = node.value = Snapshot(row, length, None if logits is None else first.copy(logits), salt, node)
+        snapshot = node.value = Snapshot(row, length, copied, salt, node)
         first.add(snapshot)
+        self.added += 1
         self._shrink()
         if not lent:
             self.settle(snapshot)
@@ -113,9 +121,16 @@ class PrefixCache:
         return any(snapshot in tier for tier in self._tiers)
 
     def settle(self, snapshot: Snapshot) -> None:
-        """Copy a row that was lent, if the snapshot is still there: its owner may do with it what it likes then."""
-        if snapshot.lent and snapshot in self:
-            self._tier(snapshot).settle(snapshot)
+        """Copy a row that was lent, if the snapshot is still there: its owner may do with it what it likes then. Where
+        there is no memory for it, others that were not used for longer make room."""
+        while snapshot.lent and snapshot in self:
+            tier = self._tier(snapshot)
+            try:
+                tier.settle(snapshot)
+            except MemoryError:
+                oldest = next((each for each in tier.snapshots.values() if not each.lent), snapshot)
+                tier.remove(oldest)
+                self._drop(oldest)
 
     def ready(self, rows: int) -> bool:
         """Whether so many rows could be settled without new memory, as far as the budget goes."""
@@ -133,8 +148,25 @@ class PrefixCache:
         """Count a snapshot that is kept as used just now."""
         self._tier(snapshot).snapshots.move_to_end(id(snapshot))
 
+    def discard(self, salt: str, ids: Sequence[int]) -> None:
+        """Forget every snapshot that these tokens begin with: one of them has turned out to be no good."""
+        tree = self._trees.get(salt)
+        for _, node in tree.path(_array(ids))[0] if tree is not None else ():
+            assert node.value is not None
+            self._tier(node.value).remove(node.value)
+            self._drop(node.value)
+
+    def give_way(self) -> None:
+        """Give all memory back, for what needs it more. What is lent is its owner's again."""
+        self._forget_all()
+        for tier in self._tiers:
+            tier.give_way()
+
     def clear(self) -> None:
         self.outcomes.clear()
+        self._forget_all()
+
+    def _forget_all(self) -> None:
         self._trees.clear()
         for tier in self._tiers:
             for snapshot in list(tier.snapshots.values()):
@@ -161,10 +193,11 @@ class PrefixCache:
             while tier.snapshots and tier.used + (0 if following else _TOKEN_BYTES * self._tokens) > tier.budget:
                 oldest = next(iter(tier.snapshots.values()))
                 if following:
-                    tier.move(oldest, following)
-                else:
-                    tier.remove(oldest)
-                    self._drop(oldest)
+                    with suppress(MemoryError):
+                        tier.move(oldest, following)
+                        continue
+                tier.remove(oldest)
+                self._drop(oldest)
 
     def _drop(self, snapshot: Snapshot) -> None:
         tree = self._trees[snapshot.salt]

@@ -18,6 +18,7 @@ from lattice_serve.engine.messages import Submit, TokenOutput
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.server.engine_client import Generation
+from lattice_serve.server.event_json import event_json
 from lattice_serve.server.schemas.generation import GenerationRequest, Usage
 from lattice_serve.server.services import Services
 from lattice_serve.server.stream import EventStream, until_disconnect
@@ -126,7 +127,7 @@ class Answer(ABC, Generic[R, C]):
         )
 
     def _chunk(self, choices: list[C], usage: Usage | msgspec.UnsetType | None = msgspec.UNSET) -> bytes:
-        return _encode(self.chunk_type(**self._head, choices=choices, usage=usage))
+        return event_json(self.chunk_type(**self._head, choices=choices, usage=usage))
 
 
 def check(services: Services, request: GenerationRequest) -> None:

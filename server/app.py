@@ -26,6 +26,7 @@ from lattice_serve.server import logs
 from lattice_serve.server.access import AccessLog
 from lattice_serve.server.connections import connection_limit
 from lattice_serve.server.errors import install_handlers
+from lattice_serve.server.head import HeadAsGet
 from lattice_serve.server.limits import Limits
 from lattice_serve.server.metrics import ServerMetrics
 from lattice_serve.server.protocol import bounded
@@ -40,8 +41,6 @@ log = structlog.get_logger(__name__)
 
 _FLUSH_SECONDS = 2
 _BACKLOG = 2048
-_IDLE_CONNECTION_SECONDS = 75
-"""Longer than common clients keep an idle connection, so that they do not send into one that just closed."""
 
 
 def create_app(services: Services) -> FastAPI:
@@ -61,6 +60,7 @@ def create_app(services: Services) -> FastAPI:
         app.include_router(module.router)
     install_handlers(app)
     settings = services.settings
+    app.add_middleware(HeadAsGet)
     # The one added last is outermost. Errors of the limits, too, must be readable for pages of allowed origins.
     app.add_middleware(
         Limits,
@@ -88,17 +88,17 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
     engine does not start.
     """
     logs.configure(settings.log_level)
-    model_config = load_config(settings.model)
-    tokenizer = model_config.tokenizer.load(settings.model, model_config.vocab_size)
+    model = load_config(settings.model)
+    tokenizer = model.tokenizer.load(settings.model, model.vocab_size)
     metrics = ServerMetrics(settings.model_name, settings.replicas)
     replicas = [
-        Replica(config, each, engine_command, settings.watchdog_seconds, cache_file)
-        for config, each, cache_file in zip(
-            settings.engine_configs(), metrics.engines, settings.cache_files(), strict=True
+        Replica(config, each, engine_command, settings.watchdog_seconds, cache_options)
+        for config, each, cache_options in zip(
+            settings.engine_configs(), metrics.engines, settings.cache_options(), strict=True
         )
     ]
     router = Router(replicas, max_waiting=settings.max_waiting)
-    services = Services(settings, router, tokenizer, ChatTemplate(settings.model), metrics)
+    services = Services(settings, router, tokenizer, ChatTemplate(settings.model), metrics, model.hidden_size)
     with _listen(settings) as listener:
         address = _url(listener)
         for replica in replicas:
@@ -126,7 +126,7 @@ class _Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_keep_alive=_IDLE_CONNECTION_SECONDS,
+            timeout_keep_alive=services.settings.idle_connection_seconds,  # type: ignore[arg-type]  # a delay
             timeout_graceful_shutdown=_FLUSH_SECONDS,
         )
         super().__init__(config)
@@ -156,8 +156,11 @@ class _Server(uvicorn.Server):
 
 def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    both = settings.host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=_BACKLOG)
+        return socket.create_server(
+            (settings.host, settings.port), family=family, backlog=_BACKLOG, dualstack_ipv6=both
+        )
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {settings.host} port {settings.port}: {error.strerror}: choose another host or port",

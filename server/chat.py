@@ -38,6 +38,8 @@ from lattice_serve.server.tool_calls import ToolCallParser
 
 MAX_DEPTH = 100
 """Of objects and lists in each other, in what a chat template gets."""
+MAX_ARGUMENTS_DEPTH = MAX_DEPTH // 2
+"""Of them in the arguments of a call; deeper ones are given to the template as text."""
 
 
 class ChatAnswer(Answer[ChatRequest, ChunkChoice]):
@@ -82,7 +84,11 @@ async def prompt_ids(services: Services, request: ChatPrompt) -> array[int]:
         messages[-1]["content"] += end
     tools = [tool.model_dump(exclude_none=True) for tool in request.offered_tools]
     # Names of control pieces in what a client gives are text: only the template's own are more.
-    given = _unmarked(tokenizer, {**(request.chat_template_kwargs or {}), "messages": messages, "tools": tools or None})
+    given = {
+        **_unmarked(tokenizer, request.chat_template_kwargs or {}, "chat_template_kwargs"),
+        "messages": _unmarked(tokenizer, messages, "messages"),
+        "tools": _unmarked(tokenizer, tools, "tools") or None,
+    }
     text = await template.render(
         {
             "bos_token": tokenizer.bos_token or "",
@@ -97,40 +103,61 @@ async def prompt_ids(services: Services, request: ChatPrompt) -> array[int]:
             raise InvalidParameter(
                 "continue_final_message: the chat template leaves the last message out", param="continue_final_message"
             )
-    ids = await services.encode_marked(text)
+    try:
+        ids = await services.encode_marked(text)
+    except InvalidParameter as error:
+        raise InvalidParameter(f"messages: what the chat template makes of them: {error}", param="messages") from error
     if not ids:
         raise InvalidParameter("messages: the chat template makes no text of them", param="messages")
     return ids
 
 
 def _variables(message: Message, knows_developers: bool) -> dict[str, Any]:
-    """A message as templates expect it: content a string, arguments of calls parsed."""
-    variables: dict[str, Any] = message.model_dump(exclude_none=True)
-    variables["content"] = message.content or ""
+    """A message as templates expect it: content a string, arguments of calls objects."""
+    variables: dict[str, Any] = message.model_dump(exclude_none=True, exclude={"refusal"})
+    variables["content"] = message.content or message.refusal or ""
     if message.role == "developer" and not knows_developers:
         variables["role"] = "system"
     for call in variables.get("tool_calls", ()):
-        try:
-            call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
-        except (ValueError, RecursionError) as error:
-            raise InvalidParameter(
-                f"messages: arguments of a tool call are no JSON: {error}", param="messages"
-            ) from error
+        call["function"]["arguments"] = _arguments(call["function"]["arguments"])
     return variables
 
 
-def _unmarked(tokenizer: Tokenizer, value: Any, depth: int = 0) -> Any:
-    """`value` with no name of a control piece in its strings."""
+def _arguments(text: str) -> dict[str, Any] | str:
+    """The object that is written as `text`, or the text itself: a call may have been cut, or be wrong."""
+    if text.strip() in ("", "null"):
+        return {}
+    try:
+        value = json.loads(text)
+        if not isinstance(value, dict) or _is_deeper(value, MAX_ARGUMENTS_DEPTH):
+            return text
+        if "\\u" in text:  # which can write half a character, and no text holds that
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return text
+    return value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether `value` has more than so many levels of objects and lists."""
+    if not isinstance(value, dict | list):
+        return False
+    children = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(child, levels - 1) for child in children)
+
+
+def _unmarked(tokenizer: Tokenizer, value: Any, param: str, depth: int = 0) -> Any:
+    """`value` with no name of a control piece in its strings. param: the field that it is of."""
     if depth > MAX_DEPTH:
         raise InvalidParameter(
-            f"messages: objects and lists are nested more than {MAX_DEPTH} deep: give flatter ones", param="messages"
+            f"{param}: objects and lists are nested more than {MAX_DEPTH} deep: give flatter ones", param=param
         )
     if isinstance(value, str):
         return tokenizer.unmark(value)
     if isinstance(value, list):
-        return [_unmarked(tokenizer, each, depth + 1) for each in value]
+        return [_unmarked(tokenizer, each, param, depth + 1) for each in value]
     if isinstance(value, dict):
-        return {tokenizer.unmark(key): _unmarked(tokenizer, each, depth + 1) for key, each in value.items()}
+        return {tokenizer.unmark(key): _unmarked(tokenizer, each, param, depth + 1) for key, each in value.items()}
     return value
 
 
@@ -164,7 +191,9 @@ class _Choice:
             parts[0].logprobs = ChatLogprobs([self._score(output.logprob)])
         if not self._begun:
             self._begun = True
-            parts.insert(0, ChunkChoice(self._index, Delta(role="assistant", content="")))
+            # As OpenAI has it: no content where a call comes, or may still.
+            content = None if self._parser is not None and not parts[0].delta.content else ""
+            parts.insert(0, ChunkChoice(self._index, Delta(role="assistant", content=content)))
         if output.finish_reason is not None:
             parts.append(ChunkChoice(self._index, Delta(), None, self._finish_reason(output), output.stop_reason))
         return parts
@@ -185,7 +214,7 @@ class _Choice:
         deltas = self._parser.feed(text)
         if last:
             deltas += self._parser.finish()
-        return deltas or [Delta(content="")]
+        return deltas or [Delta()]
 
     def _finish_reason(self, output: TokenOutput) -> ChatFinishReason | None:
         called = self._parser is not None and self._parser.calls > 0
@@ -220,7 +249,7 @@ def _joined(parts: list[ChunkChoice]) -> ChatChoice:
     last = parts[-1]
     return ChatChoice(
         last.index,
-        AnswerMessage(None if calls and not content.strip() else content, calls or msgspec.UNSET),
+        AnswerMessage(content or (None if calls else ""), calls or msgspec.UNSET),
         ChatLogprobs(scores) if scores else None,
         last.finish_reason,
         last.stop_reason,

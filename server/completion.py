@@ -13,7 +13,7 @@ from lattice_serve.engine.messages import TokenLogprob, TokenOutput
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.server.answer import LOWEST_LOGPROB, Answer, check
 from lattice_serve.server.schemas.completions import Choice, Completion, CompletionRequest, Logprobs, PromptLogprob
-from lattice_serve.server.services import Services
+from lattice_serve.server.services import Services, one_by_one
 
 
 class CompletionAnswer(Answer[CompletionRequest, Choice]):
@@ -32,7 +32,8 @@ class CompletionAnswer(Answer[CompletionRequest, Choice]):
     async def prepare(cls, services: Services, request: CompletionRequest) -> CompletionAnswer:
         check(services, request)
         services.admit(len(request.prompts) * request.candidates)
-        return cls(services, request, [await _read(services, request, prompt) for prompt in request.prompts])
+        prompts = [await _read(services, request, prompt) async for prompt in one_by_one(request.prompts)]
+        return cls(services, request, prompts)
 
     def parts(self, index: int, output: TokenOutput) -> list[Choice]:
         return [self._candidates[index].part(output)]

@@ -6,33 +6,53 @@ import base64
 import math
 import sys
 from array import array
+from typing import cast
 
+import msgspec
+
+from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.engine.messages import Submit
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.tokenizer import Tokenizer
-from lattice_serve.server.schemas.base import each
-from lattice_serve.server.schemas.embeddings import Embedding, EmbeddingRequest, Embeddings, EmbeddingUsage
-from lattice_serve.server.services import Services
+from lattice_serve.server.schemas.embeddings import (
+    MAX_INPUT_TOKENS,
+    Embedding,
+    EmbeddingRequest,
+    Embeddings,
+    EmbeddingUsage,
+)
+from lattice_serve.server.services import Services, one_by_one
 
 
 async def embed(services: Services, request: EmbeddingRequest) -> Embeddings:
     """Raises the error that says why the request cannot be served, or not now."""
     services.check_model(request.model)
-    texts = each(request.input, "input")
-    services.admit(len(texts), "input")
-    prompts = [await _ids(services, text) for text in texts]
-    services.admit(len(texts), "input")  # Again: others may have come in while the texts were tokenized.
+    size = services.embedding_size
+    if request.dimensions not in (None, size):
+        raise InvalidParameter(
+            f"dimensions is {request.dimensions}: the model's vectors have {size} numbers: give that, or leave it out",
+            param="dimensions",
+        )
+    texts = request.texts
+    services.admit(len(texts))
+    prompts = [await _ids(services, text) async for text in one_by_one(texts)]
+    tokens = sum(map(len, prompts))
+    if tokens > MAX_INPUT_TOKENS:
+        raise InvalidParameter(
+            f"input has {tokens} tokens: give at most {MAX_INPUT_TOKENS} in one request", param="input"
+        )
+    services.admit(len(texts))  # Again: others may have come in while the texts were tokenized.
     params = SamplingParams(max_tokens=0)
     requests = [Submit("", ids, params, pooling=request.pooling or "mean") for ids in prompts]
-    data: list[Embedding] = []
+    # Written one by one: 2048 long vectors at once would hold up other requests for as long as that takes.
+    data = [msgspec.Raw()] * len(prompts)
     with services.router.generate(requests) as generation:
         async for index, output in generation:
             assert output.embedding is not None, "the engine was asked for a vector"
             vector = _unit(output.embedding)
-            data.append(Embedding(index, _base64(vector) if request.encoding_format == "base64" else vector))
-    data.sort(key=lambda embedding: embedding.index)
-    tokens = sum(map(len, prompts))
-    return Embeddings(data, services.settings.model_name, EmbeddingUsage(tokens, tokens))
+            embedding = Embedding(index, _base64(vector) if request.encoding_format == "base64" else vector)
+            data[index] = msgspec.Raw(msgspec.json.encode(embedding))
+    return Embeddings(cast("list[Embedding]", data), services.settings.model_name, EmbeddingUsage(tokens, tokens))
 
 
 async def _ids(services: Services, text: str | list[int]) -> array[int]:

@@ -6,7 +6,8 @@ import asyncio
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn._types import ASGISendEvent
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from lattice_serve.engine.errors import EngineUnavailable, LatticeError, RequestError
 from lattice_serve.server.connections import PROVEN, Connections
@@ -36,6 +37,38 @@ class BadHead(RequestError):
 
 class UnknownCoding(RequestError):
     status = _NOT_IMPLEMENTED
+
+
+class _UnchunkedCycle(RequestResponseCycle):
+    """An answer to a client of HTTP/1.0, which knows no chunks: a body of unknown length ends with the connection."""
+
+    _until_close = False
+
+    async def send(self, message: ASGISendEvent) -> None:
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message["headers"]}
+            if b"content-length" not in names and self.scope["method"] != "HEAD":
+                self._until_close = self.response_started = True
+                lines = [b"%b: %b\r\n" % header for header in (*self.default_headers, *message["headers"])]
+                head = STATUS_LINE[message["status"]] + b"".join(lines) + b"connection: close\r\n\r\n"
+                self.transport.write(head)
+                return
+        elif self._until_close and message["type"] == "http.response.body":
+            await self._write(message.get("body", b""), last=not message.get("more_body", False))
+            return
+        await super().send(message)
+
+    async def _write(self, body: bytes, *, last: bool) -> None:
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected or self.response_complete:
+            return
+        self.transport.write(body)
+        if last:
+            self.response_complete = True
+            self.message_event.set()
+            self.transport.close()
+            self.on_response()
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -93,6 +126,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         # The application sees this scope when it is its turn, which is later.
         self.scope["extensions"] = {PROVEN: {"call": lambda: self.open_connections.prove(self)}}
+        if self.scope["http_version"] == "1.0":
+            self.cycle.__class__ = _UnchunkedCycle  # which uvicorn makes itself, and asks nobody
 
     def on_body(self, body: bytes) -> None:
         self._pending = 0

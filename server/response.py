@@ -10,13 +10,16 @@ from typing import Any
 
 import msgspec
 
-from lattice_serve.engine.errors import InvalidParameter
+from lattice_serve.engine.errors import InvalidParameter, LatticeError
 from lattice_serve.server.chat import ChatAnswer
-from lattice_serve.server.schemas.chat import ChunkChoice
+from lattice_serve.server.errors import error_type
+from lattice_serve.server.event_json import event_json
+from lattice_serve.server.schemas.chat import ChunkChoice, TokenScore
 from lattice_serve.server.schemas.responses import (
     OutputCall,
     OutputMessage,
     OutputText,
+    ResponseError,
     ResponseObject,
     ResponseRequest,
     ResponseUsage,
@@ -38,14 +41,38 @@ async def respond(services: Services, request: ResponseRequest, salt: str) -> by
     return body
 
 
-async def stream(services: Services, request: ResponseRequest, salt: str) -> AsyncGenerator[bytes, None]:
-    """Its events, as they are sent."""
-    number = 0
-    async with aclosing(_events(services, request, salt)) as events:
-        async for event in events:
-            data = _encode({**event, "sequence_number": number})
-            number += 1
-            yield b"event: " + event["type"].encode() + b"\ndata: " + data
+class ResponseStream:
+    """The events of a response as they are sent, and those that tell of its failure."""
+
+    def __init__(self, services: Services, request: ResponseRequest, salt: str) -> None:
+        self._events = _events(services, request, salt)
+        self._response: ResponseObject | None = None
+        """As it is now, once it has begun."""
+        self._number = 0
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        async with aclosing(self._events) as events:
+            async for event in events:
+                self._response = event.get("response", self._response)
+                yield self._written(event)
+
+    def failed(self, error: LatticeError) -> bytes:
+        """What ends the stream: OpenAI's `error` event, and `response.failed` where it has begun."""
+        fault = ResponseError.of(error)
+        told = {"code": fault.code, "message": error.message, "param": error.param}
+        # Of two clients, one looks for these in the event, as it is documented, and the other in its `error`.
+        events: list[dict[str, Any]] = [{"type": "error", **told, "error": {"type": error_type(error.status), **told}}]
+        if self._response is not None:
+            self._response.status, self._response.error = "failed", fault
+            for item in self._response.output:
+                item.status = "incomplete" if item.status == "in_progress" else item.status
+            events.append({"type": "response.failed", "response": self._response})
+        return b"".join(self._written(event) + b"\n\n" for event in events)
+
+    def _written(self, event: dict[str, Any]) -> bytes:
+        data = event_json({**event, "sequence_number": self._number})
+        self._number += 1
+        return b"event: %b\ndata: %b" % (event["type"].encode(), data)
 
 
 async def _events(services: Services, request: ResponseRequest, salt: str) -> AsyncGenerator[dict[str, Any], None]:
@@ -85,7 +112,7 @@ async def _told(services: Services, request: ResponseRequest, salt: str) -> Asyn
                 for event in writer.add(choice):
                     yield event
     complete = reason != "length"
-    for event in writer.close("completed" if complete else "incomplete"):
+    for event in writer.end("completed" if complete else "incomplete"):
         yield event
     usage = answer.usage()
     response.usage = ResponseUsage(
@@ -105,19 +132,18 @@ class _Writer:
         self._output = response.output = []
         self._open = False
         """Whether the last item is being written."""
+        self._scores: list[TokenScore] = []
+        """Of tokens whose text is held back: it may become a message, or a call, which has no place for them."""
 
     def add(self, choice: ChunkChoice) -> Iterator[dict[str, Any]]:
         """The events of the next choice of a chunk."""
         delta = choice.delta
+        if choice.logprobs:
+            self._scores += choice.logprobs.content
         if delta.content:
-            if not (self._open and isinstance(self._output[-1], OutputMessage)):
-                yield from self._begin(OutputMessage(f"msg_{uuid.uuid4().hex}"))
-            scores = choice.logprobs.content if choice.logprobs else []
-            part = self._text
-            part.text += delta.content
-            part.logprobs += scores
-            yield self._event("output_text.delta", content_index=0, delta=delta.content, logprobs=scores)
+            yield from self._write(delta.content)
         for call in delta.tool_calls or ():
+            self._scores = []
             if call.id:
                 name = call.function.name or ""
                 yield from self._begin(OutputCall(f"fc_{uuid.uuid4().hex}", call.id, name))
@@ -127,7 +153,24 @@ class _Writer:
             if call.function.arguments:
                 yield self._event("function_call_arguments.delta", delta=call.function.arguments)
 
-    def close(self, status: str = "completed") -> Iterator[dict[str, Any]]:
+    def end(self, status: str) -> Iterator[dict[str, Any]]:
+        """End the answer. One without a text and calls is an empty message."""
+        if not self._output or (self._scores and isinstance(self._output[-1], OutputMessage)):
+            yield from self._write("")
+        yield from self._close(status)
+
+    def _write(self, text: str) -> Iterator[dict[str, Any]]:
+        """Add to the message, the scores held back with it."""
+        if not (self._open and isinstance(self._output[-1], OutputMessage)):
+            yield from self._begin(OutputMessage(f"msg_{uuid.uuid4().hex}"))
+        scores, self._scores = self._scores, []
+        part = self._text
+        part.text += text
+        part.logprobs += scores
+        if text or scores:
+            yield self._event("output_text.delta", content_index=0, delta=text, logprobs=scores)
+
+    def _close(self, status: str = "completed") -> Iterator[dict[str, Any]]:
         """End the item that is being written, if one is."""
         if not self._open:
             return
@@ -159,7 +202,7 @@ class _Writer:
         return item.content[0]
 
     def _begin(self, item: OutputMessage | OutputCall) -> Iterator[dict[str, Any]]:
-        yield from self.close()
+        yield from self._close()
         self._output.append(item)
         self._open = True
         yield self._item_event("output_item.added")

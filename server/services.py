@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 
-from lattice_serve.engine.errors import Draining, EngineUnavailable, InvalidParameter, ModelNotFound, Overloaded
+from lattice_serve.engine.errors import Draining, EngineUnavailable, ModelNotFound, Overloaded
 from lattice_serve.engine.messages import Ready
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.server.metrics import ServerMetrics
@@ -27,6 +27,7 @@ _INLINE_LENGTH = 4096
 
 A = TypeVar("A", bound=Sequence[object])
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Services:
     tokenizer: Tokenizer
     template: ChatTemplate
     metrics: ServerMetrics
+    embedding_size: int
+    """Numbers in the vector of a text."""
     responses: ResponseStore = field(default_factory=ResponseStore)
     draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
@@ -52,18 +55,16 @@ class Services:
             raise EngineUnavailable("the engine is starting: try again in a few seconds")
         return self.router.ready
 
-    def admit(self, sequences: int, param: str = "n") -> None:
-        """Let a request with that many sequences in, or raise the error that says why not, and count it."""
+    def admit(self, sequences: int) -> None:
+        """Let a request with that many sequences in, or raise the error that says why not, and count it.
+
+        Of many sequences some alone have to find a place now: the others follow them, see `Feed`.
+        """
         try:
             self.check_ready()
-            capacity = self.router.capacity
-            if sequences > capacity:
-                raise InvalidParameter(
-                    f"{param}: {sequences} sequences are asked for: ask for at most {capacity} in one request",
-                    param=param,
-                )
-            if self.router.live + sequences > capacity:
-                raise Overloaded(f"{self.router.live} sequences run or wait, of at most {capacity}: try again later")
+            taken, capacity = self.router.taken, self.router.capacity
+            if taken + min(sequences, self.router.window) > capacity:
+                raise Overloaded(f"{taken} sequences run or wait, of at most {capacity}: try again later")
         except (Draining, EngineUnavailable, Overloaded) as error:
             self.metrics.rejected(_REASONS[type(error)])
             raise
@@ -86,6 +87,14 @@ class Services:
 
 
 _REASONS = {Draining: "draining", EngineUnavailable: "engine_unavailable", Overloaded: "queue_full"}
+
+
+async def one_by_one(items: Iterable[T]) -> AsyncIterator[T]:
+    """`items`, with room for other requests between them: work on each of many short texts is long work."""
+    for index, item in enumerate(items):
+        if index:
+            await asyncio.sleep(0)
+        yield item
 
 
 async def _offload(function: Callable[[A], R], argument: A) -> R:

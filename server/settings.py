@@ -45,20 +45,27 @@ class Settings(EngineConfig, BaseSettings):
     served_model_name: str | None = None
     """What clients call the model. None: the name of its folder, "lattice" for the bundled one."""
     host: str = "127.0.0.1"
+    """`::` is every address, of IPv4, too."""
     port: int = Field(default=8000, ge=0, le=65535)
     """0 lets the system choose."""
     api_key: SecretStr | None = None
     """One key, or several with commas between them."""
     api_key_file: Path | None = None
-    """A key a line, besides those of `api_key`. Read at start. Neither: no key is asked for."""
+    """A key a line, besides those of `api_key`; lines that begin with `#` are comments. Read at start. Neither: no key
+    is asked for."""
     cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
     """Origins, such as `https://chat.example`, whose pages may send requests; `*`: any. In the environment with commas
     between them."""
     replicas: int = Field(default=1, ge=1)
     """Engines, each with all that the engine's fields say: with GPUs of their own, or sharing the processors."""
     prefix_cache_file: Path | None = None
-    """Where cached states outlive the engine: read at its start, written at its end. Of several replicas each has its
-    own, the path with `.0`, `.1`, ... behind it."""
+    """Where cached states outlive the engine: read at its start, written at its end and from time to time. Of several
+    replicas each has its own, the path with `.0`, `.1`, ... behind it."""
+    prefix_cache_key_file: Path | None = None
+    """The key that proves such a file to be a server's own: 32 bytes or more that nobody else can read. It is made when
+    there is none. None: beside the file, with `.key` behind its name."""
+    prefix_cache_save_seconds: float = Field(default=300.0, ge=0, allow_inf_nan=False)
+    """Between two saves of the cached states, where any have come. 0: they are saved at the engine's end alone."""
     step_seconds: float | None = Field(default=0.05, gt=0, allow_inf_nan=False)
     """As the engine's, but limited: a server's clients wait for their next tokens."""
     grace_period: float = Field(default=30.0, ge=0, allow_inf_nan=False)
@@ -72,6 +79,9 @@ class Settings(EngineConfig, BaseSettings):
     """In which the head of a request has to come, then its body, and in which a client has to take what it streams."""
     keep_alive_seconds: float = Field(default=15.0, gt=0, allow_inf_nan=False)
     """Silence on a stream after which a comment is sent, so that proxies keep it open."""
+    idle_connection_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False)
+    """That a connection is kept for its client's next request. Longer than clients and proxies keep theirs (Go's, 90),
+    so that they do not send into one that just closed."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @classmethod
@@ -142,7 +152,8 @@ class Settings(EngineConfig, BaseSettings):
                 lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"api_key_file: {error}: give a text file", param="api_key_file") from error
-            from_file = tuple(line.strip() for line in lines if line.strip())
+            stripped = (line.strip() for line in lines)
+            from_file = tuple(line for line in stripped if line and not line.startswith("#"))
             if not from_file:
                 raise ConfigError("api_key_file has no key in it: write one a line", param="api_key_file")
             keys += from_file
@@ -160,12 +171,17 @@ class Settings(EngineConfig, BaseSettings):
         first = range(0, self.replicas * self.tensor_parallel_size, self.tensor_parallel_size)
         return [EngineConfig(**fields | {"device": f"{self.device}:{i}"}) for i in first]
 
-    def cache_files(self) -> list[Path | None]:
-        """One a replica."""
-        path = self.prefix_cache_file
-        if path is None or self.replicas == 1:
-            return [path] * self.replicas
-        return [path.with_name(f"{path.name}.{i}") for i in range(self.replicas)]
+    def cache_options(self) -> list[list[str]]:
+        """What the engine of each replica is told about its cache file."""
+        path, key = self.prefix_cache_file, self.prefix_cache_key_file
+        if path is None:
+            return [[]] * self.replicas
+        paths = [path]
+        if self.replicas > 1:
+            paths = [path.with_name(f"{path.name}.{i}") for i in range(self.replicas)]
+        options = [f"--cache-save-seconds={self.prefix_cache_save_seconds}"]
+        options += [] if key is None else [f"--cache-key-file={key}"]
+        return [[f"--cache-file={each}", *options] for each in paths]
 
 
 def _fault(name: str, message: str, given: Mapping[str, object], *, named: bool = False) -> str:

@@ -6,7 +6,6 @@ import asyncio
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import structlog
 from lattice_serve.engine import child_process
 from lattice_serve.engine.config import SAVE_SECONDS, EngineConfig
 from lattice_serve.engine.errors import ConfigError
+from lattice_serve.engine.own_folder import OwnFolder
 from lattice_serve.server.engine_client import EngineClient
 
 log = structlog.get_logger(__name__)
@@ -27,8 +27,6 @@ _LONGEST_DELAY_SECONDS = 10.0
 _STABLE_SECONDS = 60.0
 """An engine that lived that long, or has generated something, is restarted without the delays that earlier deaths have
 added."""
-_MEMORY = "/dev/shm"
-"""Where there can be a folder on a machine that has none for temporary files."""
 _LAST_SECONDS = 1.0
 _STOP_SECONDS = 3.0
 _STDERR = 2
@@ -48,16 +46,16 @@ class Supervisor:
         config: EngineConfig,
         client: EngineClient,
         command: Sequence[str] = ENGINE_COMMAND,
-        cache_file: Path | None = None,
+        cache_options: Sequence[str] = (),
     ) -> None:
-        """cache_file: where what an engine has cached outlives it; writing it may take a while at the end."""
+        """cache_options: where what an engine has cached outlives it; writing it may take a while at the end."""
         self.restarts = 0
         self.failure: ConfigError | None = None
         """Set when the engine cannot be started, or ended before it was ever ready: trying again would not help."""
         self._config = config
         self._client = client
-        self._command = [*command, *(() if cache_file is None else ("--cache-file", str(cache_file)))]
-        self._stop_seconds = _STOP_SECONDS if cache_file is None else SAVE_SECONDS
+        self._command = [*command, *cache_options]
+        self._stop_seconds = SAVE_SECONDS if cache_options else _STOP_SECONDS
 
     async def run(self) -> None:
         """Until cancelled, or until there is a `failure`."""
@@ -87,15 +85,13 @@ class Supervisor:
         for it, or no process."""
         # One for each engine: who clears up temporary files may take it away, and then the next one has its own.
         try:
-            temporary = tempfile.TemporaryDirectory(
-                prefix="lattice-", dir=_temporary_folder(), ignore_cleanup_errors=True
-            )
+            own = OwnFolder()
         except OSError as error:  # where the whole file system is read-only, for one
             raise ConfigError(
                 f"no folder for the engine's socket: {error.strerror}: set TMPDIR to one that can be written to"
             ) from error
-        with temporary as folder:
-            return await self._run_process(Path(folder, "engine.sock"))
+        with own as folder:
+            return await self._run_process(folder / "engine.sock")
 
     async def _run_process(self, socket: Path) -> int:
         """The same, in its folder."""
@@ -132,13 +128,6 @@ class Supervisor:
             await asyncio.gather(link, return_exceptions=True)
             await _stop(process, self._stop_seconds)
         return await exited
-
-
-def _temporary_folder() -> str:
-    try:
-        return tempfile.gettempdir()
-    except FileNotFoundError:  # no file system of those that Python tries can be written
-        return _MEMORY
 
 
 def _why(status: int) -> str:

@@ -13,12 +13,14 @@ import json
 import resource
 import signal
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, NoReturn
 
 from jinja2 import Template, nodes
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import do_items
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -43,6 +45,22 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class TextArguments(str):
+    """Arguments of a call that are no JSON object: text, with all of it under one name where a template wants names."""
+
+    def items(self) -> list[tuple[str, str]]:
+        return [("arguments", str(self))]
+
+    def keys(self) -> list[str]:
+        return ["arguments"]
+
+    def values(self) -> list[str]:
+        return [str(self)]
+
+    def get(self, name: str, default: object = None) -> object:
+        return str(self) if name == "arguments" else default
+
+
 def _raise_exception(message: str) -> NoReturn:
     raise Refused(message)
 
@@ -52,11 +70,16 @@ def _to_json(value: object, indent: int | None = None, ensure_ascii: bool = Fals
     return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
 
 
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    return iter(value.items() if isinstance(value, TextArguments) else do_items(value))
+
+
 def _compile(source: str) -> Template:
     """The template, with the functions that chat templates count on."""
     extensions = [loopcontrols, _Generation]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _to_json
+    environment.filters["items"] = _items
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(source)
@@ -76,6 +99,17 @@ def _render(template: Template, variables: dict[str, Any]) -> dict[str, str]:
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:MAX_ERROR]}
     return {"text": "".join(parts)}
+
+
+def _variables(frame: bytes) -> dict[str, Any]:
+    """What a template gets."""
+    variables: dict[str, Any] = json.loads(frame)
+    for message in variables.get("messages") or ():
+        for call in (message.get("tool_calls") or ()) if isinstance(message, dict) else ():
+            arguments = call["function"]["arguments"]
+            if isinstance(arguments, str):
+                call["function"]["arguments"] = TextArguments(arguments)
+    return variables
 
 
 def _read() -> bytes:
@@ -107,7 +141,7 @@ def main() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0)
     while frame := _read():
         signal.setitimer(signal.ITIMER_REAL, setup["seconds"])
-        _write(_render(template, json.loads(frame)))
+        _write(_render(template, _variables(frame)))
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 

@@ -64,6 +64,12 @@ def serve(
     prefix_cache_file: Annotated[
         Path | None, typer.Option(help="Where such states outlive the server.", show_default="nowhere")
     ] = None,
+    prefix_cache_key_file: Annotated[
+        Path | None, typer.Option(help="Key of that file, made if there is none.", show_default="beside it, .key")
+    ] = None,
+    prefix_cache_save_seconds: Annotated[
+        float | None, typer.Option(help="Between two saves of that file; 0: at the end alone.", show_default="300")
+    ] = None,
     prefix_cache_device_memory: Annotated[
         str | None, typer.Option(help="On a GPU: its memory, for those used last.", show_default="256M")
     ] = None,
@@ -122,6 +128,8 @@ def serve(
             speculative_tokens=speculative_tokens,
             prefix_cache_memory=None if prefix_cache_memory is None else parse_size(prefix_cache_memory),
             prefix_cache_file=prefix_cache_file,
+            prefix_cache_key_file=prefix_cache_key_file,
+            prefix_cache_save_seconds=prefix_cache_save_seconds,
             prefix_cache_device_memory=(
                 None if prefix_cache_device_memory is None else parse_size(prefix_cache_device_memory)
             ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -39,8 +39,27 @@ class Sharding(NamedTuple):
     """Sizes along `dim`; their sum is the tensor's size."""
 
 
+IGNORED_FIELDS = frozenset({
+    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "add_cross_attention",
+    "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward",
+    "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+    "forced_eos_token_id", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id",
+    "length_penalty", "max_length", "min_length", "name_or_path", "no_repeat_ngram_size", "num_beam_groups",
+    "num_beams", "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_scores", "pad_token_id", "prefix", "problem_type", "pruned_heads", "remove_invalid_values",
+    "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k",
+    "top_p", "torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache"
+})  # fmt: skip
+"""Fields that transformers writes into the `config.json` of any model, and that say nothing of this one."""
+
+
 class ModelConfig(BaseModel, ABC):
-    """`config.json` of a model folder; a family adds its own fields and says how they are used."""
+    """`config.json` of a model folder; a family adds its own fields and says how they are used.
+
+    Fields that transformers adds are ignored; other unknown ones are errors, for one may be a misspelt one.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,6 +77,17 @@ class ModelConfig(BaseModel, ABC):
     bos_token_id: int | None = Field(default=None, ge=0)
     eos_token_id: int | None = Field(default=None, ge=0)
     torch_dtype: DType = "bfloat16"
+    """Newer versions of transformers call it `dtype`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_as_transformers_writes(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        fields = {name: value for name, value in given.items() if name not in IGNORED_FIELDS}
+        if "dtype" in fields:
+            fields.setdefault("torch_dtype", fields.pop("dtype"))
+        return fields
 
     @model_validator(mode="after")
     def _check_tokens(self) -> ModelConfig:

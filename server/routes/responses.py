@@ -23,7 +23,8 @@ async def create_response(request: Request, services: Injected) -> Response:
     asked = ResponseRequest.parse(await request.body())
     salt: str = request.state.cache_salt
     if asked.stream:
-        return NamedEventStream(response.stream(services, asked, salt), **services.settings.stream_seconds)
+        told = response.ResponseStream(services, asked, salt)
+        return NamedEventStream(told.events(), told.failed, **services.settings.stream_seconds)
     whole = await until_disconnect(request.receive, response.respond(services, asked, salt))
     return Response(whole, media_type="application/json")
 

@@ -94,7 +94,13 @@ class GenerationRequest(StructuredRequest):
 
     @property
     def token_limit(self) -> int | None:
-        return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
+        """The newer name wins, as in vLLM."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def limit_name(self) -> str:
+        """The field that `token_limit` is of."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     def sampling(self, choice: int) -> SamplingParams:
         """Parameters of the `choice`-th answer to a prompt. Raises `InvalidParameter` as `SamplingParams` does."""

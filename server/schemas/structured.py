@@ -27,7 +27,7 @@ class NamedSchema(RequestModel):
     name: str | None = None
     description: str | None = None
     strict: bool | None = None
-    """Answers keep to the schema either way."""
+    """Answers keep to the schema either way; with it, a format that they cannot be kept to is refused, not ignored."""
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
 
 
@@ -82,7 +82,8 @@ class StructuredRequest(RequestModel):
     def _of_response_format(self) -> list[Grammar]:
         name = "response_format"
         if isinstance(self.response_format, JsonSchemaFormat):
-            return [Grammar.json_schema(self.response_format.json_schema.schema_, name)]
+            given = self.response_format.json_schema
+            return [Grammar.json_schema(given.schema_, name, strict=given.strict is True)]
         return [Grammar.json(name)] if isinstance(self.response_format, JsonObjectFormat) else []
 
     def _of_structured_outputs(self) -> list[Grammar]:

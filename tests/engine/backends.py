@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lattice_serve.engine import engine as engine_module
+from lattice_serve.engine import assembly
 from lattice_serve.engine.backend import Backend, TorchBackend
 from lattice_serve.engine.engine import Engine
 from tests.engine.harness import make_engine
@@ -28,5 +28,5 @@ def torch_backend(model: Any, pool: Any, *, max_tokens: int, gather: Any, **_: A
 
 def engine_of(model: Path, backend: Any, **settings: Any) -> Engine:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "make_backend", backend)
+        patch.setattr(assembly, "make_backend", backend)
         return make_engine(model, dtype="float32", device=DEVICE, **settings)

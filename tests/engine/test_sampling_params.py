@@ -24,7 +24,7 @@ WRONG: list[tuple[str, Any]] = [
     ("max_tokens", TOO_BIG),
     ("temperature", -0.1),
     ("temperature", 100.1),
-    ("top_p", 0.0),
+    ("top_p", -0.1),
     ("top_p", 1.1),
     ("top_k", -1),
     ("min_p", -0.1),
@@ -57,6 +57,7 @@ RIGHT: list[tuple[str, Any]] = [
     ("max_tokens", 0),
     ("temperature", 0.0),
     ("temperature", 100.0),
+    ("top_p", 0),
     ("top_p", 1e-9),
     ("top_k", 0),
     ("min_p", 1.0),
@@ -111,6 +112,7 @@ def test_a_message_with_an_unknown_field_is_refused() -> None:
 
 def test_greedy_is_temperature_zero() -> None:
     assert SamplingParams(temperature=0).greedy
+    assert SamplingParams(top_p=0).greedy
     assert not SamplingParams(temperature=1e-9).greedy
 
 

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from lattice_serve.engine import weights
 from lattice_serve.engine.errors import CheckpointError, ConfigError
+from lattice_serve.engine.models.base import IGNORED_FIELDS
 from lattice_serve.engine.models.lattice.config import LatticeConfig
 from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
-from lattice_serve.engine.models.registry import model_class
+from lattice_serve.engine.models.registry import load_config, model_class
 from lattice_serve.engine.weights import (
     bundled_model,
     init_model,
@@ -311,6 +312,23 @@ def test_pickles_are_not_read(folder: Path) -> None:
 def test_a_folder_without_weights_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "holds no model.safetensors" in _fault(folder)
+
+
+def test_fields_that_transformers_adds_are_ignored(folder: Path) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    added = {"transformers_version": "5.0.0", "use_cache": True, "id2label": {"0": "a"}, "_name_or_path": "x"}
+    path.write_text(json.dumps(config | added), encoding="utf-8")
+    assert load_config(folder).model_dump() == LatticeConfig.model_validate(config).model_dump()
+    path.write_text(json.dumps(config | {"num_head": 3}), encoding="utf-8")
+    assert "num_head: " in _fault(folder), "a misspelt field of ours"
+    del config["torch_dtype"]
+    path.write_text(json.dumps(config | {"dtype": "float32"}), encoding="utf-8")
+    assert load_config(folder).torch_dtype == "float32"
+
+
+def test_transformers_adds_no_field_of_ours() -> None:
+    assert not IGNORED_FIELDS & LatticeConfig.model_fields.keys()
 
 
 def test_sizes_of_another_world_are_refused_at_once(folder: Path) -> None:

@@ -33,6 +33,7 @@ import msgspec
 
 from lattice_serve.engine import child_process
 from lattice_serve.engine.config import EngineConfig
+from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.messages import (
     TO_ENGINE,
     EngineStats,
@@ -124,6 +125,7 @@ class FakeEngine:
         self.counts["prompt_tokens_total"] += len(request.prompt_ids)
         order, _, error = text.rpartition("User: ")[2].removesuffix("\nAssistant:").partition(" ")
         said = self.tokenizer.encode(error) if order == "!say" else []
+        detokenizer = Detokenizer(self.tokenizer.token_bytes)
         if order == "!stall":
             await asyncio.sleep(3600)
         if order == "!hang":
@@ -153,7 +155,8 @@ class FakeEngine:
             if order == "!utf8" and place < 2:
                 token_id, delta = self.pieces["é".encode()[place : place + 1]], "é" * place
             if place < len(said):
-                token_id, delta = said[place], self.tokenizer.decode(said[place : place + 1])
+                token_id = said[place]
+                delta, _ = detokenizer.push(token_id)
             if (order == "!eos" and place == 3) or (order == "!say" and place == len(said)):
                 token_id, delta, reason = self.tokenizer.eos_token_id or 0, "", "stop"
             if order == "!stop" and place == 2:

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 import httpx
 import pytest
 
-from tests.server.harness import ServerProcess, wait_for
+from tests.server.harness import ServerProcess, events, wait_for
 
 BODY = b'{"prompt": "hello", "max_tokens": 2}'
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
@@ -199,6 +199,77 @@ def test_chunks_are_read(server: ServerProcess, value: bytes) -> None:
         chunk = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
         connection.sendall(POST + b"Transfer-Encoding: " + value + b"\r\n\r\n" + chunk)
         assert answer(connection)[0] == 200
+
+
+STREAM = b'{"prompt": "hello", "max_tokens": 3, "stream": true}'
+STREAMED = b"content-length: %d\r\n\r\n" % len(STREAM) + STREAM
+
+
+@pytest.mark.parametrize("head", [b"", b"connection: keep-alive\r\n"])
+def test_a_stream_to_a_client_of_http_1_0_ends_with_its_connection(server: ServerProcess, head: bytes) -> None:
+    with connect(server) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.0\r\nx-request-id: old\r\n" + head + STREAMED)
+        got, _, body = to_the_end(connection).partition(b"\r\n\r\n")
+    lines = got.lower().split(b"\r\n")
+    assert lines[0].split()[1] == b"200"
+    assert b"connection: close" in lines
+    assert b"x-request-id: old" in lines
+    assert not any(line.startswith((b"transfer-encoding", b"content-length")) for line in lines)
+    *chunks, done = events(body.decode())
+    assert (len(chunks), done) == (3, "[DONE]")
+
+
+def test_other_answers_to_a_client_of_http_1_0(server: ServerProcess) -> None:
+    for request, status in (
+        (b"POST /v1/completions HTTP/1.0\r\n" + LENGTH + BODY, 200),
+        (b"GET /nowhere HTTP/1.0\r\n\r\n", 404),
+        (b"HEAD /health HTTP/1.0\r\n\r\n", 200),
+    ):
+        with connect(server) as connection:
+            connection.sendall(request)
+            got, _, body = to_the_end(connection).partition(b"\r\n\r\n")
+            assert got.startswith(b"HTTP/1.1 %d" % status)
+            assert b"connection: close" in got
+            length = 0 if b"HEAD" in request else int(got.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+            assert len(body) == length
+
+
+def test_a_client_of_http_1_0_that_leaves_frees_its_row(server: ServerProcess) -> None:
+    aborts = len(server.records("abort"))
+    body = b'{"prompt": "!slow", "max_tokens": 1000, "stream": true}'
+    with connect(server) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.0\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        assert connection.recv(1000)
+    wait_for(lambda: len(server.records("abort")) == aborts + 1)
+
+
+def test_a_client_that_closes_its_half_of_the_connection_counts_as_gone(server: ServerProcess) -> None:
+    """There is no telling it from one that left: its row is wanted by others."""
+    submits, aborts = len(server.records("submit")), len(server.records("abort"))
+    body = b'{"prompt": "!stall"}'
+    with connect(server) as connection:
+        connection.sendall(POST + b"content-length: %d\r\n\r\n" % len(body) + body)
+        wait_for(lambda: len(server.records("submit")) == submits + 1)
+        connection.shutdown(socket.SHUT_WR)
+        assert to_the_end(connection) == b""
+        wait_for(lambda: len(server.records("abort")) == aborts + 1)
+
+
+def test_every_address_is_every_address(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server(host="::", api_key="k")
+    port = httpx.URL(server.url).port
+    for host in ("127.0.0.1", "[::1]"):
+        assert httpx.get(f"http://{host}:{port}/health").status_code == 200
+
+
+def test_how_long_an_idle_connection_is_kept(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server(idle_connection_seconds=0.2)
+    with connect(server) as connection:
+        connection.sendall(POST + LENGTH + BODY)
+        assert answer(connection)[0] == 200
+        began = time.monotonic()
+        assert to_the_end(connection) == b""
+        assert 0.1 < time.monotonic() - began < 5
 
 
 def test_requests_in_a_row_are_answered_in_order(server: ServerProcess) -> None:

@@ -21,6 +21,10 @@ def test_defaults() -> None:
     assert settings.engine_configs() == [expected]
 
 
+def test_idle_connections_outlast_those_of_common_clients() -> None:
+    assert Settings.load().idle_connection_seconds > 90, "Go's pools"
+
+
 def test_a_keyword_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATTICE_PORT", "9000")
     monkeypatch.setenv("LATTICE_MAX_ROWS", "3")
@@ -56,12 +60,12 @@ def test_the_model_is_named_for_its_folder(tmp_path: Path) -> None:
 
 def test_keys_from_a_file(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("a\n\n b, c \n")
+    keys.write_text("# of the team\na\n\n b, c \n  # d\n")
     assert Settings.load(api_key_file=keys, host="0.0.0.0").api_keys == (b"a", b"b, c")
     assert Settings.load(api_key_file=keys, api_key="k,l").api_keys == (b"k", b"l", b"a", b"b, c")
 
 
-@pytest.mark.parametrize("content", [None, b" \n", b"\xff"])
+@pytest.mark.parametrize("content", [None, b" \n", b"\xff", b"# a\n"])
 def test_a_file_without_keys_is_told_at_once(tmp_path: Path, content: bytes | None) -> None:
     keys = tmp_path / "keys"
     if content is not None:
@@ -157,13 +161,14 @@ def test_a_gpu_has_longer_steps_unless_it_is_told(monkeypatch: pytest.MonkeyPatc
 
 
 def test_each_replica_has_a_cache_file_of_its_own(tmp_path: Path) -> None:
-    path = tmp_path / "states"
-    assert Settings.load(prefix_cache_file=path).cache_files() == [path]
-    assert Settings.load(prefix_cache_file=path, replicas=2).cache_files() == [
-        tmp_path / "states.0",
-        tmp_path / "states.1",
+    path, key = tmp_path / "states", tmp_path / "key"
+    seconds = "--cache-save-seconds=300.0"
+    assert Settings.load(prefix_cache_file=path).cache_options() == [[f"--cache-file={path}", seconds]]
+    given = {"prefix_cache_file": path, "prefix_cache_key_file": key, "prefix_cache_save_seconds": 5}
+    assert Settings.load(**given, replicas=2).cache_options() == [
+        [f"--cache-file={path}.{i}", "--cache-save-seconds=5.0", f"--cache-key-file={key}"] for i in range(2)
     ]
-    assert Settings.load(replicas=2).cache_files() == [None, None]
+    assert Settings.load(replicas=2).cache_options() == [[], []]
 
 
 @pytest.mark.parametrize("name", ["", "none/states"])

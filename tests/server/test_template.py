@@ -64,6 +64,32 @@ async def test_what_templates_of_models_count_on(tmp_path: Path) -> None:
     assert text == '<|user|>"Hello"\n<|user|>"<&\'é"\n2\n4 False {\n "a": [\n  1\n ]\n}'
 
 
+CUT = '{"a": '
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ arguments }}", CUT),
+        ("{{ arguments | tojson }}", '"{\\"a\\": "'),
+        ("{% if arguments is string %}{{ arguments }}{% else %}{{ arguments | tojson }}{% endif %}", CUT),
+        ("{% for name, value in arguments.items() %}{{ name }}={{ value }}{% endfor %}", f"arguments={CUT}"),
+        ("{% for name, value in arguments | items %}{{ name }}={{ value }}{% endfor %}", f"arguments={CUT}"),
+        ("{% for name, value in arguments | dictsort %}{{ name }}={{ value }}{% endfor %}", f"arguments={CUT}"),
+        ("{% for name in arguments.keys() %}{{ arguments.get(name) }}{% endfor %}", CUT),
+        ("{{ arguments.values() | join }}{{ arguments.a }}{{ arguments['a'] }}{{ arguments.get('a', 1) }}", CUT + "1"),
+        (
+            "{% for name, value in {'b': 2} | items %}{{ name }}={{ value }}{% endfor %}{{ missing | items | list }}",
+            "b=2[]",
+        ),
+    ],
+)
+async def test_arguments_that_are_text_break_no_template(tmp_path: Path, source: str, text: str) -> None:
+    call = {"function": {"name": "add", "arguments": CUT}}
+    source = f"{{% set arguments = messages[0].tool_calls[0].function.arguments %}}{source}"
+    assert await render(tmp_path, source, messages=[{"role": "assistant", "tool_calls": [call]}]) == text
+
+
 async def test_variables_of_any_kind(tmp_path: Path) -> None:
     odd = {"self": 1, "big": 10**40, "none": None, "nan": float("nan"), "half": "\ud800", "deep": [[[{"é": 1.5}]]]}
     text = await render(tmp_path, "{{ big }} {{ none }} {{ nan }} {{ half }}{{ deep }}", **odd)
