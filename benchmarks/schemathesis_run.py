@@ -53,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "short_answers.py").write_text(HOOKS)
-        with Served("--threads=1") as server:
+        with Served(folder, threads=1) as server:
             schema = f"{server.url}/openapi.json"
             command = [str(programs / "schemathesis"), "run", schema, "--checks", CHECKS, "--no-color"]
             command += ["--max-examples", str(options.examples // OPERATIONS), "--seed", str(options.seed)]
@@ -62,7 +62,8 @@ def main() -> None:
             done = subprocess.run(command, cwd=name, env=environment)
             ready = httpx.get(f"{server.url}/ready").status_code == 200
         requests = server.logged("request")
-        errors = [line for line in server.lines if line["level"] in ("error", "critical")]
+        lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+        errors = [line for line in lines if line["level"] in ("error", "critical")]
     for line in errors:
         print(json.dumps(line), file=sys.stderr)
     statuses = Counter(str(line["status"]) for line in requests)

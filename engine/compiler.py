@@ -14,11 +14,10 @@ import json
 import os
 import re
 import resource
-import select
 import signal
 import subprocess
 import sys
-import time
+import threading
 import weakref
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import msgspec
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
+from lattice_serve.engine import child_process
 from lattice_serve.engine.gbnf import is_gbnf, to_lark
 from lattice_serve.engine.json_schema.rewriter import Rewriter
 from lattice_serve.engine.json_schema.tool_calls import rewrite_calls
@@ -99,16 +99,16 @@ class Trial:
             self._process = process = subprocess.Popen(
                 self._command,
                 bufsize=0,
+                env=child_process.environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,  # out of reach of the terminal's Ctrl-C
             )
             weakref.finalize(self, _end, process)
-            if _read_line(process, _START_SECONDS) != _READY:
+            if _ask(process, b"", _START_SECONDS) != _READY:
                 raise OSError("the grammar compiler did not start")
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(grammar) + b"\n")
-        return msgspec.json.decode(_read_line(self._process, 2 * _WALL_SECONDS), type=Verdict)
+        question = msgspec.json.encode(grammar) + b"\n"
+        return msgspec.json.decode(_ask(self._process, question, 2 * _WALL_SECONDS), type=Verdict)
 
 
 class _Vocabulary:
@@ -191,17 +191,23 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.communicate()
 
 
-def _read_line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """One line, and nothing after it. Raises `OSError` when it is not there in time."""
+def _ask(process: subprocess.Popen[bytes], question: bytes, seconds: float) -> bytes:
+    """Returns the answer: one line, and nothing after it. Raises `OSError` when it is not there in time."""
+    assert process.stdin is not None
     assert process.stdout is not None
-    line, until = bytearray(), time.monotonic() + seconds
-    while not line.endswith(b"\n"):
-        ready, _, _ = select.select([process.stdout], [], [], max(0.0, until - time.monotonic()))
-        part = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
-        if not part:
-            _end(process)
-            raise OSError("the grammar compiler died")
-        line += part
+    # One that is stopped does not read either, and a long question does not fit into its pipe.
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    line = bytearray()
+    try:
+        process.stdin.write(question)
+        while not line.endswith(b"\n") and (part := os.read(process.stdout.fileno(), 1 << 16)):
+            line += part
+    finally:
+        timer.cancel()
+    if not line.endswith(b"\n"):
+        _end(process)
+        raise OSError("the grammar compiler died")
     return bytes(line)
 
 
@@ -259,6 +265,7 @@ def _answer(verdict: Verdict) -> None:
 
 
 def main(folder: str, vocab_size: str) -> None:
+    child_process.wake_at_parents_end()
     compiler = Compiler(Tokenizer.load(Path(folder), int(vocab_size)))
     os.nice(10)  # The engine's steps come first.
     os.write(sys.stdout.fileno(), _READY)

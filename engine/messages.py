@@ -57,6 +57,10 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     request_id: str
 
 
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Have the engine say something as soon as its step is done."""
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """The engine has loaded its model and takes requests."""
 
@@ -138,7 +142,7 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
-ToEngine: TypeAlias = Submit | Abort
+ToEngine: TypeAlias = Submit | Abort | Ping
 FromEngine: TypeAlias = Ready | StepOutputs
 
 
@@ -161,6 +165,6 @@ def _unpacked(kind: Any, value: Any) -> Any:
 
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_packed)
-TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(Submit | Abort, dec_hook=_unpacked)
+TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(Submit | Abort | Ping, dec_hook=_unpacked)
 FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(Ready | StepOutputs)
 """What is in a frame, behind its length. Both raise `msgspec.MsgspecError` for what is no such message."""

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 PREFIX = "lattice-serve-"
+_MEMORY = "/dev/shm"
+"""Where there can be a folder on a machine that has none for temporary files."""
 
 
 class OwnFolder:
@@ -22,7 +24,7 @@ class OwnFolder:
         """Raises OSError where there cannot be one."""
         clear_abandoned()
         while True:
-            self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
+            self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_temporary_folder()))
             # Until it is locked, another process may take it for an abandoned one, and remove it.
             with suppress(FileNotFoundError):
                 self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
@@ -45,7 +47,7 @@ class OwnFolder:
 
 def clear_abandoned() -> None:
     """Remove the folders of this user's processes that have been killed."""
-    with suppress(OSError), os.scandir(tempfile.gettempdir()) as entries:
+    with suppress(OSError), os.scandir(_temporary_folder()) as entries:
         mine = [
             Path(entry.path)
             for entry in entries
@@ -56,6 +58,13 @@ def clear_abandoned() -> None:
         for path in mine:
             with suppress(OSError):  # in use, or gone meanwhile
                 _clear(path)
+
+
+def _temporary_folder() -> str:
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:  # no file system of those that Python tries can be written
+        return _MEMORY
 
 
 def _clear(path: Path) -> None:

@@ -24,13 +24,22 @@ from typing import TypeVar
 
 import msgspec
 
-from lattice_serve.engine import cache_file, standard_error
+from lattice_serve.engine import cache_file, child_process, standard_error
 from lattice_serve.engine.cache_file import CacheFile, StateShape
 from lattice_serve.engine.cache_saver import CacheSaver
 from lattice_serve.engine.config import SAVE_SECONDS, EngineConfig
 from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.errors import LatticeError
-from lattice_serve.engine.messages import TO_ENGINE, Abort, FromEngine, RequestFailed, StepOutputs, ToEngine, encode
+from lattice_serve.engine.messages import (
+    TO_ENGINE,
+    Abort,
+    FromEngine,
+    Ping,
+    RequestFailed,
+    StepOutputs,
+    ToEngine,
+    encode,
+)
 from lattice_serve.engine.replacement import clear_unfinished
 
 M = TypeVar("M")
@@ -112,6 +121,8 @@ def serve(engine: Engine, connection: Connection, saver: CacheSaver | None = Non
             messages = connection.receive(wait=idle, seconds=None if saver is None else saver.wait_seconds)
             failures = []
             for message in messages:
+                if isinstance(message, Ping):
+                    continue
                 if isinstance(message, Abort):
                     engine.abort(message.request_id)
                     continue
@@ -164,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cache-save-seconds", type=float, default=0.0, help="0: states are saved at the end alone")
     options = parser.parse_args(arguments)
     standard_error.outlive_it()
+    child_process.wake_at_parents_end()
     # Who stops a whole process group means the server, which has yet to drain: its end is this process's, see below.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     to_save = threading.Event()

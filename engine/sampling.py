@@ -151,6 +151,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     text is complete, and does where nothing could follow."""
 
     def __post_init__(self) -> None:
+        _convert(self)
         check = _Checker(self)
         check("max_tokens", lambda x: x >= 0, "at least 0")
         check("temperature", lambda x: 0 <= x <= 100, "between 0 and 100")
@@ -188,6 +189,24 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def greedy(self) -> bool:
         return self.temperature == 0 or self.top_p == 0
+
+
+_TYPES: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(SamplingParams)}
+
+
+def _convert(params: SamplingParams) -> None:
+    """Make each field the type that it says: integers where numbers are asked for, lists for tuples. Raises
+    `InvalidParameter` for what is neither."""
+    for name, kind in _TYPES.items():
+        value = getattr(params, name)
+        try:
+            converted = msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            raise InvalidParameter(f"{name}: {error}", param=name) from error
+        except OverflowError as error:
+            raise InvalidParameter(f"{name} is {value}: give a smaller number", param=name) from error
+        if converted is not value:
+            msgspec.structs.force_setattr(params, name, converted)
 
 
 class _Checker:

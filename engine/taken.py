@@ -32,7 +32,10 @@ class Taken:
             assert token_id is not None
             text, _ = sequence.detokenizer.push(token_id)
         if self.finish_reason is not None and not isinstance(self.stop_reason, str):
-            text += sequence.detokenizer.flush()
+            rest, stop = sequence.detokenizer.flush()
+            text += rest
+            if stop is not None:  # complete with the character that is not
+                self.finish_reason, self.stop_reason = "stop", stop
         output = TokenOutput(
             request_id=sequence.request_id,
             token_id=token_id,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-import resource
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from types import FrameType
 
 import msgspec
@@ -25,6 +24,7 @@ from lattice_serve.engine.messages import Ready
 from lattice_serve.engine.models.registry import load_config
 from lattice_serve.server import logs
 from lattice_serve.server.access import AccessLog
+from lattice_serve.server.connections import connection_limit
 from lattice_serve.server.errors import install_handlers
 from lattice_serve.server.head import HeadAsGet
 from lattice_serve.server.limits import Limits
@@ -41,7 +41,6 @@ log = structlog.get_logger(__name__)
 
 _FLUSH_SECONDS = 2
 _BACKLOG = 2048
-_OPEN_FILES = 1 << 16
 
 
 def create_app(services: Services) -> FastAPI:
@@ -89,7 +88,6 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
     engine does not start.
     """
     logs.configure(settings.log_level)
-    _raise_file_limit()
     model = load_config(settings.model)
     tokenizer = model.tokenizer.load(settings.model, model.vocab_size)
     metrics = ServerMetrics(settings.model_name, settings.replicas)
@@ -123,7 +121,7 @@ class _Server(uvicorn.Server):
         config = uvicorn.Config(
             create_app(services),
             loop="uvloop",
-            http=bounded(services.settings.request_seconds),
+            http=bounded(services.settings.request_seconds, connection_limit(services.settings.replicas)),
             ws="none",
             lifespan="on",
             log_config=None,
@@ -169,16 +167,6 @@ def _listen(settings: Settings) -> socket.socket:
             f"cannot listen on {settings.host} port {settings.port}: {error.strerror}: choose another host or port",
             param="port",
         ) from error
-
-
-def _raise_file_limit() -> None:
-    """Each connection is an open file, and beyond the limit libuv closes new ones without a word. What most systems
-    begin with, 1024, is for programs with `select`, and is less than may run and wait here."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):  # as it was, then
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _url(listener: socket.socket) -> str:

@@ -20,6 +20,7 @@ from lattice_serve.engine.messages import (
     FROM_ENGINE,
     Abort,
     FromEngine,
+    Ping,
     Ready,
     RequestFailed,
     Submit,
@@ -29,13 +30,11 @@ from lattice_serve.engine.messages import (
 )
 from lattice_serve.server.errors import TimedOut
 from lattice_serve.server.metrics import Metrics, SequenceMeter
+from lattice_serve.server.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
 
 _CONNECT_SECONDS = 0.05
-_LOOKS = 10
-"""For a word from the engine, in `watchdog_seconds`. They are counted, not the time: where the server itself was
-stopped, what the engine said meanwhile has still to be read."""
 
 
 class EngineClient:
@@ -45,19 +44,25 @@ class EngineClient:
     """
 
     def __init__(self, metrics: Metrics, watchdog_seconds: float) -> None:
-        """watchdog_seconds: in which an engine that has work, or was just told something, has to say something."""
-        self.ready: Ready | None = None
-        """What the engine said of itself; None while there is none."""
+        """watchdog_seconds: after which an engine that neither answers nor computes counts as hanging."""
         self.ever_ready = False
+        self.worked = False
+        """Whether an engine has generated anything since this was last set to False."""
         self.on_ready: Callable[[Ready], None] = lambda ready: None
         self._metrics = metrics
-        self._watchdog_seconds = watchdog_seconds
+        self._watchdog = Watchdog(watchdog_seconds)
+        self._watch: asyncio.Task[str] | None = None
+        """Of the engine that is connected, from the moment when it was ready."""
+        self._ready: Ready | None = None
         self._live: dict[str, _Live] = {}
         self.tenants: Counter[str] = Counter()
         """Of them, those of each tenant."""
         self._writer: asyncio.StreamWriter | None = None
-        self._heard = self._waits = False
-        """Whether the engine has said something since the last look, and whether it has to."""
+
+    @property
+    def ready(self) -> Ready | None:
+        """What the engine said of itself; None while there is none that answers."""
+        return self._ready if self._watchdog.responsive else None
 
     @property
     def live(self) -> int:
@@ -86,24 +91,23 @@ class EngineClient:
     async def run(self, socket: Path) -> None:
         """Connect to `socket` as soon as an engine listens there, and carry messages until it is gone.
 
-        Raises TimeoutError when it is silent for `watchdog_seconds` though it has work: it will not end by itself.
+        Raises TimeoutError, which says why, when it hangs: it will not end by itself.
         """
         reader, self._writer = await _connect(socket)
-        watch = asyncio.create_task(self._watch(self._writer.transport))
         try:
             while True:
                 size = int.from_bytes(await reader.readexactly(4), "big")
                 self._receive(FROM_ENGINE.decode(await reader.readexactly(size)))
         except (OSError, asyncio.IncompleteReadError) as error:
-            if watch.done():
-                raise TimeoutError(f"nothing came from it for {self._watchdog_seconds:g} s") from error
+            if self._watch is not None and self._watch.done():
+                raise TimeoutError(self._watch.result()) from error
             log.warning("engine connection closed")
         except msgspec.DecodeError as error:
             log.error("engine sent a message that cannot be read", error=str(error))
         finally:
-            watch.cancel()
-            self.ready = None
-            self._waits = False
+            if self._watch is not None:
+                self._watch.cancel()
+            self._ready = self._watch = None
             writer, self._writer = self._writer, None
             self._metrics.engine_started(rows=0)
             self.fail_all(lambda: EngineDied("the engine stopped while it worked on this request: send it again"))
@@ -111,29 +115,24 @@ class EngineClient:
             with suppress(OSError):
                 await writer.wait_closed()
 
-    async def _watch(self, transport: asyncio.WriteTransport) -> None:
-        """End the connection when nothing comes over it that has to."""
-        silent = 0
-        while silent < _LOOKS:
-            self._heard = False
-            await asyncio.sleep(self._watchdog_seconds / _LOOKS)
-            silent = silent + 1 if self._waits and not self._heard else 0
-        transport.abort()
-
     def _receive(self, message: FromEngine) -> None:
-        self._heard = True
+        self._watchdog.heard()
         if isinstance(message, Ready):
             self._metrics.engine_started(message.rows, again=self.ever_ready)
-            self.ready = message
+            self._ready = message
             self.ever_ready = True
+            self._watch = asyncio.create_task(self._watchdog.watch(message.pid, lambda: self._send(Ping())))
+            assert self._writer is not None
+            transport = self._writer.transport
+            self._watch.add_done_callback(lambda _: transport.abort())
             self.on_ready(message)
             return
         self._metrics.step(message.stats)
+        self.worked = self.worked or bool(message.outputs)
         for output in message.outputs:
             self._deliver(output)
         for failure in message.failures:
             self._fail(failure.request_id, _as_error(failure))
-        self._waits = bool(self._live)
 
     def _deliver(self, output: TokenOutput) -> None:
         live = self._live.get(output.request_id)
@@ -162,7 +161,6 @@ class EngineClient:
         # A connection that is lost is closed a moment before `run` hears of it, and ends what was submitted.
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(encode(message))
-            self._waits = True
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lattice_serve.engine.errors import LatticeError
+from lattice_serve.server.connections import PROVEN
 from lattice_serve.server.errors import (
     BodyTimedOut,
     BodyTooLarge,
@@ -59,6 +60,8 @@ class Limits:
             self._check_head(scope)
             if scope["path"] not in OPEN_PATHS:
                 scope["state"]["tenant"] = self._check_key(headers)
+                if PROVEN in scope.get("extensions", ()):
+                    scope["extensions"][PROVEN]["call"]()
             self._check_size(int(headers.get("content-length", 0)))
             encoding = headers.get("content-encoding", "identity")
             if encoding.lower() != "identity":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +22,9 @@ from lattice_serve.server.protocol import MAX_HEAD_BYTES
 
 BUNDLED_MODEL = Path(engine_config.__file__).parent / "bundled"
 
+_PREFIX = "LATTICE_"
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
+
 
 def _split(value: object) -> Any:
     """A string at its commas; anything else as it is."""
@@ -35,7 +40,7 @@ class Settings(EngineConfig, BaseSettings):
     turns every fault into a `ConfigError`.
     """
 
-    model_config = SettingsConfigDict(env_prefix="LATTICE_", env_ignore_empty=True, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
 
     model: Path = BUNDLED_MODEL
     served_model_name: str | None = None
@@ -66,8 +71,9 @@ class Settings(EngineConfig, BaseSettings):
     """As the engine's, but limited: a server's clients wait for their next tokens."""
     grace_period: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     """Seconds that running streams have to finish after SIGTERM."""
-    watchdog_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False)
-    """Silence of an engine that has work after which it is killed, and started again."""
+    watchdog_seconds: float = Field(default=12.0, ge=1, allow_inf_nan=False)
+    """After which an engine that neither answers nor computes is killed, and started again; after half of it no more
+    requests are sent to it. One that computes without an answer is given ten times as long."""
     max_body_bytes: int = Field(default=8 << 20, ge=1)
     max_header_bytes: int = Field(default=64 << 10, ge=1, le=MAX_HEAD_BYTES)
     request_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)
@@ -83,14 +89,17 @@ class Settings(EngineConfig, BaseSettings):
     def load(cls, **fields: Any) -> Settings:
         """Settings from `fields` (None: not given), then the environment, then the defaults.
 
-        Raises `ConfigError` that names each wrong field.
+        Raises `ConfigError` that names each wrong field, or the variable that it comes from.
         """
+        given = {name: value for name, value in fields.items() if value is not None}
         try:
-            return cls(**{name: value for name, value in fields.items() if value is not None})
+            return cls(**given)
         except ValidationError as error:
             faults = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
-            text = "; ".join(f"{name}: {message}" if name else message for name, message in faults)
+            text = "; ".join(_fault(name, message, given) for name, message in faults)
             raise ConfigError(text, param=faults[0][0] or None) from error
+        except ConfigError as error:
+            raise ConfigError(_fault(error.param or "", error.message, given, named=True), param=error.param) from error
 
     @model_validator(mode="after")
     def _check_exposure(self) -> Settings:
@@ -178,6 +187,20 @@ class Settings(EngineConfig, BaseSettings):
         options = [f"--cache-save-seconds={self.prefix_cache_save_seconds}"]
         options += [] if key is None else [f"--cache-key-file={key}"]
         return [[f"--cache-file={each}", *options] for each in paths]
+
+
+def _fault(name: str, message: str, given: Mapping[str, object], *, named: bool = False) -> str:
+    """What is wrong with a field. named: whether the message names the field itself."""
+    variables = {key.upper(): key for key in os.environ}
+    variable = variables.get(f"{_PREFIX}{name.split('.')[0].upper()}")
+    if not name or name.split(".")[0] in given or variable is None:
+        return message if named or not name else f"{name}: {message}"
+    if _SERVICE_LINK.match(os.environ[variable]):
+        return (
+            f"{variable} is {os.environ[variable]!r}, which Kubernetes sets for a Service of this name: rename the "
+            "Service, or set enableServiceLinks: false in the pod"
+        )
+    return f"{variable}: {message}"
 
 
 def _is_loopback(host: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import structlog
 
+from lattice_serve.engine import child_process
 from lattice_serve.engine.config import SAVE_SECONDS, EngineConfig
 from lattice_serve.engine.errors import ConfigError
 from lattice_serve.engine.own_folder import OwnFolder
@@ -25,7 +25,8 @@ ENGINE_COMMAND = (sys.executable, "-m", "lattice_serve.engine.process")
 _FIRST_DELAY_SECONDS = 0.1
 _LONGEST_DELAY_SECONDS = 10.0
 _STABLE_SECONDS = 60.0
-"""An engine that lived that long is restarted without the delays that earlier deaths have added."""
+"""An engine that lived that long, or has generated something, is restarted without the delays that earlier deaths have
+added."""
 _LAST_SECONDS = 1.0
 _STOP_SECONDS = 3.0
 _STDERR = 2
@@ -61,6 +62,7 @@ class Supervisor:
         deaths = 0
         while True:
             started = time.monotonic()
+            self._client.worked = False
             try:
                 status = await self._live_once()
                 failure = ConfigError(_why(status))
@@ -70,7 +72,8 @@ class Supervisor:
             if not self._client.ever_ready:
                 self.failure = failure
                 return
-            deaths = 0 if time.monotonic() - started > _STABLE_SECONDS else deaths
+            if self._client.worked or time.monotonic() - started > _STABLE_SECONDS:
+                deaths = 0
             delay = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**deaths)
             log.error("engine died, starting it again", exit_status=status, delay_seconds=delay)
             deaths += 1
@@ -97,7 +100,9 @@ class Supervisor:
                 *self._command,
                 *("--socket", str(socket), "--config", self._config.model_dump_json()),
                 # Threads that spin while they wait slow each other down.
-                env={"OMP_WAIT_POLICY": "passive"} | os.environ,
+                env={"OMP_WAIT_POLICY": "passive"}
+                | child_process.environment()
+                | {"TMPDIR": str(socket.parent.parent)},
                 stdin=subprocess.PIPE,
                 stdout=_STDERR,
                 start_new_session=True,

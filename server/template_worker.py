@@ -24,6 +24,8 @@ from jinja2.filters import do_items
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from lattice_serve.engine import child_process
+
 MEMORY_BYTES = 1 << 30
 MAX_CHARACTERS = 1 << 24
 MAX_ERROR = 500
@@ -123,6 +125,7 @@ def _write(answer: dict[str, str]) -> None:
 
 
 def main() -> None:
+    child_process.wake_at_parents_end()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     # The default action is the system's, and ends the process whatever the interpreter is at.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -118,6 +118,34 @@ def test_pyproject_lists_every_package_folder() -> None:
     assert [str(folder) for folder in sorted(folders) if not (ROOT / folder / "__init__.py").is_file()] == []
 
 
+def test_every_package_that_is_imported_is_declared() -> None:
+    project = _pyproject()["project"]
+    required = {_package(each) for each in project["dependencies"]}
+    extras = {_package(each) for name in ("gpu", "plot", "train") for each in project["optional-dependencies"][name]}
+    imported = {name.split(".")[0].replace("_", "-") for path in _modules(*MAY_IMPORT) for name in _imports(path)}
+    imported -= {name.replace("_", "-") for name in sys.stdlib_module_names} | {NAMESPACE.replace("_", "-")}
+    assert imported - required - extras == set()
+    assert required - imported == {"uvloop"}, "uvicorn's, by name"
+
+
+def _package(requirement: str) -> str:
+    return re.split(r"[\[<>=~!;@ ]", requirement)[0]
+
+
+def test_triton_is_for_gpus_alone() -> None:
+    """Without it all but its kernels can be imported, and a model runs on the CPU."""
+    modules = [
+        ".".join((NAMESPACE, *path.relative_to(ROOT).with_suffix("").parts))
+        for path in _modules(*MAY_IMPORT)
+        if "triton" not in {name.split(".")[0] for name in _imports(path)} and "triton" not in path.as_posix()
+    ]
+    script = (
+        f"import sys; sys.modules['triton'] = None; import importlib; [importlib.import_module(m) for m in {modules}]"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_layer_is_typed_and_guarded_from_bare_import() -> None:
     assert [layer for layer in MAY_IMPORT if not (ROOT / layer / "py.typed").is_file()] == []
     banned = _pyproject()["tool"]["ruff"]["lint"]["flake8-tidy-imports"]["banned-api"]

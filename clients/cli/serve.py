@@ -95,7 +95,9 @@ def serve(
     ] = None,
     watchdog_seconds: Annotated[
         float | None,
-        typer.Option(help="Silence of an engine that has work after which it is started again.", show_default="120"),
+        typer.Option(
+            help="After which an engine that neither answers nor computes is started again.", show_default="12"
+        ),
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
 ) -> None:

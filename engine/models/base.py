@@ -11,6 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lattice_serve.engine.config import DType
 from lattice_serve.engine.tokenizer import Tokenizer
 
+LARGEST_SIZE = (1 << 31) - 1
+_LARGEST_VOCABULARY = 1 << 24
+"""Above them a file is damaged: sizes overflow, and tables of all tokens take gigabytes."""
+
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
     """What a token costs, counted from a model's shape: its matrices, the embedding excepted, and its recurrence."""
@@ -66,12 +70,12 @@ class ModelConfig(BaseModel, ABC):
 
     model_type: str
     architectures: tuple[str]
-    vocab_size: int = Field(ge=2)
-    hidden_size: int = Field(ge=1)
-    num_hidden_layers: int = Field(ge=1)
+    vocab_size: int = Field(ge=2, le=_LARGEST_VOCABULARY)
+    hidden_size: int = Field(ge=1, le=LARGEST_SIZE)
+    num_hidden_layers: int = Field(ge=1, le=LARGEST_SIZE)
     tie_word_embeddings: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    bos_token_id: int | None = Field(default=None, ge=0)
+    eos_token_id: int | None = Field(default=None, ge=0)
     torch_dtype: DType = "bfloat16"
     """Newer versions of transformers call it `dtype`."""
 
@@ -84,6 +88,14 @@ class ModelConfig(BaseModel, ABC):
         if "dtype" in fields:
             fields.setdefault("torch_dtype", fields.pop("dtype"))
         return fields
+
+    @model_validator(mode="after")
+    def _check_tokens(self) -> ModelConfig:
+        for name in ("bos_token_id", "eos_token_id"):
+            token_id = getattr(self, name)
+            if token_id is not None and token_id >= self.vocab_size:
+                raise ValueError(f"{name} ({token_id}) must be below vocab_size ({self.vocab_size})")
+        return self
 
     @property
     def chunk_alignment(self) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from lattice_serve.engine import child_process
 from lattice_serve.engine.backend import Backend, make_backend
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import LatticeError
@@ -113,6 +114,7 @@ def carry_out(command: Command, pool: StatePool, backend: Backend, group: Group)
 
 def main() -> int:
     """Returns the exit status where the share could not be loaded; otherwise it ends with the leader."""
+    child_process.wake_at_parents_end()
     inbox: Inbox = queue.SimpleQueue()
     link = socket.socket(fileno=int(sys.argv[1]))
     threading.Thread(target=_read, args=(link, inbox), daemon=True).start()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from lattice_serve.engine import child_process
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import ConfigError, EngineDied
 from lattice_serve.engine.own_folder import OwnFolder
@@ -19,7 +20,8 @@ from lattice_serve.engine.tensor_parallel.commands import READY, Command, Start,
 from lattice_serve.engine.tensor_parallel.group import Group, check_free
 from lattice_serve.engine.tensor_parallel.share import Share
 
-COMMAND = (sys.executable, "-m", "lattice_serve.engine.tensor_parallel.worker")
+_QUIET = "ignore:compiled kernels are not kept"  # the leader says so
+COMMAND = (sys.executable, "-W", _QUIET, "-m", "lattice_serve.engine.tensor_parallel.worker")
 _STOP_SECONDS = 3.0
 
 
@@ -31,7 +33,12 @@ class Workers:
         """Start them: they load while this process does. Raises `ConfigError` where this one has a group already."""
         check_free()
         self._size = config.tensor_parallel_size
-        own = OwnFolder()
+        try:
+            own = OwnFolder()
+        except OSError as error:
+            raise ConfigError(
+                f"no folder for the processes of this model: {error.strerror}: set TMPDIR to one that can be written to"
+            ) from error
         self._folder = own.path
         self._links: list[socket.socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -47,6 +54,7 @@ class Workers:
                     subprocess.Popen(
                         [*COMMAND, str(theirs.fileno())],
                         pass_fds=[theirs.fileno()],
+                        env=child_process.environment(),
                         stdin=subprocess.DEVNULL,
                         start_new_session=True,  # out of reach of the terminal's Ctrl-C
                     )

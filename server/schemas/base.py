@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, TypeVar, cast
+from typing import Annotated, ClassVar, Literal, TypeVar, cast
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lattice_serve.engine.errors import InvalidParameter
 
@@ -18,6 +18,16 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 Strings = Annotated[list[str], Field(fail_fast=True)]
 Texts = str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+
+
+def _boolean(value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool):  # 0 equals False, in a Literal, too
+        raise ValueError("Input should be a valid boolean")
+    return value
+
+
+Off = Annotated[Literal[False], BeforeValidator(_boolean)]
+"""Of a field that is known and not served: `false` alone."""
 MAX_INTEGER = 2.0**63
 TEXTS = "give a string, a list of strings, a list of token ids or a list of lists of token ids"
 

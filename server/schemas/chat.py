@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.engine.messages import FinishReason
 from lattice_serve.engine.sampling import MAX_LOGPROBS, Grammar
-from lattice_serve.server.schemas.base import RequestModel
+from lattice_serve.server.schemas.base import Off, RequestModel
 from lattice_serve.server.schemas.generation import NOT_SUPPORTED, GenerationRequest, Usage
 from lattice_serve.server.schemas.tools import Call, NamedTool, Tool, ToolChoice, calls
 
@@ -137,14 +137,14 @@ class ChatRequest(GenerationRequest, ChatPrompt):
     parallel_tool_calls: bool | None = None
 
     audio: None = None
-    echo: Literal[False] | None = None
+    echo: Off | None = None
     function_call: None = None
     functions: None = None
     modalities: list[Literal["text"]] | None = None
     moderation: None = None
     prompt_logprobs: None = None
     reasoning_effort: Literal["none"] | None = None
-    store: Literal[False] | None = None
+    store: Off | None = None
     verbosity: Literal["medium"] | None = None
     web_search_options: None = None
 

@@ -8,7 +8,7 @@ import msgspec
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from lattice_serve.engine.errors import InvalidParameter, LatticeError, Overloaded
-from lattice_serve.server.schemas.base import Count, RequestModel
+from lattice_serve.server.schemas.base import Count, Off, RequestModel
 from lattice_serve.server.schemas.chat import MAX_MESSAGES, MAX_TOOLS, ChatRequest, TokenScore
 from lattice_serve.server.schemas.generation import MAX_SALT_LENGTH, MAX_TIMEOUT_SECONDS, NOT_SUPPORTED
 from lattice_serve.server.schemas.tools import FunctionName
@@ -163,7 +163,7 @@ class ResponseRequest(RequestModel):
     truncation: Literal["disabled", "auto"] | None = None
 
     access_programs: None = None
-    background: Literal[False] | None = None
+    background: Off | None = None
     background_options: None = None
     context_management: None = None
     conversation: None = None

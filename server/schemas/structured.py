@@ -9,7 +9,7 @@ from pydantic import Field
 
 from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.engine.sampling import Grammar
-from lattice_serve.server.schemas.base import RequestModel, Strings
+from lattice_serve.server.schemas.base import Off, RequestModel, Strings
 
 JsonSchema: TypeAlias = dict[str, Any] | str
 """An object, or its text."""
@@ -49,8 +49,8 @@ class StructuredOutputs(RequestModel):
     grammar: str | None = None
     structural_tag: None = None
     whitespace_pattern: None = None
-    disable_any_whitespace: Literal[False] | None = None
-    disable_additional_properties: Literal[False] | None = None
+    disable_any_whitespace: Off | None = None
+    disable_additional_properties: Off | None = None
 
 
 class StructuredRequest(RequestModel):

@@ -194,6 +194,16 @@ def test_workers_end_with_an_engine_process_that_is_killed(model: Path, tmp_path
         wait_for(lambda: not alive(pid), SECONDS)
 
 
+def test_a_stopped_worker_ends_with_its_engine_process(model: Path, tmp_path: Path) -> None:
+    with EngineProcess(tmp_path, model, tensor_parallel_size=2) as child, child.connect() as peer:
+        peer.ready()
+        (pid,) = children(child.process.pid)
+        assert b"LATTICE_" not in Path(f"/proc/{pid}/environ").read_bytes()
+        os.kill(pid, signal.SIGSTOP)
+        child.process.kill()
+        wait_for(lambda: not alive(pid), SECONDS)
+
+
 def test_a_worker_ends_with_a_leader_that_has_not_listened_to_it(model: Path, tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
     with theirs:

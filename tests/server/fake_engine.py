@@ -5,6 +5,8 @@ chat, steers it:
 
 - `!slow`        50 ms a token
 - `!stall`       never a token
+- `!hang`        never anything any more, of any request
+- `!compute`     nothing for 3 s, in which it computes, then an answer
 - `!eos`         end-of-text after 3 tokens
 - `!stop`        the first stop string after 2 tokens
 - `!utf8`        the two bytes of one character first
@@ -23,16 +25,19 @@ import hashlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from lattice_serve.engine import child_process
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.messages import (
     TO_ENGINE,
     EngineStats,
+    Ping,
     Ready,
     RequestFailed,
     StepOutputs,
@@ -88,6 +93,8 @@ class FakeEngine:
                     salt=message.cache_salt,
                 )
                 self.tasks[message.request_id] = asyncio.create_task(self.answer(message))
+            elif isinstance(message, Ping):
+                self.step()
             else:
                 self.record("abort", id=message.request_id)
                 if message.request_id in self.tasks:  # It may have ended meanwhile.
@@ -124,6 +131,11 @@ class FakeEngine:
         detokenizer = Detokenizer(self.tokenizer.token_bytes)
         if order == "!stall":
             await asyncio.sleep(3600)
+        if order == "!hang":
+            time.sleep(3600)  # noqa: ASYNC251
+        end = time.monotonic() + 3 * (order == "!compute")
+        while time.monotonic() < end:
+            pass
         if order == "!fail":
             self.step(failures=[RequestFailed(request.request_id, error, f"told to: {error}", "prompt")])
             return
@@ -205,6 +217,7 @@ class FakeEngine:
 
 
 async def main() -> None:
+    child_process.wake_at_parents_end()
     parser = argparse.ArgumentParser()
     parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--fail", action="store_true")

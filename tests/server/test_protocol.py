@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -92,7 +94,7 @@ def test_another_protocol_is_declined(server: ServerProcess, offer: bytes) -> No
 def test_many_offers_at_once_are_declined(server: ServerProcess) -> None:
     count = 1200
     with connect(server) as connection:
-        connection.sendall((b"GET /ping HTTP/1.1\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n") * count)
+        connection.sendall((b"GET /ping HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n") * count)
         got = b""
         while got.count(b"HTTP/1.1 200 ") < count:
             got += connection.recv(1 << 20)
@@ -107,13 +109,13 @@ def test_a_tunnel_is_refused(server: ServerProcess) -> None:
 @pytest.mark.parametrize("size", [1 << 16, 500_000])
 def test_a_path_that_is_too_long_for_the_parser(server: ServerProcess, size: int) -> None:
     with connect(server) as connection:
-        connection.sendall(b"GET /" + b"a" * size + b" HTTP/1.1\r\n\r\n")
+        connection.sendall(b"GET /" + b"a" * size + b" HTTP/1.1\r\nhost: x\r\n\r\n")
         check_refusal(to_the_end(connection), 431, "the path has more than 65535 bytes")
 
 
 def test_a_url_that_is_none(server: ServerProcess) -> None:
     with connect(server) as connection:
-        connection.sendall(b"GET http://[ HTTP/1.1\r\n\r\n")
+        connection.sendall(b"GET http://[ HTTP/1.1\r\nhost: x\r\n\r\n")
         check_refusal(to_the_end(connection), 400, "this is not HTTP/1.1: ")
 
 
@@ -129,6 +131,74 @@ def test_a_connection_for_each_file_that_the_system_allows(start_server: Callabl
         for _ in range(300):
             stack.enter_context(connect(server))
         assert server.complete("a")
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_idle_connections_make_room_for_new_ones(start_server: Callable[..., ServerProcess], keyed: bool) -> None:
+    """The oldest without a key first; who has shown one and has a request keeps its place."""
+    server = start_server(prefix=("prlimit", "--nofile=128:128"), **({"api_key": "secret"} if keyed else {}))
+    key = b"authorization: Bearer secret\r\n" * keyed
+    body = b'{"prompt": "!slow", "max_tokens": 40}'
+    with ExitStack() as stack:
+        working, kept = (stack.enter_context(connect(server)) for _ in range(2))
+        for connection, sent in ((kept, BODY), (working, body)):
+            connection.sendall(POST + key + b"content-length: %d\r\n\r\n" % len(sent) + sent)
+        assert answer(kept)[0] == 200
+        idle = [stack.enter_context(connect(server)) for _ in range(300)]
+        slow = [stack.enter_context(connect(server)) for _ in range(100)]
+        for connection in slow:
+            connection.sendall(POST + b"content-length: 100\r\n\r\n{")
+        for _ in range(3):
+            status, _ = post_with(server, key)
+            assert status == 200
+        os.kill(server.engine_pid, signal.SIGKILL)
+        restarted = stack.enter_context(connect(server))
+        restarted.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert answer(restarted)[0] == 200
+        assert answer(working)[0] == 500  # with its engine, and not before
+        wait_for(lambda: post_with(server, key)[0] == 200)
+        assert to_the_end(idle[0]) == b""
+
+
+def post_with(server: ServerProcess, key: bytes) -> tuple[int, bytes]:
+    """The answer to a request on a new connection."""
+    with connect(server) as connection:
+        connection.sendall(POST + key + LENGTH + BODY)
+        return answer(connection)
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "message"),
+    [
+        (b"POST /v1/completions HTTP/1.1\r\n", 400, "0 Host headers"),
+        (POST + b"Host: x\r\n", 400, "2 Host headers"),
+        (POST + b"transfer-encoding: gzip, chunked\r\n", 501, "other than chunked"),
+        (POST + b"transfer-encoding: gzip\r\ntransfer-encoding: chunked\r\n", 501, "other than chunked"),
+        (POST + b"transfer-encoding: chunked, gzip\r\n", 400, ""),
+        (POST + b"transfer-encoding: chunked, chunked\r\n", 400, ""),
+        (b"POST /v1/completions HTTP/1.0\r\ntransfer-encoding: chunked\r\n", 400, "where the body ends"),
+    ],
+)
+def test_a_head_that_can_be_read_in_two_ways_is_refused(
+    server: ServerProcess, head: bytes, status: int, message: str
+) -> None:
+    with connect(server) as connection:
+        connection.sendall(head + (b"\r\n" if b"transfer" in head else LENGTH + BODY))
+        check_refusal(to_the_end(connection), status, message)
+
+
+def test_http_1_0_needs_no_host(server: ServerProcess) -> None:
+    with connect(server) as connection:
+        connection.sendall(b"GET /version HTTP/1.0\r\n\r\n")
+        assert to_the_end(connection).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("value", [b"chunked", b"Chunked"])
+def test_chunks_are_read(server: ServerProcess, value: bytes) -> None:
+    with connect(server) as connection:
+        chunk = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
+        connection.sendall(POST + b"Transfer-Encoding: " + value + b"\r\n\r\n" + chunk)
+        assert answer(connection)[0] == 200
 
 
 STREAM = b'{"prompt": "hello", "max_tokens": 3, "stream": true}'
@@ -204,7 +274,13 @@ def test_how_long_an_idle_connection_is_kept(start_server: Callable[..., ServerP
 
 def test_requests_in_a_row_are_answered_in_order(server: ServerProcess) -> None:
     with connect(server) as connection:
-        connection.sendall(b"GET /version HTTP/1.1\r\n\r\n" + POST + LENGTH + BODY + b"GET /ping HTTP/1.1\r\n\r\nGET")
+        connection.sendall(
+            b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"
+            + POST
+            + LENGTH
+            + BODY
+            + b"GET /ping HTTP/1.1\r\nhost: x\r\n\r\nGET"
+        )
         got = b""
         while got.count(b"HTTP/1.1 200 ") < 3:
             got += connection.recv(65536)
@@ -248,5 +324,5 @@ class TestTime:
             connection.sendall(POST + b"content-length: %d\r\n\r\n" % len(body) + body + b"GET /version HT")
             status, content = answer(connection)
             assert (status, json.loads(content)["usage"]["completion_tokens"]) == (200, 12)
-            connection.sendall(b"TP/1.1\r\n\r\n")
+            connection.sendall(b"TP/1.1\r\nhost: x\r\n\r\n")
             assert answer(connection)[0] == 200

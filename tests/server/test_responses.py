@@ -373,3 +373,10 @@ def test_another_key_sees_nothing(start_server: Callable[..., ServerProcess]) ->
         two.responses.retrieve(made.id)
     with pytest.raises(openai.NotFoundError):
         two.responses.create(model="lattice", input="a", previous_response_id=made.id)
+
+
+@pytest.mark.parametrize("wrong", [0, 0.0, "", "false", [], True])
+def test_background_is_false_or_absent(server: ServerProcess, wrong: Any) -> None:
+    response = server.post("/v1/responses", input="a", background=wrong)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "background")
+    assert server.post("/v1/responses", input="a", background=False, max_output_tokens=1).status_code == 200

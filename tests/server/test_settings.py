@@ -123,6 +123,47 @@ def test_a_fault_names_its_field(name: str, value: object) -> None:
     assert caught.value.param == name
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", "x"),
+        ("max_rows", "none"),
+        ("state_memory", "1G"),
+        ("log_level", "loud"),
+        ("grace_period", "-1"),
+        ("replicas", "0"),
+        ("host", "0.0.0.0"),
+        ("api_key_file", "missing"),
+        ("prefix_cache_file", "missing/file"),
+        ("dtype", "int3"),
+        ("threads", "1.5"),
+        ("watchdog_seconds", "nan"),
+    ],
+)
+def test_a_fault_of_the_environment_names_its_variable(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"LATTICE_{name.upper()}", value)
+    with pytest.raises(ConfigError, match=f"^LATTICE_{name.upper()}: ") as caught:
+        Settings.load()
+    assert caught.value.param == name
+    with pytest.raises(ConfigError, match=f"^{name}"):
+        Settings.load(**{name: value})
+
+
+def test_the_variables_of_a_kubernetes_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATTICE_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("LATTICE_SERVICE_PORT", "8000")
+    monkeypatch.setenv("LATTICE_SERVICE_PORT_HTTP", "8000")
+    for name, value in {"": "tcp://10.0.0.1:8000", "_PROTO": "tcp", "_PORT": "8000", "_ADDR": "10.0.0.1"}.items():
+        monkeypatch.setenv(f"LATTICE_PORT_8000_TCP{name}", value)
+    assert Settings.load().port == 8000
+    monkeypatch.setenv("LATTICE_PORT", "tcp://10.0.0.1:8000")
+    assert Settings.load(port=9000).port == 9000
+    with pytest.raises(
+        ConfigError, match=r"LATTICE_PORT is 'tcp://10.* rename the Service.* enableServiceLinks: false"
+    ):
+        Settings.load()
+
+
 def test_faults_across_fields_are_told_too() -> None:
     with pytest.raises(ConfigError, match="max_step_tokens"):
         Settings.load(max_rows=600, max_step_tokens=100)

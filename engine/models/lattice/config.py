@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
-from lattice_serve.engine.models.base import ModelConfig, Sharding, Work
+from lattice_serve.engine.models.base import LARGEST_SIZE, ModelConfig, Sharding, Work
 
 Objective: TypeAlias = Literal["decoding", "similarity", "encoding"]
 
@@ -18,15 +18,15 @@ class LatticeConfig(ModelConfig):
 
     model_type: Literal["lattice"] = "lattice"
     architectures: tuple[Literal["LatticeForCausalLM"]] = ("LatticeForCausalLM",)
-    num_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    num_slots: int = Field(ge=1)
-    intermediate_size: int = Field(ge=1)
-    conv_kernel_size: int = Field(default=4, ge=1)
-    chunk_size: int = Field(default=16, ge=1)
+    num_heads: int = Field(ge=1, le=LARGEST_SIZE)
+    head_dim: int = Field(ge=1, le=LARGEST_SIZE)
+    num_slots: int = Field(ge=1, le=LARGEST_SIZE)
+    intermediate_size: int = Field(ge=1, le=LARGEST_SIZE)
+    conv_kernel_size: int = Field(default=4, ge=1, le=LARGEST_SIZE)
+    chunk_size: int = Field(default=16, ge=1, le=LARGEST_SIZE)
     objective: Objective = "decoding"
     use_forget_gate: bool = True
-    norm_eps: float = Field(default=1e-6, gt=0)
+    norm_eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
 
     @property
     def chunk_alignment(self) -> int:

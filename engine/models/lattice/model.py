@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lattice_serve import kernels
+from lattice_serve.engine.errors import ConfigError
 from lattice_serve.engine.models.causal_lm import CausalLM, Gather, RaggedBatch
 from lattice_serve.engine.models.lattice.config import LatticeConfig
 from lattice_serve.kernels.decoder.cpu import CpuDecoder
@@ -240,7 +241,12 @@ class LatticeForCausalLM(CausalLM):
                 parallel_from=parallel_from,
                 quantization=quantization,
             )
-        elif pool.device.type == "cuda" and find_spec("triton"):  # AMD's devices are called cuda too
+        elif pool.device.type == "cuda":  # AMD's devices are called cuda too
+            if not find_spec("triton"):
+                raise ConfigError(
+                    f"device is {str(pool.device)!r}, which needs triton: install lattice-serve[gpu], or give cpu",
+                    param="device",
+                )
             from lattice_serve.kernels.decoder.triton import TritonDecoder
 
             backend = TritonDecoder(
