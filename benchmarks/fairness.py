@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +29,7 @@ from rich.table import Table
 ROWS, WAITING = 32, 96
 POLITE, GREEDY = "polite", "greedy"
 HARD = 'root ::= "' + "☃" * 24 + '" s\ns ::= s s | "a" | "b"'
+Figures: TypeAlias = "dict[str, float | None]"
 Body = Callable[[int], dict[str, Any]]
 
 
@@ -40,14 +41,14 @@ class Tally:
         """Seconds to the first token."""
         self.done = self.refused = self.tokens = 0
 
-    def summary(self, seconds: float) -> dict[str, float]:
-        firsts = sorted(self.firsts) or [float("nan")]
+    def summary(self, seconds: float) -> Figures:
+        firsts = sorted(self.firsts)
         return {
             "done": self.done,
             "refused": self.refused,
             "tokens_per_second": round(self.tokens / seconds, 1),
-            "first_p50_ms": round(1e3 * firsts[len(firsts) // 2], 1),
-            "first_p99_ms": round(1e3 * firsts[int(0.99 * (len(firsts) - 1))], 1),
+            "first_p50_ms": round(1e3 * firsts[len(firsts) // 2], 1) if firsts else None,
+            "first_p99_ms": round(1e3 * firsts[int(0.99 * (len(firsts) - 1))], 1) if firsts else None,
         }
 
 
@@ -99,7 +100,7 @@ def completion(tokens: int, **fields: Any) -> Body:
 
 async def beside(
     port: int, clients: int, others: int, make: Body, seconds: float, *, polite: Body | None = None
-) -> tuple[dict[str, float], dict[str, float]]:
+) -> tuple[Figures, Figures]:
     """What `clients` of the polite key and `others` of the greedy one get. The first quarter is not counted."""
     until, numbers = time.monotonic() + 1.25 * seconds, itertools.count()
     warm = Tally()
@@ -126,7 +127,7 @@ async def cached(port: int, key: str, prompt: str) -> int:
     return int(usage["prompt_tokens_details"]["cached_tokens"])
 
 
-async def cache_points(port: int) -> dict[str, float]:
+async def cache_points(port: int) -> Figures:
     """48 requests with 64 cache points each: of the polite key's 20 prompts, how many are still cached?"""
     prompts = [f"The {number}. story began in a small house, where he" for number in range(20)]
     for prompt in prompts:
@@ -139,7 +140,7 @@ async def cache_points(port: int) -> dict[str, float]:
     return {"prompts": len(kept), "still_cached": sum(kept)}
 
 
-async def stored(port: int) -> dict[str, float]:
+async def stored(port: int) -> Figures:
     """Responses of one key, more than the store holds: is that of the other still there?"""
     body: dict[str, Any] = {"input": "Hello", "max_output_tokens": 1}
     answer = await post(port, POLITE, body, path="/v1/responses")
@@ -155,7 +156,7 @@ async def stored(port: int) -> dict[str, float]:
     return {"responses": 10_500, "still_there": int(answer.startswith(b"HTTP/1.1 200"))}
 
 
-async def hard_grammar(port: int, seconds: float) -> dict[str, float]:
+async def hard_grammar(port: int, seconds: float) -> Figures:
     """Four streams alone, and beside 128 sequences of a grammar that behaves for 24 characters."""
     body = completion(1_000_000)
     rates = []
@@ -197,7 +198,7 @@ def server(rows: int, waiting: int, *options: str) -> Iterator[int]:
             process.wait(60)
 
 
-async def attacks(port: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+async def attacks(port: int, options: argparse.Namespace) -> dict[str, Figures]:
     clients, seconds, figures = options.clients, options.seconds, {}
     other = completion(64)
     figures["fair"], _ = await beside(port, clients, ROWS - clients, other, seconds)
@@ -234,10 +235,10 @@ def main() -> None:
         figures["hard grammar"] = asyncio.run(hard_grammar(port, options.seconds))
     table = Table("", "of the polite key")
     for name, values in figures.items():
-        table.add_row(name, ", ".join(f"{each} {value:g}" for each, value in values.items()))
+        table.add_row(name, ", ".join(f"{each} {value}" for each, value in values.items()))
     Console().print(table)
     shares = {
-        name: round(figures[name]["tokens_per_second"] / figures["fair"]["tokens_per_second"], 3)
+        name: round((figures[name]["tokens_per_second"] or 0) / (figures["fair"]["tokens_per_second"] or 1), 3)
         for name in ("greedy", "priority")
     }
     settings = {"clients": options.clients, "greedy_clients": options.greedy, "rows": ROWS, "places": ROWS + WAITING}

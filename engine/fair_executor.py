@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -21,10 +20,14 @@ class FairExecutor(Generic[R]):
     The next one is of the tenant that has had the least time for its weight (start-time fair queueing), its oldest.
     """
 
-    def __init__(self, name: str, shares: Shares, nice: int = 0) -> None:
-        """nice: how much the thread yields to others, as `nice` says it."""
+    def __init__(self, name: str, shares: Shares, busy: float = 1.0) -> None:
+        """busy: the part of a processor's time that the thread may take; it sleeps for the rest.
+
+        A lower priority of the thread would do for that, too, but that it may be holding Python's lock meanwhile.
+        """
+        self._rest = 1 / busy - 1
         self._shares = shares
-        self._pool = ThreadPoolExecutor(1, name, _yield_to_others, (nice,))
+        self._pool = ThreadPoolExecutor(1, name)
         self._lock = threading.Lock()
         self._queues: dict[str, deque[tuple[Future[R], Callable[[], R]]]] = {}
         """Of the tenants that have any work, and none of it empty."""
@@ -53,7 +56,7 @@ class FairExecutor(Generic[R]):
             self._begun = self._service[tenant]
         if not future.set_running_or_notify_cancel():
             return
-        began = time.monotonic()
+        began, busy = time.monotonic(), time.thread_time()
         try:
             result = function()
         except Exception as error:
@@ -62,12 +65,9 @@ class FairExecutor(Generic[R]):
         else:
             self._charge(tenant, began)
             future.set_result(result)
+        if self._rest:
+            time.sleep(self._rest * (time.thread_time() - busy))
 
     def _charge(self, tenant: str, began: float) -> None:
         with self._lock:
             self._service[tenant] += (time.monotonic() - began) / self._shares.weight(tenant)
-
-
-def _yield_to_others(nice: int) -> None:
-    thread = threading.get_native_id()  # which is all that is meant: on Linux threads have priorities of their own
-    os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + nice)

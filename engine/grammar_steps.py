@@ -7,8 +7,10 @@ hard does so between steps; such surprises have a budget, beyond which everythin
 
 from __future__ import annotations
 
+import queue
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 
 from lattice_serve.engine.fair_executor import FairExecutor
@@ -25,8 +27,8 @@ _MOST_SAVED = 0.005
 """Seconds of that which are saved up while there are no surprises."""
 _GATHER_SECONDS = 0.005
 """Between times at which sequences come back into the steps of others: a step of other sequences has to be planned."""
-_NICE = 10
-"""The thread has a tenth of the processor time of each of the kernels, where that is short."""
+BUSY = 0.2
+"""Of a processor, for what is done beside the steps."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,8 +44,9 @@ class GrammarSteps:
     """Belongs to one engine's thread."""
 
     def __init__(self, shares: Shares) -> None:
-        self._beside: FairExecutor[None] = FairExecutor("masks", shares, _NICE)
+        self._beside: FairExecutor[None] = FairExecutor("masks", shares, BUSY)
         self._pending: dict[str, Pending] = {}
+        self._done: queue.SimpleQueue[Pending] = queue.SimpleQueue()
         self._next = 0.0
         """When it is time to look at them again."""
         self._budget, self._refilled = 0.0, time.monotonic()
@@ -64,7 +67,8 @@ class GrammarSteps:
                 self._budget -= max(0.0, matcher.seconds - EASY_SECONDS)
             return True
         done = self._beside.submit(sequence.tenant, lambda: matcher.push(sampled.token_id))
-        self._pending[sequence.request_id] = Pending(sequence, sampled, done)
+        pending = self._pending[sequence.request_id] = Pending(sequence, sampled, done)
+        done.add_done_callback(lambda _: self._done.put(pending))
         return False
 
     def finished(self) -> list[Pending]:
@@ -72,15 +76,20 @@ class GrammarSteps:
         if not self._pending or (now := time.monotonic()) < self._next:
             return []
         self._next = now + _GATHER_SECONDS
-        finished = [pending for pending in self._pending.values() if pending.done.done()]
-        for pending in finished:
-            del self._pending[pending.sequence.request_id]
+        finished = []
+        with suppress(queue.Empty):
+            while True:
+                pending = self._done.get_nowait()
+                if self._pending.get(pending.sequence.request_id) is pending:  # else it was dropped
+                    del self._pending[pending.sequence.request_id]
+                    finished.append(pending)
         return finished
 
     def wait(self) -> None:
         """Wait for one of them for a moment, if there are any."""
         if self._pending:
-            wait([pending.done for pending in self._pending.values()], WAIT_SECONDS, FIRST_COMPLETED)
+            with suppress(queue.Empty):
+                self._done.put(self._done.get(timeout=WAIT_SECONDS))
             self._next = 0.0
 
     def drop(self, request_id: str) -> None:

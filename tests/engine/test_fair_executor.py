@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from lattice_serve.engine import fair_executor
 from lattice_serve.engine.fair_executor import FairExecutor
 from lattice_serve.engine.shares import Shares
 
@@ -23,28 +24,42 @@ def test_results_and_errors_come_back() -> None:
     assert executor.submit("a", lambda: 4).result(5) == 4, "it goes on"
 
 
-def test_tenants_take_turns_by_time_and_weight() -> None:
+class Clock:
+    """Time that goes by where a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    thread_time = monotonic
+
+
+def test_tenants_take_turns_by_time_and_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(fair_executor, "time", clock)
     shares = Shares()
     shares.weigh("heavy", 3)
     executor: FairExecutor[None] = FairExecutor("test", shares)
     begin, order = threading.Event(), list[str]()
     executor.submit("first", lambda: (begin.wait(5), None)[1])
     futures = []
-    for tenant, seconds, count in [("greedy", 0.02, 8), ("polite", 0.02, 2), ("heavy", 0.02, 6)]:
+    for tenant, seconds, count in [("greedy", 2.0, 8), ("polite", 2.0, 2), ("heavy", 2.0, 6)]:
         for _ in range(count):
 
             def work(tenant: str = tenant, seconds: float = seconds) -> None:
                 order.append(tenant)
-                time.sleep(seconds)
+                clock.now += seconds
 
             futures.append(executor.submit(tenant, work))
     begin.set()
     for future in futures:
         future.result(5)
     assert order[:3] == ["greedy", "polite", "heavy"], "nobody has had anything"
-    assert "greedy" not in order[3:5], "heavy is served three times as much"
-    assert sorted(order[:8])[:2] == ["greedy", "greedy"]
-    assert order[8:].count("greedy") == 6
+    assert order[3:5] == ["heavy", "heavy"], "it is served three times as much"
+    assert order[:10].count("greedy") == order[:10].count("polite") == 2
+    assert order[10:].count("greedy") == 6
 
 
 def test_what_is_cancelled_is_not_run() -> None:
@@ -56,3 +71,17 @@ def test_what_is_cancelled_is_not_run() -> None:
     begin.set()
     futures[2].result(5)
     assert ran == [0, 2]
+
+
+def test_it_takes_a_part_of_a_processor() -> None:
+    executor: FairExecutor[None] = FairExecutor("test", Shares(), busy=0.25)
+
+    def work() -> None:
+        until = time.thread_time() + 0.02
+        while time.thread_time() < until:
+            pass
+
+    began = time.monotonic()
+    for future in [executor.submit("a", work) for _ in range(4)]:
+        future.result(20)
+    assert time.monotonic() - began >= 3 * 0.02 / 0.25 + 0.02
