@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lattice_serve import kernels
+from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import ConfigError
 from lattice_serve.engine.models.lattice import LatticeForCausalLM
 from lattice_serve.kernels.decoder.cpu import CpuDecoder
@@ -44,6 +45,20 @@ class Backend(Protocol):
         decode come before those of prompts. The tensors are good until the next call.
         """
         ...
+
+
+def check_fit(backend: Backend, config: EngineConfig, rows: int) -> None:
+    """Raises `ConfigError` where a prompt could not move on beside all the other rows, or for drafts where only one
+    token at a time is decoded."""
+    if config.speculative_tokens and backend.multiple > 1:
+        raise ConfigError("speculative_tokens are for the CPU: leave them out", param="speculative_tokens")
+    need = rows - 1 + backend.multiple
+    if config.max_step_tokens < need:
+        raise ConfigError(
+            f"max_step_tokens is {config.max_step_tokens}: give {need} or more, for {rows} rows and "
+            f"chunks of {backend.multiple} tokens, or lower max_rows",
+            param="max_step_tokens",
+        )
 
 
 class TorchBackend:

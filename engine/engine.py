@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from lattice_serve.engine.backend import Backend, make_backend
+from lattice_serve.engine.backend import Backend, check_fit, make_backend
 from lattice_serve.engine.bits import check_bits
 from lattice_serve.engine.config import EngineConfig, ModelConfig
 from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.drafter import Drafter
-from lattice_serve.engine.errors import ConfigError, InvalidParameter, LatticeError
+from lattice_serve.engine.errors import InvalidParameter, LatticeError
 from lattice_serve.engine.grammar import Compiled, Grammars
 from lattice_serve.engine.memory import Memory
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit
@@ -61,7 +61,7 @@ class Engine:
         """The processes that have the other shares of the model, if it is shared out."""
         try:
             backend = self._open(model_config, dtype, threads, progress=progress, beside=beside)
-            self._check_fit(backend)
+            check_fit(backend, config, self.pool.rows)
             check_bits(backend, self.pool, model_config.vocab_size, config.max_step_tokens)
         except BaseException:
             self.close()
@@ -160,10 +160,21 @@ class Engine:
             self._taken = [each for each in self._taken if each.sequence is not sequence]
             self._finish(sequence)
 
+    def credit(self, request_id: str, weight: int) -> None:
+        """Outputs of a sequence, of that weight together, were taken; an unknown one has ended meanwhile."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self.scheduler.credit(sequence, weight)
+
     @property
     def has_work(self) -> bool:
         """Whether there is a step to run, or something to emit."""
-        return bool(self._sequences or self._taken or self._failures)
+        return bool(self._taken or self._failures or self._compiling) or self.scheduler.active
+
+    @property
+    def idle(self) -> bool:
+        """Whether there are no requests, not even paused ones."""
+        return not (self._sequences or self.has_work)
 
     def step(self) -> StepOutputs:
         """Schedule, run, sample, advance, emit. At most `max_step_tokens` tokens.
@@ -211,8 +222,8 @@ class Engine:
                 self.memory.settle(piece, len(result.sampled) - 1)
             if not piece.decodes and piece.keeps:
                 self._pace.record_kept(self.memory.keep_prompt(piece, result.logits))
-            if not result.sampled and sequence.decoding and sequence.params.max_tokens == 0:
-                self._score(sequence)
+            if not result.sampled:
+                self._take_scores(sequence)
             try:
                 for sampled in result.sampled:
                     self._advance(sequence, sampled)
@@ -245,6 +256,7 @@ class Engine:
             waiting=len(waiting) + len(self._compiling),
             rows=self.pool.rows,
             rows_used=self.memory.used,
+            paused=len(self.scheduler.paused),
             preempted=sum(sequence.status is Status.PARKED for sequence in waiting),
             preemptions_total=self.scheduler.preemptions,
             prompt_tokens_total=self._prompt_tokens,
@@ -294,19 +306,6 @@ class Engine:
         )
         return backend if self.workers is None else ShardedBackend(backend, self.workers, share.size)
 
-    def _check_fit(self, backend: Backend) -> None:
-        """Raises `ConfigError` where a prompt could not move on beside all the other rows, or for drafts where only one
-        token at a time is decoded."""
-        if self.config.speculative_tokens and backend.multiple > 1:
-            raise ConfigError("speculative_tokens are for the CPU: leave them out", param="speculative_tokens")
-        need = self.pool.rows - 1 + backend.multiple
-        if self.config.max_step_tokens < need:
-            raise ConfigError(
-                f"max_step_tokens is {self.config.max_step_tokens}: give {need} or more, for {self.pool.rows} rows and "
-                f"chunks of {backend.multiple} tokens, or lower max_rows",
-                param="max_step_tokens",
-            )
-
     def _warm_up(self) -> None:
         """Compile what compiles at its first call, on a row that is then scrubbed: no request waits for it."""
         params = SamplingParams(max_tokens=1, temperature=0)
@@ -321,7 +320,7 @@ class Engine:
 
     def _queue_compiled(self) -> list[RequestFailed]:
         """Hand the sequences whose grammars are compiled to the scheduler. Waits only where there is no other work."""
-        if self._compiling and not len(self.scheduler):
+        if self._compiling and not self.scheduler.active:
             wait(self._compiling.values(), _COMPILE_SECONDS, FIRST_COMPLETED)
         failures = []
         for request_id in [request_id for request_id, future in self._compiling.items() if future.done()]:
@@ -350,7 +349,7 @@ class Engine:
         if sequence.sample_row.counts is not None:
             sequence.sample_row.counts.add(token_id)
         self._generated += 1
-        taken = Taken(sequence, sampled)
+        taken = Taken(sequence, sampled, prompt_logprobs=sequence.take_scores())
         # Below min_tokens the sampler has not let any of these be chosen.
         if token_id in params.stop_token_ids:
             taken.text, sequence.finish_reason, taken.stop_reason = "", "stop", token_id
@@ -368,10 +367,13 @@ class Engine:
                 sequence.finish_reason = "length"
         self._take(taken)
 
-    def _score(self, sequence: Sequence) -> None:
-        """End a request for no tokens."""
-        sequence.finish_reason = "length"
-        self._take(Taken(sequence, None, text=""))
+    def _take_scores(self, sequence: Sequence) -> None:
+        """Send the log-probabilities of a piece of a prompt, and end a request for no tokens with its prompt."""
+        if sequence.decoding and sequence.params.max_tokens == 0:
+            sequence.finish_reason = "length"
+        scores = sequence.take_scores()
+        if scores or sequence.finish_reason is not None:
+            self._take(Taken(sequence, None, text="", prompt_logprobs=scores))
 
     def _take(self, taken: Taken) -> None:
         sequence = taken.sequence
@@ -380,10 +382,12 @@ class Engine:
         if sequence.finish_reason is not None:
             self.memory.keep_answer(sequence)
             self._finish(sequence)
+        else:
+            self.scheduler.debit(sequence, taken.weight)
 
     def _fail(self, sequence: Sequence, error: LatticeError) -> RequestFailed:
         self._finish(sequence)
-        return failure(sequence.request_id, error)
+        return RequestFailed.of(sequence.request_id, error)
 
     def _finish(self, sequence: Sequence) -> None:
         """Take a sequence out of everything, and scrub its state."""
@@ -393,8 +397,3 @@ class Engine:
         self.runner.forget()
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request_id]
-
-
-def failure(request_id: str, error: LatticeError) -> RequestFailed:
-    """The message that says why a request failed."""
-    return RequestFailed(request_id, type(error).__name__, error.message, error.param)

@@ -4,21 +4,27 @@ A frame is a four-byte big-endian length and that many bytes of msgpack. The ser
 engine's Unix socket; the engine says `Ready` first. Every `Submit` is answered by `TokenOutput`s (in
 `StepOutputs`), the last of which has a `finish_reason`, or by one `RequestFailed`; an aborted request is
 answered by nothing more.
+
+Flow control is by credit, as in HTTP/2: a sequence whose outputs weigh as much as its `window` is paused until
+`Credit` says that some of them were taken.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
 
+from lattice_serve.engine.errors import LatticeError
 from lattice_serve.engine.sampling import SamplingParams
 
 if TYPE_CHECKING:
     TokenIds: TypeAlias = array[int]
 else:  # Python 3.11 has no array[int], and msgspec looks at what it says
     TokenIds = array
+_OUTPUT_WEIGHT, _SCORE_WEIGHT = 256, 96
 FinishReason: TypeAlias = Literal["stop", "length"]
 Pooling: TypeAlias = Literal["mean", "last"]
 """Of the final hidden states of a prompt's tokens: all of them, or the last."""
@@ -46,10 +52,21 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     """What of its prompt's hidden states to give back, with the first output."""
     cache_points: tuple[int, ...] = ()
     """Numbers of prompt tokens after which to keep the state, beside the places that the cache chooses itself."""
+    window: int | None = None
+    """Weight of outputs (see `weight`) that may be on their way; None: any."""
+    same_prompt: bool = False
+    """On the wire: the prompt is that of the `Submit` before it, and is not sent again."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
     request_id: str
+
+
+class Credit(msgspec.Struct, frozen=True, tag=True):
+    """Outputs of a sequence, of that `weight` together, have been taken."""
+
+    request_id: str
+    weight: int
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -67,7 +84,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class TokenOutput(msgspec.Struct, frozen=True, tag=True):
-    """One generated token (or, with `token_id` None, the end of a request without one)."""
+    """One generated token. Without one (`token_id` None): more of the prompt's log-probabilities, or the end of a
+    request for no tokens."""
 
     request_id: str
     token_id: int | None
@@ -79,7 +97,8 @@ class TokenOutput(msgspec.Struct, frozen=True, tag=True):
     """The stop token id or stop string that ended the answer; None at end-of-text."""
     logprob: TokenLogprob | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
-    """With the first output of a request that asked for them: one a prompt token, None for the first."""
+    """Where they were asked for: those of the next prompt tokens, None for the very first. The last of them come with
+    the first token."""
     embedding: list[float] | None = None
     """With the first output of a request that asked for it: [hidden_size] float32."""
     cached_tokens: int = 0
@@ -97,6 +116,10 @@ class RequestFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
     param: str | None = None
 
+    @classmethod
+    def of(cls, request_id: str, error: LatticeError) -> RequestFailed:
+        return cls(request_id, type(error).__name__, error.message, error.param)
+
 
 class EngineStats(msgspec.Struct, frozen=True):
     """Gauges are as of now; `*_total` count since the engine process started."""
@@ -105,6 +128,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     waiting: int = 0
     rows: int = 0
     rows_used: int = 0
+    paused: int = 0
+    """Sequences that wait until their outputs are taken, in rows or parked."""
     preempted: int = 0
     """Sequences whose state is parked in host memory."""
     preemptions_total: int = 0
@@ -129,8 +154,16 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
-ToEngine: TypeAlias = Submit | Abort
+ToEngine: TypeAlias = Submit | Abort | Credit
 FromEngine: TypeAlias = Ready | StepOutputs
+
+
+def weight(logprob: TokenLogprob | None, prompt_logprobs: Sequence[TokenLogprob | None] | None) -> int:
+    """About the bytes that an output takes where it waits to be taken: more, the more log-probabilities it has."""
+    if logprob is None and not prompt_logprobs:
+        return _OUTPUT_WEIGHT
+    scores = [entry for entry in (logprob, *(prompt_logprobs or ())) if entry is not None]
+    return _OUTPUT_WEIGHT + _SCORE_WEIGHT * (len(scores) + sum(len(entry.top) for entry in scores))
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:
@@ -152,6 +185,6 @@ def _unpacked(kind: Any, value: Any) -> Any:
 
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_packed)
-TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(Submit | Abort, dec_hook=_unpacked)
+TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(Submit | Abort | Credit, dec_hook=_unpacked)
 FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(Ready | StepOutputs)
 """What is in a frame, behind its length. Both raise `msgspec.MsgspecError` for what is no such message."""

@@ -25,9 +25,19 @@ import msgspec
 
 from lattice_serve.engine import cache_file, standard_error
 from lattice_serve.engine.config import SAVE_SECONDS, EngineConfig
-from lattice_serve.engine.engine import Engine, failure
+from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.errors import CacheFileError, LatticeError
-from lattice_serve.engine.messages import TO_ENGINE, Abort, FromEngine, StepOutputs, ToEngine, encode
+from lattice_serve.engine.messages import (
+    TO_ENGINE,
+    Abort,
+    Credit,
+    FromEngine,
+    RequestFailed,
+    StepOutputs,
+    Submit,
+    ToEngine,
+    encode,
+)
 
 
 class Connection:
@@ -57,8 +67,12 @@ class Connection:
     def _read(self) -> None:
         try:
             with self._link.makefile("rb") as stream:
+                message: ToEngine | None = None
                 while header := stream.read(4):
-                    self._inbox.put(TO_ENGINE.decode(stream.read(int.from_bytes(header, "big"))))
+                    before, message = message, TO_ENGINE.decode(stream.read(int.from_bytes(header, "big")))
+                    if isinstance(message, Submit) and message.same_prompt and isinstance(before, Submit):
+                        message = msgspec.structs.replace(message, prompt_ids=before.prompt_ids, same_prompt=False)
+                    self._inbox.put(message)
         except (OSError, msgspec.MsgspecError, LatticeError) as error:
             print(f"engine: connection lost: {error}", file=sys.stderr)
         finally:
@@ -82,16 +96,19 @@ def serve(engine: Engine, connection: Connection) -> None:
                 if isinstance(message, Abort):
                     engine.abort(message.request_id)
                     continue
+                if isinstance(message, Credit):
+                    engine.credit(message.request_id, message.weight)
+                    continue
                 try:
                     engine.submit(message)
                 except LatticeError as error:
-                    failures.append(failure(message.request_id, error))
+                    failures.append(RequestFailed.of(message.request_id, error))
             if engine.has_work:
                 engine.launch()
                 step = engine.emit()  # on a GPU, of the step before
                 connection.send(msgspec.structs.replace(step, failures=failures + step.failures))
                 engine.collect()
-                if not engine.has_work:
+                if engine.idle:
                     engine.check_idle()
             elif messages:
                 connection.send(StepOutputs(outputs=[], failures=failures, stats=engine.stats()))

@@ -5,7 +5,8 @@ goes first, so a lower number of priority is served sooner, and nothing waits fo
 later are later. A sequence that has held its row for `quantum` steps gets a new deadline, as if it had just come, so
 that rows go round among long answers. When rows are short, a waiting sequence takes the row of the running one with
 the latest deadline, if that is later than its own; the state is parked, one copy to host memory, and nothing is
-computed twice.
+computed twice. A sequence that is paused, for its outputs are not taken, is left out of steps, is the first to lose its
+row, and queues again as if it had just come.
 """
 
 from __future__ import annotations
@@ -104,6 +105,8 @@ class Scheduler:
         """In order of admission."""
         self.waiting: list[Sequence] = []
         """Earliest deadline first; WAITING and PARKED."""
+        self.paused: dict[str, Sequence] = {}
+        """By request id: those in `running`, and PARKED ones that are not in `waiting`."""
         self.preemptions = 0
         self._step = 0
         self._steady: list[Piece] = []
@@ -113,21 +116,50 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. Raises `Overloaded` when `max_waiting` beyond the free rows wait already."""
-        free = self.rows - len(self.running)
-        if len(self.waiting) >= self.max_waiting + free:
-            raise Overloaded(f"{len(self.waiting)} requests wait already: come back later, or raise max_waiting")
+        free, waiting = self.rows - len(self.running), len(self) - len(self.running)
+        if waiting >= self.max_waiting + free:
+            raise Overloaded(f"{waiting} requests wait already: come back later, or raise max_waiting")
         self._enqueue(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence in any phase; its row is the caller's to free."""
-        (self.running if sequence.status is Status.RUNNING else self.waiting).remove(sequence)
+        paused = self.paused.pop(sequence.request_id, None) is not None
+        if sequence.status is Status.RUNNING or not paused:
+            (self.running if sequence.status is Status.RUNNING else self.waiting).remove(sequence)
         self._since.pop(sequence.request_id, None)
         self._steady = []
+
+    def debit(self, sequence: Sequence, weight: int) -> None:
+        """A running sequence has sent outputs of that weight: it is paused when its window is used up."""
+        if sequence.window is None:
+            return
+        sequence.window -= weight
+        if sequence.window <= 0 and not sequence.paused:
+            sequence.paused = True
+            self.paused[sequence.request_id] = sequence
+            self._steady = []
+
+    def credit(self, sequence: Sequence, weight: int) -> None:
+        """Outputs of that weight were taken."""
+        if sequence.window is None:
+            return
+        sequence.window += weight
+        if sequence.window > 0 and sequence.paused:
+            sequence.paused = False
+            del self.paused[sequence.request_id]
+            self._steady = []
+            if sequence.status is Status.PARKED:
+                self._enqueue(sequence)
+
+    @property
+    def active(self) -> bool:
+        """Whether a sequence may run in the next step."""
+        return bool(self.waiting) or any(not sequence.paused for sequence in self.running)
 
     @property
     def decoding(self) -> int:
         """Sequences that run and wait for their next token."""
-        return len(self._steady) or sum(sequence.decoding for sequence in self.running)
+        return len(self._steady) or sum(sequence.decoding and not sequence.paused for sequence in self.running)
 
     def assign(self) -> Moves:
         """Choose who holds a row in the next step. Sequences change their status; the caller moves their states."""
@@ -151,8 +183,9 @@ class Scheduler:
         self._steady = []
         # Decode goes first: a long prompt may delay the others' next token by one step's budget, never more. Prompts
         # share the rest evenly, what the short ones leave going to the long: none waits for another's to end.
-        decoding = [sequence for sequence in self.running if sequence.decoding]
-        prompts = [sequence for sequence in self.running if not sequence.decoding and sequence.leader is None]
+        running = [sequence for sequence in self.running if not sequence.paused]
+        decoding = [sequence for sequence in running if sequence.decoding]
+        prompts = [sequence for sequence in running if not sequence.decoding and sequence.leader is None]
         left = self.max_step_tokens
         if tokens is not None:
             left = min(left, max(tokens, len(decoding) + self.multiple))
@@ -171,7 +204,7 @@ class Scheduler:
                 pieces.append(piece)
                 left -= min(left, count + (kept if kept and piece.keeps else 0))
         pieces = [self._with_draft(piece, left // len(pieces)) for piece in pieces]
-        if len(pieces) == len(self.running) and all(piece.goes_on for piece in pieces):
+        if len(pieces) == len(running) and all(piece.goes_on for piece in pieces):
             self._steady = pieces
         return pieces
 
@@ -189,9 +222,11 @@ class Scheduler:
         """Every sequence that is not finished."""
         yield from self.running
         yield from self.waiting
+        yield from (sequence for sequence in self.paused.values() if sequence.status is Status.PARKED)
 
     def __len__(self) -> int:
-        return len(self.running) + len(self.waiting)
+        parked = sum(sequence.status is Status.PARKED for sequence in self.paused.values())
+        return len(self.running) + len(self.waiting) + parked
 
     def _count(self, sequence: Sequence, share: int, left: int) -> int:
         """Tokens of a prompt's next piece: about its share, cut at a multiple or at the prompt's end."""
@@ -217,8 +252,9 @@ class Scheduler:
         while self.waiting:
             first = self.waiting[0]
             if len(self.running) == self.rows:
-                last = max(self.running, key=_order)
-                if first.deadline >= last.deadline:
+                paused = [sequence for sequence in self.running if sequence.paused]
+                last = max(paused or self.running, key=_order)
+                if not paused and first.deadline >= last.deadline:
                     return
                 self._park(last, moves)
             self.waiting.remove(first)
@@ -234,7 +270,8 @@ class Scheduler:
         sequence.status = Status.PARKED
         self.preemptions += 1
         moves.park.append(sequence)
-        insort(self.waiting, sequence, key=_order)
+        if not sequence.paused:
+            insort(self.waiting, sequence, key=_order)
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:
