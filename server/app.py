@@ -28,6 +28,7 @@ from lattice_serve.server import logs
 from lattice_serve.server.access import AccessLog
 from lattice_serve.server.errors import install_handlers
 from lattice_serve.server.limits import Limits
+from lattice_serve.server.memory import MemoryBudget
 from lattice_serve.server.metrics import ServerMetrics
 from lattice_serve.server.protocol import bounded
 from lattice_serve.server.router import Replica, Router
@@ -68,6 +69,7 @@ def create_app(services: Services) -> FastAPI:
         Limits,
         api_keys=settings.api_keys,
         max_body_bytes=settings.max_body_bytes,
+        memory=MemoryBudget(settings.request_memory),
         max_header_bytes=settings.max_header_bytes,
         body_seconds=settings.request_seconds,
     )

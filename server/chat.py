@@ -14,6 +14,7 @@ from lattice_serve.engine.messages import TokenLogprob, TokenOutput
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.server.answer import LOWEST_LOGPROB, Answer, check
+from lattice_serve.server.joined import JsonList, JsonText
 from lattice_serve.server.schemas.chat import (
     AnswerCall,
     AnswerFunction,
@@ -68,8 +69,15 @@ class ChatAnswer(Answer[ChatRequest, ChunkChoice]):
     def parts(self, index: int, output: TokenOutput) -> list[ChunkChoice]:
         return self._choices[index].parts(output)
 
-    def joined(self, parts: list[list[ChunkChoice]]) -> list[ChatChoice]:
-        return [_joined(choice) for choice in parts]
+    @property
+    def longest_param(self) -> str:
+        return "logprobs" if self._request.logprobs else super().longest_param
+
+    def keep(self, index: int, choice: ChunkChoice) -> int:
+        return self._choices[index].keep(choice)
+
+    def joined(self) -> list[ChatChoice]:
+        return [choice.joined() for choice in self._choices]
 
 
 async def prompt_ids(services: Services, request: ChatPrompt) -> array[int]:
@@ -151,6 +159,11 @@ class _Choice:
         self._parser: ToolCallParser | None = None
         # OpenAI's finish reason says whether the model chose to call, which a named function leaves it no choice of.
         self._chooses = not isinstance(request.tool_choice, NamedTool)
+        self._content, self._blank = JsonText(), True
+        self._scores = JsonList()
+        self._calls: list[tuple[AnswerCall, JsonText]] = []
+        """And the arguments of each."""
+        self._last: ChunkChoice | None = None
         if request.offered_tools:
             parallel = request.parallel_tool_calls is not False
             self._parser = ToolCallParser(tagged=not request.must_call, parallel=parallel)
@@ -168,6 +181,36 @@ class _Choice:
         if output.finish_reason is not None:
             parts.append(ChunkChoice(self._index, Delta(), None, self._finish_reason(output), output.stop_reason))
         return parts
+
+    def keep(self, part: ChunkChoice) -> int:
+        """Hold a part of a whole answer; how many bytes it takes."""
+        self._last = part
+        content = part.delta.content or ""
+        self._blank = self._blank and not content.strip()
+        size = self._content.add(content)
+        if part.logprobs is not None:
+            size += self._scores.add(part.logprobs.content)
+        for call in part.delta.tool_calls or ():
+            if call.id:
+                self._calls.append((AnswerCall(call.id, AnswerFunction(call.function.name or "", "")), JsonText()))
+            size += self._calls[call.index][1].add(call.function.arguments)
+        return size
+
+    def joined(self) -> ChatChoice:
+        """What was kept."""
+        assert self._last is not None, "an answer has a part"
+        calls = []
+        for call, arguments in self._calls:
+            call.function = msgspec.structs.replace(call.function, arguments=arguments.json)
+            calls.append(call)
+        content = None if calls and self._blank else self._content.json
+        return ChatChoice(
+            self._last.index,
+            msgspec.structs.replace(AnswerMessage(None, calls or msgspec.UNSET), content=content),
+            ChatLogprobs(self._scores.json) if self._scores else None,  # type: ignore[arg-type]
+            self._last.finish_reason,
+            self._last.stop_reason,
+        )
 
     def _open(self, text: str, last: bool) -> str:
         """What may be shown of a transcript's answer that begins with `text`."""
@@ -202,26 +245,3 @@ class _Choice:
         tokenizer = self._tokenizer
         data = list(tokenizer.token_bytes(token_id))
         return TopLogprob(tokenizer.token_text(token_id), max(logprob, LOWEST_LOGPROB), data)
-
-
-def _joined(parts: list[ChunkChoice]) -> ChatChoice:
-    """One choice from its parts."""
-    content = ""
-    scores: list[TokenScore] = []
-    calls: list[AnswerCall] = []
-    for part in parts:
-        content += part.delta.content or ""
-        if part.logprobs is not None:
-            scores += part.logprobs.content
-        for call in part.delta.tool_calls or ():
-            if call.id:
-                calls.append(AnswerCall(call.id, AnswerFunction(call.function.name or "", "")))
-            calls[call.index].function.arguments += call.function.arguments
-    last = parts[-1]
-    return ChatChoice(
-        last.index,
-        AnswerMessage(None if calls and not content.strip() else content, calls or msgspec.UNSET),
-        ChatLogprobs(scores) if scores else None,
-        last.finish_reason,
-        last.stop_reason,
-    )

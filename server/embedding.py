@@ -6,10 +6,15 @@ import base64
 import math
 import sys
 from array import array
+from typing import cast
+
+import msgspec
 
 from lattice_serve.engine.messages import Submit
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.tokenizer import Tokenizer
+from lattice_serve.server import memory
+from lattice_serve.server.joined import AnswerSize
 from lattice_serve.server.schemas.base import each
 from lattice_serve.server.schemas.embeddings import Embedding, EmbeddingRequest, Embeddings, EmbeddingUsage
 from lattice_serve.server.services import Services
@@ -21,18 +26,23 @@ async def embed(services: Services, request: EmbeddingRequest) -> Embeddings:
     texts = each(request.input, "input")
     services.admit(len(texts), "input")
     prompts = [await _ids(services, text) for text in texts]
+    memory.current().hold(sum(ids.itemsize * len(ids) for ids in prompts))
     services.admit(len(texts), "input")  # Again: others may have come in while the texts were tokenized.
     params = SamplingParams(max_tokens=0)
     requests = [Submit("", ids, params, pooling=request.pooling or "mean") for ids in prompts]
-    data: list[Embedding] = []
+    size = AnswerSize("input", "ask for fewer in one request")
+    data: dict[int, msgspec.Raw] = {}
     with services.router.generate(requests) as generation:
         async for index, output in generation:
             assert output.embedding is not None, "the engine was asked for a vector"
             vector = _unit(output.embedding)
-            data.append(Embedding(index, _base64(vector) if request.encoding_format == "base64" else vector))
-    data.sort(key=lambda embedding: embedding.index)
+            embedding = Embedding(index, _base64(vector) if request.encoding_format == "base64" else vector)
+            encoded = msgspec.json.encode(embedding)
+            data[index] = msgspec.Raw(encoded)
+            size.add(len(encoded))
     tokens = sum(map(len, prompts))
-    return Embeddings(data, services.settings.model_name, EmbeddingUsage(tokens, tokens))
+    held = cast("list[Embedding]", [data[index] for index in range(len(texts))])
+    return Embeddings(held, services.settings.model_name, EmbeddingUsage(tokens, tokens))
 
 
 async def _ids(services: Services, text: str | list[int]) -> array[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from array import array
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from lattice_serve.engine.errors import EngineDied, LatticeError
 from lattice_serve.engine.messages import (
     FROM_ENGINE,
     Abort,
+    Credit,
     FromEngine,
     Ready,
     RequestFailed,
@@ -25,12 +27,17 @@ from lattice_serve.engine.messages import (
     ToEngine,
     TokenOutput,
     encode,
+    weight,
 )
 from lattice_serve.server.errors import TimedOut
 from lattice_serve.server.metrics import Metrics, SequenceMeter
 
 log = structlog.get_logger(__name__)
 
+WINDOW = 1 << 18
+"""Weight of a sequence's outputs, about their bytes, that may wait for its client: then the engine pauses it."""
+_CREDIT = WINDOW // 4
+"""Of outputs that were taken, the engine is told by the lump."""
 _CONNECT_SECONDS = 0.05
 _LOOKS = 10
 """For a word from the engine, in `watchdog_seconds`. They are counted, not the time: where the server itself was
@@ -53,6 +60,8 @@ class EngineClient:
         self._watchdog_seconds = watchdog_seconds
         self._live: dict[str, _Live] = {}
         self._writer: asyncio.StreamWriter | None = None
+        self._sent_prompt: array[int] | None = None
+        """That of the message sent last, if it had one."""
         self._heard = self._waits = False
         """Whether the engine has said something since the last look, and whether it has to."""
 
@@ -66,7 +75,21 @@ class EngineClient:
         request_id = uuid.uuid4().hex
         generation.open[request_id] = self
         self._live[request_id] = _Live(index, generation, self._metrics.sequence(len(request.prompt_ids)))
-        self._send(msgspec.structs.replace(request, request_id=request_id))
+        same = request.prompt_ids is self._sent_prompt
+        ids = array("i") if same else request.prompt_ids
+        changes = {"request_id": request_id, "window": WINDOW, "prompt_ids": ids, "same_prompt": same}
+        self._send(msgspec.structs.replace(request, **changes))
+        self._sent_prompt = request.prompt_ids
+
+    def taken(self, output: TokenOutput) -> None:
+        """Have the engine make more of a sequence, if it has not ended: this output is on its way to its client."""
+        live = self._live.get(output.request_id)
+        if live is not None:
+            live.taken += weight(output.logprob, output.prompt_logprobs)
+            if live.taken >= _CREDIT:
+                self._send(Credit(output.request_id, live.taken))
+                live.sent -= live.taken
+                live.taken = 0
 
     def abort(self, request_id: str) -> None:
         self._take(request_id).meter.stopped("abort")
@@ -99,6 +122,7 @@ class EngineClient:
             watch.cancel()
             self.ready = None
             self._waits = False
+            self._sent_prompt = None
             writer, self._writer = self._writer, None
             self._metrics.engine_started(rows=0)
             self.fail_all(lambda: EngineDied("the engine stopped while it worked on this request: send it again"))
@@ -128,13 +152,14 @@ class EngineClient:
             self._deliver(output)
         for failure in message.failures:
             self._fail(failure.request_id, _as_error(failure))
-        self._waits = bool(self._live)
+        self._waits = any(live.sent < WINDOW for live in self._live.values())
 
     def _deliver(self, output: TokenOutput) -> None:
         live = self._live.get(output.request_id)
         if live is None:
             return  # Aborted while the token was on its way.
         live.meter.output(output)
+        live.sent += weight(output.logprob, output.prompt_logprobs)
         if output.finish_reason is not None:
             self._take(output.request_id)
         live.generation.put((live.index, output))
@@ -155,13 +180,18 @@ class EngineClient:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(encode(message))
             self._waits = True
+        self._sent_prompt = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class _Live:
     index: int
     generation: Generation
     meter: SequenceMeter
+    sent: int = 0
+    """Weight of outputs that the engine has sent and not been told that they were taken."""
+    taken: int = 0
+    """Of those, the weight of what was."""
 
 
 class Generation:
@@ -197,6 +227,9 @@ class Generation:
         item = await self._queue.get()
         if isinstance(item, LatticeError):
             raise item
+        client = self.open.get(item[1].request_id)
+        if client is not None:
+            client.taken(item[1])
         return item
 
     def __enter__(self) -> Generation:

@@ -61,6 +61,9 @@ class Settings(EngineConfig, BaseSettings):
     watchdog_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     """Silence of an engine that has work after which it is killed, and started again."""
     max_body_bytes: int = Field(default=8 << 20, ge=1)
+    request_memory: int = Field(default=512 << 20, ge=1)
+    """Bytes that all requests together may hold in the server: bodies, prompts, and answers that are sent whole, of
+    which one may take an eighth."""
     max_header_bytes: int = Field(default=64 << 10, ge=1, le=MAX_HEAD_BYTES)
     request_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     """In which the head of a request has to come, then its body, and in which a client has to take what it streams."""

@@ -27,6 +27,8 @@ _HEADERS = [
 ]
 _KEEP_ALIVE = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
+_SLICE = 1 << 16
+"""Bytes of an answer that are given to the connection at once, which waits where it has as many."""
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -52,6 +54,31 @@ async def _until(*ends: Coroutine[Any, Any, None], work: Coroutine[Any, Any, T])
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+class PacedResponse(Response):
+    """JSON, sent no faster than its client takes it. Raises `ClientDisconnect` when that takes nothing for too long."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: bytes, *, stall_seconds: float) -> None:
+        """stall_seconds: as for `EventStream`."""
+        super().__init__(content)
+        self._stall_seconds = stall_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if len(self.body) <= _SLICE:
+            await super().__call__(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for start in range(0, len(self.body), _SLICE):
+            data = bytes(self.body[start : start + _SLICE])
+            message = {"type": "http.response.body", "body": data, "more_body": start + _SLICE < len(self.body)}
+            try:
+                await asyncio.wait_for(send(message), self._stall_seconds)
+            except asyncio.TimeoutError as error:
+                log.warning("a client does not take its answer", seconds=self._stall_seconds)
+                raise ClientDisconnect from error
 
 
 class EventStream(Response):
