@@ -102,7 +102,7 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
         )
     ]
     router = Router(replicas, max_waiting=settings.max_waiting)
-    services = Services(settings, router, tokenizer, ChatTemplate(settings.model), metrics)
+    services = Services(settings, router, tokenizer, ChatTemplate(settings.model, tokenizer.names), metrics)
     with _listen(settings) as listener:
         address = _url(listener)
         for replica in replicas:

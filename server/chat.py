@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from array import array
-from typing import Any
 
 import msgspec
 
@@ -28,7 +26,6 @@ from lattice_serve.server.schemas.chat import (
     ChatRequest,
     ChunkChoice,
     Delta,
-    Message,
     TokenScore,
     TopLogprob,
 )
@@ -36,9 +33,6 @@ from lattice_serve.server.schemas.tools import NamedTool
 from lattice_serve.server.services import Services
 from lattice_serve.server.template import TOOL_CALL
 from lattice_serve.server.tool_calls import ToolCallParser
-
-MAX_DEPTH = 100
-"""Of objects and lists in each other, in what a chat template gets."""
 
 
 class ChatAnswer(Answer[ChatRequest, ChunkChoice]):
@@ -82,22 +76,18 @@ class ChatAnswer(Answer[ChatRequest, ChunkChoice]):
 
 async def prompt_ids(services: Services, request: ChatPrompt) -> array[int]:
     """Token ids of the prompt that the messages make. Raises what `ChatTemplate.render` does."""
-    tokenizer, template = services.tokenizer, services.template
-    messages = [_variables(message, template.knows_developers) for message in request.messages]
+    tokenizer = services.tokenizer
     # A text that is in no message shows where the last one ends, and with it the prompt.
-    end = uuid.uuid4().hex
-    if request.continue_final_message:
-        messages[-1]["content"] += end
-    tools = [tool.model_dump(exclude_none=True) for tool in request.offered_tools]
-    # Names of control pieces in what a client gives are text: only the template's own are more.
-    given = _unmarked(tokenizer, {**(request.chat_template_kwargs or {}), "messages": messages, "tools": tools or None})
-    text = await template.render(
+    end = uuid.uuid4().hex if request.continue_final_message else ""
+    fields = {"messages", "chat_template_kwargs", *(["tools"] if request.offered_tools else [])}
+    text = await services.template.render(
         {
             "bos_token": tokenizer.bos_token or "",
             "eos_token": tokenizer.eos_token or "",
             "add_generation_prompt": request.begins_message,
-            **given,
-        }
+        },
+        request.model_dump_json(include=fields, exclude_none=True).encode(),
+        end=end,
     )
     if request.continue_final_message:
         text, found, _ = text.rpartition(end)
@@ -109,37 +99,6 @@ async def prompt_ids(services: Services, request: ChatPrompt) -> array[int]:
     if not ids:
         raise InvalidParameter("messages: the chat template makes no text of them", param="messages")
     return ids
-
-
-def _variables(message: Message, knows_developers: bool) -> dict[str, Any]:
-    """A message as templates expect it: content a string, arguments of calls parsed."""
-    variables: dict[str, Any] = message.model_dump(exclude_none=True)
-    variables["content"] = message.content or ""
-    if message.role == "developer" and not knows_developers:
-        variables["role"] = "system"
-    for call in variables.get("tool_calls", ()):
-        try:
-            call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
-        except (ValueError, RecursionError) as error:
-            raise InvalidParameter(
-                f"messages: arguments of a tool call are no JSON: {error}", param="messages"
-            ) from error
-    return variables
-
-
-def _unmarked(tokenizer: Tokenizer, value: Any, depth: int = 0) -> Any:
-    """`value` with no name of a control piece in its strings."""
-    if depth > MAX_DEPTH:
-        raise InvalidParameter(
-            f"messages: objects and lists are nested more than {MAX_DEPTH} deep: give flatter ones", param="messages"
-        )
-    if isinstance(value, str):
-        return tokenizer.unmark(value)
-    if isinstance(value, list):
-        return [_unmarked(tokenizer, each, depth + 1) for each in value]
-    if isinstance(value, dict):
-        return {tokenizer.unmark(key): _unmarked(tokenizer, each, depth + 1) for key, each in value.items()}
-    return value
 
 
 def _stopped(params: SamplingParams, stop: tuple[str, ...]) -> SamplingParams:

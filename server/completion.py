@@ -11,6 +11,7 @@ import msgspec
 from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.messages import TokenLogprob, TokenOutput
 from lattice_serve.engine.tokenizer import Tokenizer
+from lattice_serve.server import memory
 from lattice_serve.server.answer import LOWEST_LOGPROB, Answer, check
 from lattice_serve.server.joined import AnswerSize, JsonList, JsonText
 from lattice_serve.server.schemas.completions import Choice, Completion, CompletionRequest, Logprobs, PromptLogprob
@@ -198,4 +199,6 @@ async def _read(services: Services, request: CompletionRequest, prompt: str | li
     if isinstance(prompt, str):
         return _Prompt(await services.encode(prompt), prompt)
     ids = Tokenizer.checked(prompt, services.tokenizer.vocab_size)
-    return _Prompt(ids, await services.decode(ids) if request.echo else "")
+    text = await services.decode(ids) if request.echo else ""
+    memory.current().hold(len(text))
+    return _Prompt(ids, text)

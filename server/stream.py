@@ -72,13 +72,33 @@ class PacedResponse(Response):
             return
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         for start in range(0, len(self.body), _SLICE):
-            data = bytes(self.body[start : start + _SLICE])
-            message = {"type": "http.response.body", "body": data, "more_body": start + _SLICE < len(self.body)}
-            try:
-                await asyncio.wait_for(send(message), self._stall_seconds)
-            except asyncio.TimeoutError as error:
-                log.warning("a client does not take its answer", seconds=self._stall_seconds)
-                raise ClientDisconnect from error
+            await self._send(send, bytes(self.body[start : start + _SLICE]), start + _SLICE < len(self.body))
+
+    async def _send(self, send: Send, data: bytes, more: bool) -> None:
+        try:
+            sending = send({"type": "http.response.body", "body": data, "more_body": more})
+            await asyncio.wait_for(sending, self._stall_seconds)
+        except asyncio.TimeoutError as error:
+            log.warning("a client does not take its answer", seconds=self._stall_seconds)
+            raise ClientDisconnect from error
+
+
+class JsonStream(PacedResponse):
+    """JSON that is made in pieces while it is sent."""
+
+    def __init__(self, pieces: AsyncGenerator[bytes, None], *, stall_seconds: float) -> None:
+        """stall_seconds: as for `EventStream`."""
+        super().__init__(b"", stall_seconds=stall_seconds)
+        del self.headers["content-length"]
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._pieces) as pieces:
+            async for piece in pieces:
+                await self._send(send, piece, True)
+                await asyncio.sleep(0)  # a send that need not wait goes on at once
+        await self._send(send, b"", False)
 
 
 class EventStream(Response):

@@ -17,6 +17,6 @@ router = APIRouter()
 @router.post("/v1/embeddings", openapi_extra=body(EmbeddingRequest), responses=answered(Embeddings))
 async def create_embeddings(request: Request, services: Injected) -> Response:
     """A vector for each text."""
-    asked = EmbeddingRequest.parse(await request.body())
+    asked = await services.read(EmbeddingRequest, request)
     answer = await until_disconnect(request.receive, embed(services, asked))
     return PacedResponse(msgspec.json.encode(answer), stall_seconds=services.settings.request_seconds)

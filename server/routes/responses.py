@@ -20,7 +20,7 @@ router = APIRouter()
 )
 async def create_response(request: Request, services: Injected) -> Response:
     """Answer an input, after the conversation of an earlier response if one is named, whole or as events."""
-    asked = ResponseRequest.parse(await request.body())
+    asked = await services.read(ResponseRequest, request)
     salt: str = request.state.cache_salt
     if asked.stream:
         return NamedEventStream(response.stream(services, asked, salt), **services.settings.stream_seconds)

@@ -52,8 +52,8 @@ def test_json_that_is_held_is_what_would_be_made_at_once() -> None:
     assert bytes(text.json) == b'"a\\"\\\\\xc3\xa9\\n\\u0000"'
     assert not items
     assert bytes(items.json) == b"[]"
-    for part in ([], [1, None], [], ["x"]):
-        items.add(part)
+    for each in ([], [1, None], [], ["x"]):
+        items.add(each)
     assert items
     assert bytes(items.json) == b'[1,null,"x"]'
 
