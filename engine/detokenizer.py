@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
@@ -85,10 +86,7 @@ class _Search:
         self.string = string
         self.matched = 0
         """Length of the longest beginning of the string that the text so far ends with."""
-        # _fallback[n]: the longest proper beginning of string[:n] that string[:n] also ends with.
-        self._fallback = [0]
-        for character in string:
-            self._fallback.append(self._step(self._fallback[-1], character) if len(self._fallback) > 1 else 0)
+        self._fallback = _fallback(string)
 
     def feed(self, text: str, start: int) -> int:
         """Read `text` from `start`, up to the end of the next match: that end, or 0 without one."""
@@ -109,3 +107,17 @@ class _Search:
         while matched and self.string[matched] != character:
             matched = self._fallback[matched]
         return matched + (self.string[matched] == character)
+
+
+# The sequences of one request have the same stop strings.
+@lru_cache(maxsize=1024)
+def _fallback(string: str) -> tuple[int, ...]:
+    """For each n up to len(string): the length of the longest proper beginning of string[:n] that it also ends with."""
+    lengths = [0, 0]
+    matched = 0
+    for character in string[1:]:
+        while matched and string[matched] != character:
+            matched = lengths[matched]
+        matched += string[matched] == character
+        lengths.append(matched)
+    return tuple(lengths)

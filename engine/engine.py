@@ -161,10 +161,21 @@ class Engine:
             self._taken = [each for each in self._taken if each.sequence is not sequence]
             self._finish(sequence)
 
+    def credit(self, request_id: str, size: int) -> None:
+        """Outputs of a sequence, of that size together, were taken; an unknown one has ended meanwhile."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self.scheduler.credit(sequence, size)
+
     @property
     def has_work(self) -> bool:
         """Whether there is a step to run, or something to emit."""
-        return bool(self._sequences or self._taken or self._failures)
+        return bool(self._taken or self._failures or self.grammar_queue) or self.scheduler.active
+
+    @property
+    def idle(self) -> bool:
+        """Whether there are no requests, not even paused ones."""
+        return not (self._sequences or self.has_work)
 
     def step(self) -> StepOutputs:
         """Schedule, run, sample, advance, emit. At most `max_step_tokens` tokens.
@@ -225,8 +236,8 @@ class Engine:
                 self.memory.settle(piece, len(result.sampled) - 1)
             if not piece.decodes and piece.keeps:
                 self._pace.record_kept(self.memory.keep_prompt(piece, result.logits))
-            if not result.sampled and sequence.decoding and sequence.params.max_tokens == 0:
-                self._score(sequence)
+            if not result.sampled:
+                self._take_scores(sequence)
             self._accept(sequence, result.sampled)
 
     def emit(self) -> StepOutputs:
@@ -257,7 +268,8 @@ class Engine:
             waiting=len(waiting) + len(self.grammar_queue),
             rows=self.pool.rows,
             rows_used=self.memory.used,
-            preempted=sum(sequence.status is Status.PARKED for sequence in waiting),
+            paused=len(self.scheduler.paused),
+            preempted=sum(each.status is Status.PARKED for each in (*waiting, *self.scheduler.paused.values())),
             preemptions_total=self.scheduler.preemptions,
             prompt_tokens_total=self._prompt_tokens,
             generation_tokens_total=self._generated,
@@ -312,7 +324,7 @@ class Engine:
         if sequence.sample_row.counts is not None:
             sequence.sample_row.counts.add(token_id)
         self._generated += 1
-        taken = Taken(sequence, sampled)
+        taken = Taken(sequence, sampled, prompt_logprobs=sequence.take_scores())
         # Below min_tokens the sampler has not let any of these be chosen.
         if token_id in params.stop_token_ids:
             taken.text, sequence.finish_reason, taken.stop_reason = "", "stop", token_id
@@ -328,10 +340,13 @@ class Engine:
                 sequence.finish_reason = "length"
         self._take(taken)
 
-    def _score(self, sequence: Sequence) -> None:
-        """End a request for no tokens."""
-        sequence.finish_reason = "length"
-        self._take(Taken(sequence, None, text=""))
+    def _take_scores(self, sequence: Sequence) -> None:
+        """Send the log-probabilities of a piece of a prompt, and end a request for no tokens with its prompt."""
+        if sequence.decoding and sequence.params.max_tokens == 0:
+            sequence.finish_reason = "length"
+        scores = sequence.take_scores()
+        if scores or sequence.finish_reason is not None:
+            self._take(Taken(sequence, None, text="", prompt_logprobs=scores))
 
     def _take(self, taken: Taken) -> None:
         sequence = taken.sequence
@@ -341,6 +356,8 @@ class Engine:
             if sequence.row is not None:  # it may have been parked while its grammar took the token in
                 self.memory.keep_answer(sequence)
             self._finish(sequence)
+        else:
+            self.scheduler.debit(sequence, taken.size)
 
     def _scarce(self, error: Exception) -> LatticeError:
         """What to tell of an error that a request has met; where it is of memory, the cache gives up its own."""

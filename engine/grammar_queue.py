@@ -43,7 +43,7 @@ class GrammarQueue:
 
         Waits for a moment where there is no other work.
         """
-        if self._compiling and not len(scheduler):
+        if self._compiling and not scheduler.active:
             wait([compiled for _, compiled in self._compiling.values()], WAIT_SECONDS, FIRST_COMPLETED)
         failures: list[tuple[Sequence, Exception]] = []
         until = time.monotonic() + _STEP_SECONDS

@@ -59,7 +59,8 @@ class Completion:
         if output.logprob is not None:
             self.logprobs.append(output.logprob)
         if output.prompt_logprobs is not None:
-            self.prompt_logprobs = output.prompt_logprobs
+            self.prompt_logprobs = self.prompt_logprobs or []
+            self.prompt_logprobs += output.prompt_logprobs
         if output.embedding is not None:
             self.embedding = output.embedding
         self.cached_tokens += output.cached_tokens
@@ -111,8 +112,8 @@ class LLM:
         return self._complete([Submit("", ids, wanted) for ids, wanted in zip(encoded, each, strict=True)], progress)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenOutput]:
-        """Complete one prompt, an output a token. Dropping the iterator frees its state; until then, or its end,
-        nothing else runs."""
+        """Complete one prompt, an output a token, after those with the prompt's log-probabilities. Dropping the
+        iterator frees its state; until then, or its end, nothing else runs."""
         for _, output in self._run([Submit("", self._encode(prompt), params or SamplingParams())]):
             yield output
 

@@ -69,7 +69,7 @@ class Memory:
                 sequence.started = time.monotonic()
         for sequence in running:
             leader = sequence.leader
-            if leader is not None and (leader.status is not Status.RUNNING or leader.decoding):
+            if leader is not None and (leader.status is not Status.RUNNING or leader.decoding or leader.paused):
                 self._begin(sequence, running)
         return lost
 
@@ -233,7 +233,8 @@ def _leads(other: Sequence, sequence: Sequence) -> bool:
     return (
         other.leader is None
         and not other.decoding
+        and not other.paused
         and other.params.max_tokens > 0
         and other.cache_salt == sequence.cache_salt
-        and other.prompt_ids == sequence.prompt_ids
+        and (other.prompt_ids is sequence.prompt_ids or other.prompt_ids == sequence.prompt_ids)
     )

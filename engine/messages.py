@@ -4,11 +4,15 @@ A frame is a four-byte big-endian length and that many bytes of msgpack. The ser
 engine's Unix socket; the engine says `Ready` first. Every `Submit` is answered by `TokenOutput`s (in
 `StepOutputs`), the last of which has a `finish_reason`, or by one `RequestFailed`; an aborted request is
 answered by nothing more.
+
+Flow control is by credit, as in HTTP/2: a sequence whose outputs are as large as its `window` is paused until
+`Credit` says that some of them were taken.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     TokenIds: TypeAlias = array[int]
 else:  # Python 3.11 has no array[int], and msgspec looks at what it says
     TokenIds = array
+_OUTPUT_SIZE, _SCORE_SIZE = 256, 96
 FinishReason: TypeAlias = Literal["stop", "length"]
 Pooling: TypeAlias = Literal["mean", "last"]
 """Of the final hidden states of a prompt's tokens: all of them, or the last."""
@@ -51,6 +56,10 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     """Whose share of everything it takes from: see `engine.shares`."""
     weight: int = 1
     """Of the tenant, in what is shared."""
+    window: int | None = None
+    """Size of outputs (see `output_size`) that may be on their way; None: any."""
+    same_prompt: bool = False
+    """On the wire: the prompt is that of the `Submit` before it, and is not sent again."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -59,6 +68,13 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
     """Have the engine say something as soon as its step is done."""
+
+
+class Credit(msgspec.Struct, frozen=True, tag=True):
+    """Outputs of a sequence, of that `size` together, have been taken."""
+
+    request_id: str
+    size: int
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -76,7 +92,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class TokenOutput(msgspec.Struct, frozen=True, tag=True):
-    """One generated token (or, with `token_id` None, the end of a request without one)."""
+    """One generated token. Without one (`token_id` None): more of the prompt's log-probabilities, or the end of a
+    request for no tokens."""
 
     request_id: str
     token_id: int | None
@@ -88,7 +105,8 @@ class TokenOutput(msgspec.Struct, frozen=True, tag=True):
     """The stop token id or stop string that ended the answer; None at end-of-text."""
     logprob: TokenLogprob | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
-    """With the first output of a request that asked for them: one a prompt token, None for the first."""
+    """Where they were asked for: those of the next prompt tokens, None for the very first. The last of them come with
+    the first token."""
     embedding: list[float] | None = None
     """With the first output of a request that asked for it: [hidden_size] float32."""
     cached_tokens: int = 0
@@ -118,6 +136,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     waiting: int = 0
     rows: int = 0
     rows_used: int = 0
+    paused: int = 0
+    """Sequences that wait until their outputs are taken, in rows or parked."""
     preempted: int = 0
     """Sequences whose state is parked in host memory."""
     preemptions_total: int = 0
@@ -142,8 +162,16 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
-ToEngine: TypeAlias = Submit | Abort | Ping
+ToEngine: TypeAlias = Submit | Abort | Ping | Credit
 FromEngine: TypeAlias = Ready | StepOutputs
+
+
+def output_size(logprob: TokenLogprob | None, prompt_logprobs: Sequence[TokenLogprob | None] | None) -> int:
+    """About the bytes that an output takes where it waits to be taken: more, the more log-probabilities it has."""
+    if logprob is None and not prompt_logprobs:
+        return _OUTPUT_SIZE
+    scores = [entry for entry in (logprob, *(prompt_logprobs or ())) if entry is not None]
+    return _OUTPUT_SIZE + _SCORE_SIZE * (len(scores) + sum(len(entry.top) for entry in scores))
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:
@@ -165,6 +193,8 @@ def _unpacked(kind: Any, value: Any) -> Any:
 
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_packed)
-TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(Submit | Abort | Ping, dec_hook=_unpacked)
+TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(
+    Submit | Abort | Ping | Credit, dec_hook=_unpacked
+)
 FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(Ready | StepOutputs)
 """What is in a frame, behind its length. Both raise `msgspec.MsgspecError` for what is no such message."""

@@ -33,10 +33,12 @@ from lattice_serve.engine.errors import LatticeError
 from lattice_serve.engine.messages import (
     TO_ENGINE,
     Abort,
+    Credit,
     FromEngine,
     Ping,
     RequestFailed,
     StepOutputs,
+    Submit,
     ToEngine,
     encode,
 )
@@ -77,12 +79,16 @@ class Connection:
     def _read(self) -> None:
         try:
             with self._link.makefile("rb") as stream:
+                message: ToEngine | None = None
                 while header := stream.read(4):
                     # Nothing of it has been read yet while there is no memory for it; and what waits needs no more.
                     frame = _patiently(bytearray, int.from_bytes(header, "big"))
                     if stream.readinto(frame) < len(frame):
                         raise EOFError("a message is cut short")
-                    self._inbox.put(_patiently(TO_ENGINE.decode, frame))
+                    before, message = message, _patiently(TO_ENGINE.decode, frame)
+                    if isinstance(message, Submit) and message.same_prompt and isinstance(before, Submit):
+                        message = msgspec.structs.replace(message, prompt_ids=before.prompt_ids, same_prompt=False)
+                    self._inbox.put(message)
         except (EOFError, MemoryError, OSError, msgspec.MsgspecError, LatticeError) as error:
             print(f"engine: connection lost: {error}", file=sys.stderr)
         finally:
@@ -126,6 +132,9 @@ def serve(engine: Engine, connection: Connection, saver: CacheSaver | None = Non
                 if isinstance(message, Abort):
                     engine.abort(message.request_id)
                     continue
+                if isinstance(message, Credit):
+                    engine.credit(message.request_id, message.size)
+                    continue
                 try:
                     engine.submit(message)
                 except LatticeError as error:
@@ -135,7 +144,7 @@ def serve(engine: Engine, connection: Connection, saver: CacheSaver | None = Non
                 step = engine.emit()  # on a GPU, of the step before
                 connection.send(msgspec.structs.replace(step, failures=failures + step.failures))
                 engine.collect()
-                if not engine.has_work:
+                if engine.idle:
                     engine.check_idle()
             elif messages:
                 connection.send(StepOutputs(outputs=[], failures=failures, stats=engine.stats()))

@@ -5,7 +5,8 @@ goes first, so a lower number of priority is served sooner, and nothing waits fo
 later are later. A sequence that has held its row for `quantum` steps gets a new deadline, as if it had just come, so
 that rows go round among long answers. When rows are short, a waiting sequence takes the row of the running one with
 the latest deadline, if that is later than its own; the state is parked, one copy to host memory, and nothing is
-computed twice.
+computed twice. A sequence that is paused, for its outputs are not taken, is left out of steps, is the first to lose its
+row, and queues again as if it had just come.
 
 All that is among the sequences of one tenant. Between tenants, rows, prompt tokens and places in the queue go by fair
 shares (`engine.shares`): what one has too many of, another that asks for its share is given in the next step.
@@ -124,6 +125,8 @@ class Scheduler:
         """In order of admission."""
         self.waiting: list[Sequence] = []
         """Earliest deadline first; WAITING and PARKED."""
+        self.paused: dict[str, Sequence] = {}
+        """By request id: those in `running`, and PARKED ones that are not in `waiting`."""
         self.preemptions = 0
         self._step = 0
         self._steady: list[Piece] = []
@@ -136,7 +139,7 @@ class Scheduler:
         self._row_shares = RowShares(self._shares)
         self._prompt_shares = PromptShares(self._shares, multiple)
         self._live: Counter[str] = Counter()
-        """Sequences of each tenant, running and waiting."""
+        """Sequences of each tenant, in any phase."""
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. Raises `Overloaded` when `max_waiting` beyond the free rows wait already, and its
@@ -148,7 +151,9 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence in any phase; its row is the caller's to free."""
-        (self.running if sequence.status is Status.RUNNING else self.waiting).remove(sequence)
+        paused = self.paused.pop(sequence.request_id, None) is not None
+        if sequence.status is Status.RUNNING or not paused:
+            (self.running if sequence.status is Status.RUNNING else self.waiting).remove(sequence)
         self._since.pop(sequence.request_id, None)
         self._live[sequence.tenant] -= 1
         if not self._live[sequence.tenant]:
@@ -165,10 +170,39 @@ class Scheduler:
         self._held.discard(sequence)
         self._steady = []
 
+    def debit(self, sequence: Sequence, size: int) -> None:
+        """A sequence has sent outputs of that size: it is paused when its window is used up."""
+        if sequence.window is None:
+            return
+        sequence.window -= size
+        if sequence.window <= 0 and not sequence.paused:
+            sequence.paused = True
+            self.paused[sequence.request_id] = sequence
+            self._steady = []
+            if sequence.status is not Status.RUNNING:
+                self.waiting.remove(sequence)
+
+    def credit(self, sequence: Sequence, size: int) -> None:
+        """Outputs of that size were taken."""
+        if sequence.window is None:
+            return
+        sequence.window += size
+        if sequence.window > 0 and sequence.paused:
+            sequence.paused = False
+            del self.paused[sequence.request_id]
+            self._steady = []
+            if sequence.status is not Status.RUNNING:
+                self._enqueue(sequence)
+
+    @property
+    def active(self) -> bool:
+        """Whether a sequence may run in the next step, or will without a word from outside."""
+        return bool(self.waiting) or any(not sequence.paused for sequence in self.running)
+
     @property
     def decoding(self) -> int:
         """Sequences that run and wait for their next token."""
-        return len(self._steady) or sum(sequence.decoding for sequence in self.running if sequence not in self._held)
+        return len(self._steady) or sum(sequence.decoding for sequence in self._ready)
 
     def assign(self) -> Moves:
         """Choose who holds a row in the next step. Sequences change their status; the caller moves their states."""
@@ -193,7 +227,7 @@ class Scheduler:
         self._steady = []
         # Decode goes first: a long prompt may delay the others' next token by one step's budget, never more. Prompts
         # share the rest evenly, what the short ones leave going to the long: none waits for another's to end.
-        ready = [sequence for sequence in self.running if sequence not in self._held] if self._held else self.running
+        ready = self._ready
         decoding = [sequence for sequence in ready if sequence.decoding]
         prompts = [sequence for sequence in ready if not sequence.decoding and sequence.leader is None]
         left = self.max_step_tokens
@@ -236,9 +270,22 @@ class Scheduler:
         """Every sequence that is not finished."""
         yield from self.running
         yield from self.waiting
+        yield from self._put_by
 
     def __len__(self) -> int:
-        return len(self.running) + len(self.waiting)
+        return len(self.running) + len(self.waiting) + len(self._put_by)
+
+    @property
+    def _ready(self) -> list[Sequence]:
+        """Those with a row that can go on."""
+        if not self._held and not self.paused:
+            return self.running
+        return [sequence for sequence in self.running if not sequence.paused and sequence not in self._held]
+
+    @property
+    def _put_by(self) -> list[Sequence]:
+        """Paused sequences without a row."""
+        return [sequence for sequence in self.paused.values() if sequence.status is not Status.RUNNING]
 
     def _cut_prompts(self, prompts: list[Sequence], left: int, kept: int) -> tuple[list[Piece], int]:
         """The next pieces of prompts that share `left` tokens evenly, and how many tokens they take. See `schedule`."""
@@ -277,15 +324,24 @@ class Scheduler:
     def _assign_rows(self, moves: Moves) -> None:
         if not self.waiting:
             return
+        self._park_paused(len(self.running) + len(self.waiting) - self.rows, moves)
         if len(self._live) == 1 or not self._fair_rows:
             self._assign_by_deadline(self.running, self.waiting, self.rows, moves)
             return
         running, waiting = _by_tenant(self.running), _by_tenant(self.waiting)
         held = {tenant: len(sequences) for tenant, sequences in running.items()}
-        counts = self._row_shares.assign(self.rows, held, self._live, self.quantum)
+        wanted = self._live - Counter(sequence.tenant for sequence in self._put_by)
+        counts = self._row_shares.assign(self.rows, held, wanted, self.quantum)
         # Those that lose rows first, so that never more are held than there are.
         for tenant in sorted(counts, key=lambda tenant: counts[tenant] - held.get(tenant, 0)):
             self._assign_by_deadline(running.get(tenant, []), waiting.get(tenant, []), counts[tenant], moves)
+
+    def _park_paused(self, rows: int, moves: Moves) -> None:
+        """Free so many rows of paused sequences, if there are as many; those with the latest deadlines first."""
+        if rows > 0 and self.paused:
+            paused = sorted((sequence for sequence in self.running if sequence.paused), key=_order)
+            for sequence in paused[-rows:]:
+                self._park(sequence, moves)
 
     def _assign_by_deadline(
         self, running: AbstractSequence[Sequence], waiting: AbstractSequence[Sequence], rows: int, moves: Moves
@@ -318,7 +374,8 @@ class Scheduler:
         sequence.status = Status.PARKED
         self.preemptions += 1
         moves.park.append(sequence)
-        insort(self.waiting, sequence, key=_order)
+        if not sequence.paused:
+            insort(self.waiting, sequence, key=_order)
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:

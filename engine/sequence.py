@@ -53,6 +53,11 @@ class Sequence:
     """Order of arrival, which parts equal deadlines."""
     output_ids: array[int] = field(default_factory=lambda: array("i"))
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    """Where they are asked for: those of the prompt tokens that have run, and have not been sent yet."""
+    window: int | None = None
+    """Size of outputs that it may yet send; None: any."""
+    paused: bool = False
+    """Whether it waits until outputs are taken."""
     pooled: Pooled | None = None
     """Of its prompt's hidden states, where they are asked for."""
     cache_salt: str = ""
@@ -74,7 +79,7 @@ class Sequence:
     """Monotonic seconds of its first step."""
     finish_reason: FinishReason | None = None
     emitted: bool = False
-    """Whether its first output has been made."""
+    """Whether its first token has been sent."""
 
     @classmethod
     def of(
@@ -99,7 +104,15 @@ class Sequence:
             pooled=pooled,
             cache_salt=salted(request.tenant, request.cache_salt),
             tenant=request.tenant,
+            window=request.window,
         )
+
+    def take_scores(self) -> list[TokenLogprob | None] | None:
+        """The log-probabilities of its prompt that are still to be sent, if there are any."""
+        if not self.prompt_logprobs:
+            return None
+        scores, self.prompt_logprobs = self.prompt_logprobs, []
+        return scores
 
     @property
     def needs_every_token(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from lattice_serve.engine.messages import FinishReason, TokenOutput
+from lattice_serve.engine.messages import FinishReason, TokenLogprob, TokenOutput, output_size
 from lattice_serve.engine.sampler import Sampled
 from lattice_serve.engine.sequence import Sequence
 
@@ -18,11 +18,17 @@ class Taken:
 
     sequence: Sequence
     sampled: Sampled | None
-    """None: the end of a request for no tokens."""
+    """None: no token, see `TokenOutput`."""
     text: str | None = None
     """None: the detokenizer has yet to see the token."""
     stop_reason: int | str | None = None
     finish_reason: FinishReason | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+    @property
+    def size(self) -> int:
+        """That of the message."""
+        return output_size(None if self.sampled is None else self.sampled.logprob, self.prompt_logprobs)
 
     def output(self) -> TokenOutput:
         """The message. To be called once, in the order of the tokens."""
@@ -43,15 +49,15 @@ class Taken:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             logprob=None if sampled is None else sampled.logprob,
+            prompt_logprobs=self.prompt_logprobs,
         )
-        if sequence.emitted:
+        if sequence.emitted or (sampled is None and self.finish_reason is None):
             return output
         sequence.emitted = True
         started = sequence.started or sequence.arrived
         return msgspec.structs.replace(
             output,
             cached_tokens=sequence.cached_tokens,
-            prompt_logprobs=sequence.prompt_logprobs,
             embedding=None if sequence.pooled is None else sequence.pooled.result(),
             queue_seconds=started - sequence.arrived,
             prefill_seconds=time.monotonic() - started,

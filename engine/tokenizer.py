@@ -11,12 +11,10 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from lattice_serve.engine.errors import CheckpointError, InvalidParameter
+from lattice_serve.engine.marks import unguarded, unmark
 
 SPACE = "\u2581"
 """How sentencepiece writes a space inside a piece."""
-_GUARD = "\ufdd0"
-"""A code point that Unicode keeps out of texts."""
-_UNGUARDED = re.compile(f"{_GUARD}({_GUARD}?)")
 _PROBE = " a  b\r\n\n\ufb01 \u1e9b\u0323 e\u0301 <unk> \U0001f600\0 "
 """What a tokenizer that normalises, trims or adds spaces, or lacks byte pieces, does not give back."""
 
@@ -47,8 +45,9 @@ class Tokenizer:
         }
         """Name of each control piece, such as `<|endoftext|>`, and its id."""
         # A name of one character could not be told from text: there is no place in it for a guard.
-        self._names = sorted((name for name in self.controls if len(name) > 1), key=len, reverse=True)
-        self._marks = re.compile("|".join(map(re.escape, self._names)) or "(?!)")
+        self.names = sorted((name for name in self.controls if len(name) > 1), key=len, reverse=True)
+        """Of control pieces, as `marks.unmark` takes them."""
+        self._marks = re.compile("|".join(map(re.escape, self.names)) or "(?!)")
 
     @classmethod
     def load(cls, folder: Path, vocab_size: int | None = None) -> Tokenizer:
@@ -117,19 +116,14 @@ class Tokenizer:
         ids: list[int] = []
         start = 0
         for match in self._marks.finditer(text):
-            ids += self.encode(_UNGUARDED.sub(r"\1", text[start : match.start()]))
+            ids += self.encode(unguarded(text[start : match.start()]))
             ids.append(self.controls[match[0]])
             start = match.end()
-        return ids + self.encode(_UNGUARDED.sub(r"\1", text[start:]))
+        return ids + self.encode(unguarded(text[start:]))
 
     def unmark(self, text: str) -> str:
         """`text` with a guard in each name of a control piece, so that `encode_marked` takes it for text."""
-        text = text.replace(_GUARD, _GUARD * 2)
-        for name in self._names:
-            # Again where names overlap.
-            while name in text:
-                text = text.replace(name, name[0] + _GUARD + name[1:])
-        return text
+        return unmark(text, self.names)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, each within the vocabulary; bytes that are no UTF-8 become U+FFFD."""

@@ -17,11 +17,13 @@ from starlette.responses import Response
 from lattice_serve.engine.messages import Submit, TokenOutput
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.tokenizer import Tokenizer
+from lattice_serve.server import memory
 from lattice_serve.server.engine_client import Generation
 from lattice_serve.server.event_json import event_json
+from lattice_serve.server.joined import AnswerSize
 from lattice_serve.server.schemas.generation import GenerationRequest, Usage
 from lattice_serve.server.services import Services
-from lattice_serve.server.stream import EventStream, until_disconnect
+from lattice_serve.server.stream import EventStream, PacedResponse, until_disconnect
 
 LOWEST_LOGPROB = -9999.0
 """What clients expect for minus infinity, which JSON does not have."""
@@ -50,6 +52,7 @@ class Answer(ABC, Generic[R, C]):
         self._services = services
         self._request = request
         self._prompts = prompts
+        memory.current().hold(sum(prompt.itemsize * len(prompt) for prompt in prompts))
         points = tuple(request.cache_points or ())
         self._sequences = [Submit("", prompt, each, cache_points=points) for prompt in prompts for each in params]
         self._completion_tokens = 0
@@ -67,19 +70,28 @@ class Answer(ABC, Generic[R, C]):
 
     @abstractmethod
     def parts(self, index: int, output: TokenOutput) -> list[C]:
-        """What `output` of sequence `index` adds: at least one choice."""
+        """What `output` of sequence `index` adds: at least one choice, where it has a token."""
 
     @abstractmethod
-    def joined(self, parts: list[list[C]]) -> Sequence[msgspec.Struct]:
-        """The choices of a whole answer, from the parts of each sequence."""
+    def keep(self, index: int, choice: C) -> int:
+        """Hold a part of a whole answer; how many bytes it takes."""
+
+    @abstractmethod
+    def joined(self) -> Sequence[msgspec.Struct]:
+        """The choices of a whole answer, of what was kept of each sequence."""
+
+    @property
+    def longest_param(self) -> str:
+        """The field that makes an answer long."""
+        return "n" if len(self._sequences) > 1 else "max_tokens"
 
     async def whole(self, tenant: str) -> bytes:
         """The answer as JSON. tenant: whose shares it takes from, and whose cached states it may use."""
-        parts: list[list[C]] = [[] for _ in self._sequences]
+        size = AnswerSize(self.longest_param)
         async with aclosing(self.each(tenant)) as outputs:
             async for index, choices in outputs:
-                parts[index] += choices
-        return _encode(self.whole_type(**self._head, choices=self.joined(parts), usage=self.usage()))
+                size.add(sum(self.keep(index, choice) for choice in choices))
+        return _encode(self.whole_type(**self._head, choices=self.joined(), usage=self.usage()))
 
     async def each(self, tenant: str) -> AsyncGenerator[tuple[int, list[C]], None]:
         """What every output of the engine adds, and to which sequence."""
@@ -146,7 +158,7 @@ async def respond(kind: type[Answer[R, C]], services: Services, request: R, http
     if request.stream:
         return EventStream(_stream(kind, services, request, tenant), **services.settings.stream_seconds)
     whole = await until_disconnect(http.receive, _whole(kind, services, request, tenant))
-    return Response(whole, media_type="application/json")
+    return PacedResponse(whole, stall_seconds=services.settings.request_seconds)
 
 
 async def _whole(kind: type[Answer[R, C]], services: Services, request: R, tenant: str) -> bytes:

@@ -28,6 +28,7 @@ from lattice_serve.server.connections import connection_limit
 from lattice_serve.server.errors import install_handlers
 from lattice_serve.server.head import HeadAsGet
 from lattice_serve.server.limits import Limits
+from lattice_serve.server.memory import MemoryBudget
 from lattice_serve.server.metrics import ServerMetrics
 from lattice_serve.server.protocol import bounded
 from lattice_serve.server.router import Replica, Router
@@ -66,6 +67,7 @@ def create_app(services: Services) -> FastAPI:
         Limits,
         api_keys=settings.api_keys,
         max_body_bytes=settings.max_body_bytes,
+        memory=MemoryBudget(settings.request_memory),
         max_header_bytes=settings.max_header_bytes,
         body_seconds=settings.request_seconds,
     )
@@ -99,7 +101,8 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
     ]
     router = Router(replicas, max_waiting=settings.max_waiting)
     metrics.active_keys.set_function(lambda: len(router.tenants))
-    services = Services(settings, router, tokenizer, ChatTemplate(settings.model), metrics, model.hidden_size)
+    template = ChatTemplate(settings.model, tokenizer.names)
+    services = Services(settings, router, tokenizer, template, metrics, model.hidden_size)
     with _listen(settings) as listener:
         address = _url(listener)
         for replica in replicas:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from array import array
-from typing import Any
 
 import msgspec
 
@@ -14,6 +12,7 @@ from lattice_serve.engine.messages import TokenLogprob, TokenOutput
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.server.answer import LOWEST_LOGPROB, Answer, check
+from lattice_serve.server.joined import JsonList, JsonText
 from lattice_serve.server.schemas.chat import (
     AnswerCall,
     AnswerFunction,
@@ -27,7 +26,6 @@ from lattice_serve.server.schemas.chat import (
     ChatRequest,
     ChunkChoice,
     Delta,
-    Message,
     TokenScore,
     TopLogprob,
 )
@@ -35,11 +33,6 @@ from lattice_serve.server.schemas.tools import NamedTool
 from lattice_serve.server.services import Services
 from lattice_serve.server.template import TOOL_CALL
 from lattice_serve.server.tool_calls import ToolCallParser
-
-MAX_DEPTH = 100
-"""Of objects and lists in each other, in what a chat template gets."""
-MAX_ARGUMENTS_DEPTH = MAX_DEPTH // 2
-"""Of them in the arguments of a call; deeper ones are given to the template as text."""
 
 
 class ChatAnswer(Answer[ChatRequest, ChunkChoice]):
@@ -70,32 +63,31 @@ class ChatAnswer(Answer[ChatRequest, ChunkChoice]):
     def parts(self, index: int, output: TokenOutput) -> list[ChunkChoice]:
         return self._choices[index].parts(output)
 
-    def joined(self, parts: list[list[ChunkChoice]]) -> list[ChatChoice]:
-        return [_joined(choice) for choice in parts]
+    @property
+    def longest_param(self) -> str:
+        return "logprobs" if self._request.logprobs else super().longest_param
+
+    def keep(self, index: int, choice: ChunkChoice) -> int:
+        return self._choices[index].keep(choice)
+
+    def joined(self) -> list[ChatChoice]:
+        return [choice.joined() for choice in self._choices]
 
 
 async def prompt_ids(services: Services, request: ChatPrompt) -> array[int]:
     """Token ids of the prompt that the messages make. Raises what `ChatTemplate.render` does."""
-    tokenizer, template = services.tokenizer, services.template
-    messages = [_variables(message, template.knows_developers) for message in request.messages]
+    tokenizer = services.tokenizer
     # A text that is in no message shows where the last one ends, and with it the prompt.
-    end = uuid.uuid4().hex
-    if request.continue_final_message:
-        messages[-1]["content"] += end
-    tools = [tool.model_dump(exclude_none=True) for tool in request.offered_tools]
-    # Names of control pieces in what a client gives are text: only the template's own are more.
-    given = {
-        **_unmarked(tokenizer, request.chat_template_kwargs or {}, "chat_template_kwargs"),
-        "messages": _unmarked(tokenizer, messages, "messages"),
-        "tools": _unmarked(tokenizer, tools, "tools") or None,
-    }
-    text = await template.render(
+    end = uuid.uuid4().hex if request.continue_final_message else ""
+    fields = {"messages", "chat_template_kwargs", *(["tools"] if request.offered_tools else [])}
+    text = await services.template.render(
         {
             "bos_token": tokenizer.bos_token or "",
             "eos_token": tokenizer.eos_token or "",
             "add_generation_prompt": request.begins_message,
-            **given,
-        }
+        },
+        request.model_dump_json(include=fields, exclude_none=True).encode(),
+        end=end,
     )
     if request.continue_final_message:
         text, found, _ = text.rpartition(end)
@@ -110,55 +102,6 @@ async def prompt_ids(services: Services, request: ChatPrompt) -> array[int]:
     if not ids:
         raise InvalidParameter("messages: the chat template makes no text of them", param="messages")
     return ids
-
-
-def _variables(message: Message, knows_developers: bool) -> dict[str, Any]:
-    """A message as templates expect it: content a string, arguments of calls objects."""
-    variables: dict[str, Any] = message.model_dump(exclude_none=True, exclude={"refusal"})
-    variables["content"] = message.content or message.refusal or ""
-    if message.role == "developer" and not knows_developers:
-        variables["role"] = "system"
-    for call in variables.get("tool_calls", ()):
-        call["function"]["arguments"] = _arguments(call["function"]["arguments"])
-    return variables
-
-
-def _arguments(text: str) -> dict[str, Any] | str:
-    """The object that is written as `text`, or the text itself: a call may have been cut, or be wrong."""
-    if text.strip() in ("", "null"):
-        return {}
-    try:
-        value = json.loads(text)
-        if not isinstance(value, dict) or _is_deeper(value, MAX_ARGUMENTS_DEPTH):
-            return text
-        if "\\u" in text:  # which can write half a character, and no text holds that
-            json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        return text
-    return value
-
-
-def _is_deeper(value: Any, levels: int) -> bool:
-    """Whether `value` has more than so many levels of objects and lists."""
-    if not isinstance(value, dict | list):
-        return False
-    children = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_is_deeper(child, levels - 1) for child in children)
-
-
-def _unmarked(tokenizer: Tokenizer, value: Any, param: str, depth: int = 0) -> Any:
-    """`value` with no name of a control piece in its strings. param: the field that it is of."""
-    if depth > MAX_DEPTH:
-        raise InvalidParameter(
-            f"{param}: objects and lists are nested more than {MAX_DEPTH} deep: give flatter ones", param=param
-        )
-    if isinstance(value, str):
-        return tokenizer.unmark(value)
-    if isinstance(value, list):
-        return [_unmarked(tokenizer, each, param, depth + 1) for each in value]
-    if isinstance(value, dict):
-        return {tokenizer.unmark(key): _unmarked(tokenizer, each, param, depth + 1) for key, each in value.items()}
-    return value
 
 
 def _stopped(params: SamplingParams, stop: tuple[str, ...]) -> SamplingParams:
@@ -178,6 +121,11 @@ class _Choice:
         self._parser: ToolCallParser | None = None
         # OpenAI's finish reason says whether the model chose to call, which a named function leaves it no choice of.
         self._chooses = not isinstance(request.tool_choice, NamedTool)
+        self._content = JsonText()
+        self._scores = JsonList()
+        self._calls: list[tuple[AnswerCall, JsonText]] = []
+        """And the arguments of each."""
+        self._last: ChunkChoice | None = None
         if request.offered_tools:
             parallel = request.parallel_tool_calls is not False
             self._parser = ToolCallParser(tagged=not request.must_call, parallel=parallel)
@@ -197,6 +145,34 @@ class _Choice:
         if output.finish_reason is not None:
             parts.append(ChunkChoice(self._index, Delta(), None, self._finish_reason(output), output.stop_reason))
         return parts
+
+    def keep(self, part: ChunkChoice) -> int:
+        """Hold a part of a whole answer; how many bytes it takes."""
+        self._last = part
+        size = self._content.add(part.delta.content or "")
+        if part.logprobs is not None:
+            size += self._scores.add(part.logprobs.content)
+        for call in part.delta.tool_calls or ():
+            if call.id:
+                self._calls.append((AnswerCall(call.id, AnswerFunction(call.function.name or "", "")), JsonText()))
+            size += self._calls[call.index][1].add(call.function.arguments)
+        return size
+
+    def joined(self) -> ChatChoice:
+        """What was kept."""
+        assert self._last is not None, "an answer has a part"
+        calls = []
+        for call, arguments in self._calls:
+            call.function = msgspec.structs.replace(call.function, arguments=arguments.json)
+            calls.append(call)
+        content = None if calls and not self._content else self._content.json
+        return ChatChoice(
+            self._last.index,
+            msgspec.structs.replace(AnswerMessage(None, calls or msgspec.UNSET), content=content),
+            ChatLogprobs(self._scores.json) if self._scores else None,  # type: ignore[arg-type]
+            self._last.finish_reason,
+            self._last.stop_reason,
+        )
 
     def _open(self, text: str, last: bool) -> str:
         """What may be shown of a transcript's answer that begins with `text`."""
@@ -231,26 +207,3 @@ class _Choice:
         tokenizer = self._tokenizer
         data = list(tokenizer.token_bytes(token_id))
         return TopLogprob(tokenizer.token_text(token_id), max(logprob, LOWEST_LOGPROB), data)
-
-
-def _joined(parts: list[ChunkChoice]) -> ChatChoice:
-    """One choice from its parts."""
-    content = ""
-    scores: list[TokenScore] = []
-    calls: list[AnswerCall] = []
-    for part in parts:
-        content += part.delta.content or ""
-        if part.logprobs is not None:
-            scores += part.logprobs.content
-        for call in part.delta.tool_calls or ():
-            if call.id:
-                calls.append(AnswerCall(call.id, AnswerFunction(call.function.name or "", "")))
-            calls[call.index].function.arguments += call.function.arguments
-    last = parts[-1]
-    return ChatChoice(
-        last.index,
-        AnswerMessage(content or (None if calls else ""), calls or msgspec.UNSET),
-        ChatLogprobs(scores) if scores else None,
-        last.finish_reason,
-        last.stop_reason,
-    )

@@ -11,9 +11,14 @@ import msgspec
 from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.messages import TokenLogprob, TokenOutput
 from lattice_serve.engine.tokenizer import Tokenizer
+from lattice_serve.server import memory
 from lattice_serve.server.answer import LOWEST_LOGPROB, Answer, check
+from lattice_serve.server.joined import AnswerSize, JsonList, JsonText
 from lattice_serve.server.schemas.completions import Choice, Completion, CompletionRequest, Logprobs, PromptLogprob
 from lattice_serve.server.services import Services, one_by_one
+
+_SCORE_BYTES, _PROMPT_SCORE_BYTES = 8, 40
+"""That a log-probability takes in an answer, at least."""
 
 
 class CompletionAnswer(Answer[CompletionRequest, Choice]):
@@ -36,18 +41,36 @@ class CompletionAnswer(Answer[CompletionRequest, Choice]):
         return cls(services, request, prompts)
 
     def parts(self, index: int, output: TokenOutput) -> list[Choice]:
-        return [self._candidates[index].part(output)]
+        candidate = self._candidates[index]
+        return [candidate.part(output)] if output.token_id is not None or candidate.tells(output) else []
 
-    def joined(self, parts: list[list[Choice]]) -> list[Choice]:
+    @property
+    def longest_param(self) -> str:
+        fields = ("prompt_logprobs", "logprobs")
+        asked = [name for name in fields if getattr(self._request, name) is not None]
+        return asked[0] if asked else super().longest_param
+
+    async def whole(self, salt: str) -> bytes:
+        # Before a long prompt is run for nothing.
+        request = self._request
+        scores = 0 if request.prompt_logprobs is None else _PROMPT_SCORE_BYTES * (request.prompt_logprobs or 1)
+        scores += 0 if request.logprobs is None or not request.echo else _SCORE_BYTES * (request.logprobs + 1)
+        AnswerSize(self.longest_param).check(scores * request.choices * sum(map(len, self._prompts)))
+        return await super().whole(salt)
+
+    def keep(self, index: int, choice: Choice) -> int:
+        return self._candidates[index].keep(choice)
+
+    def joined(self) -> list[Choice]:
         """Of each prompt's candidates the `n` that are most likely, by the mean of their tokens' log-probabilities."""
         candidates, n = self._request.candidates, self._request.choices
         chosen: list[int] = []
-        for start in range(0, len(parts), candidates):
+        for start in range(0, len(self._candidates), candidates):
             indices = list(range(start, start + candidates))
             if candidates > n:
                 indices.sort(key=lambda index: self._candidates[index].mean_logprob, reverse=True)
             chosen += indices[:n]
-        return [_joined(index, parts[candidate]) for index, candidate in enumerate(chosen)]
+        return [self._candidates[candidate].joined(index) for index, candidate in enumerate(chosen)]
 
 
 @dataclass(frozen=True)
@@ -64,29 +87,42 @@ class _Candidate:
         self._index = index
         self._prompt = prompt
         self._request = request
-        self._echo = prompt.text if request.echo else None
+        self._echo = prompt.text if request.echo else ""
+        self._scored = 0
+        """Prompt tokens whose log-probabilities have come."""
+        self._answers = False
+        """Whether all that belongs to the prompt has come."""
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer.token_bytes)
         self._offset = 0
         """Characters before the next token."""
         self._tokens = 0
         self._logprob = 0.0
+        self._text = JsonText()
+        self._logprobs = Logprobs(*(JsonList() for _ in Logprobs.__struct_fields__))  # type: ignore[arg-type]
+        self._prompt_logprobs = JsonList()
+        self._last: Choice | None = None
 
     @property
     def mean_logprob(self) -> float:
         return self._logprob / max(1, self._tokens)
 
+    def tells(self, output: TokenOutput) -> bool:
+        """Whether an output without a token adds anything."""
+        asked = self._request.prompt_logprobs is not None or (self._request.echo and self._request.logprobs is not None)
+        return output.finish_reason is not None or bool(asked)
+
     def part(self, output: TokenOutput) -> Choice:
         """What `output` adds; the first part also has the prompt if it is echoed."""
         logprobs = None if self._request.logprobs is None else Logprobs()
-        text = output.text
-        if self._echo is not None:
+        text, self._echo = self._echo + output.text, ""
+        if self._request.echo and not self._answers:
             if logprobs is not None:
                 self._add_prompt(logprobs, output.prompt_logprobs or [])
-            text = self._echo + text
-            self._detokenizer = Detokenizer(self._tokenizer.token_bytes)
-            self._offset = len(self._echo)
-            self._echo = None
+            if output.token_id is not None:
+                self._answers = True
+                self._detokenizer = Detokenizer(self._tokenizer.token_bytes)
+                self._offset = len(self._prompt.text)
         if output.logprob is not None:
             self._tokens += 1
             self._logprob += max(output.logprob.logprob, LOWEST_LOGPROB)
@@ -97,8 +133,30 @@ class _Candidate:
             choice.prompt_logprobs = self._scores(output.prompt_logprobs, self._request.prompt_logprobs)
         return choice
 
+    def keep(self, part: Choice) -> int:
+        """Hold a part of a whole answer; how many bytes it takes."""
+        self._last = part
+        size = self._text.add(part.text)
+        if part.logprobs is not None:
+            for name in Logprobs.__struct_fields__:
+                size += getattr(self._logprobs, name).add(getattr(part.logprobs, name))
+        if part.prompt_logprobs is not msgspec.UNSET:
+            size += self._prompt_logprobs.add(part.prompt_logprobs)
+        return size
+
+    def joined(self, index: int) -> Choice:
+        """What was kept, as choice `index`."""
+        assert self._last is not None, "an answer has a part"
+        logprobs = None
+        if self._request.logprobs is not None:
+            logprobs = Logprobs(*(getattr(self._logprobs, name).json for name in Logprobs.__struct_fields__))
+        scores = msgspec.UNSET if self._request.prompt_logprobs is None else self._prompt_logprobs.json
+        changes = {"text": self._text.json, "logprobs": logprobs, "prompt_logprobs": scores}
+        return msgspec.structs.replace(self._last, index=index, **changes)
+
     def _add_prompt(self, logprobs: Logprobs, entries: Sequence[TokenLogprob | None]) -> None:
-        for token_id, entry in zip(self._prompt.ids, entries, strict=True):
+        start, self._scored = self._scored, self._scored + len(entries)
+        for token_id, entry in zip(self._prompt.ids[start : self._scored], entries, strict=True):
             self._add(logprobs, token_id, entry)
 
     def _add(self, logprobs: Logprobs, token_id: int, entry: TokenLogprob | None) -> None:
@@ -142,23 +200,6 @@ async def _read(services: Services, request: CompletionRequest, prompt: str | li
     if isinstance(prompt, str):
         return _Prompt(await services.encode(prompt), prompt)
     ids = Tokenizer.checked(prompt, services.tokenizer.vocab_size)
-    return _Prompt(ids, await services.decode(ids) if request.echo else "")
-
-
-def _joined(index: int, parts: list[Choice]) -> Choice:
-    """Choice `index` from its parts."""
-    last = parts[-1]
-    logprobs = None
-    if last.logprobs is not None:
-        logprobs = Logprobs()
-        for part in parts:
-            assert part.logprobs is not None
-            for name in Logprobs.__struct_fields__:
-                getattr(logprobs, name).extend(getattr(part.logprobs, name))
-    return msgspec.structs.replace(
-        last,
-        index=index,
-        text="".join(part.text for part in parts),
-        logprobs=logprobs,
-        prompt_logprobs=parts[0].prompt_logprobs,
-    )
+    text = await services.decode(ids) if request.echo else ""
+    memory.current().hold(len(text))
+    return _Prompt(ids, text)

@@ -14,6 +14,8 @@ from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.engine.messages import Submit
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.tokenizer import Tokenizer
+from lattice_serve.server import memory
+from lattice_serve.server.joined import AnswerSize
 from lattice_serve.server.schemas.embeddings import (
     MAX_INPUT_TOKENS,
     Embedding,
@@ -41,17 +43,21 @@ async def embed(services: Services, request: EmbeddingRequest, tenant: str) -> E
         raise InvalidParameter(
             f"input has {tokens} tokens: give at most {MAX_INPUT_TOKENS} in one request", param="input"
         )
+    memory.current().hold(sum(ids.itemsize * len(ids) for ids in prompts))
     services.admit(tenant, len(texts))  # Again: others may have come in while the texts were tokenized.
     params = SamplingParams(max_tokens=0)
     requests = [Submit("", ids, params, pooling=request.pooling or "mean") for ids in prompts]
     # Written one by one: 2048 long vectors at once would hold up other requests for as long as that takes.
     data = [msgspec.Raw()] * len(prompts)
+    answer = AnswerSize("input", "ask for fewer in one request")
     with services.generate(tenant, requests) as generation:
         async for index, output in generation:
             assert output.embedding is not None, "the engine was asked for a vector"
             vector = _unit(output.embedding)
             embedding = Embedding(index, _base64(vector) if request.encoding_format == "base64" else vector)
-            data[index] = msgspec.Raw(msgspec.json.encode(embedding))
+            encoded = msgspec.json.encode(embedding)
+            data[index] = msgspec.Raw(encoded)
+            answer.add(len(encoded))
     return Embeddings(cast("list[Embedding]", data), services.settings.model_name, EmbeddingUsage(tokens, tokens))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +20,7 @@ from lattice_serve.engine.errors import EngineDied, LatticeError
 from lattice_serve.engine.messages import (
     FROM_ENGINE,
     Abort,
+    Credit,
     FromEngine,
     Ping,
     Ready,
@@ -27,6 +29,7 @@ from lattice_serve.engine.messages import (
     ToEngine,
     TokenOutput,
     encode,
+    output_size,
 )
 from lattice_serve.server.errors import TimedOut
 from lattice_serve.server.metrics import Metrics, SequenceMeter
@@ -34,6 +37,10 @@ from lattice_serve.server.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
 
+WINDOW = 1 << 18
+"""Size of a sequence's outputs, about their bytes, that may wait for its client: then the engine pauses it."""
+_CREDIT = WINDOW // 4
+"""Of outputs that were taken, the engine is told by the lump."""
 _CONNECT_SECONDS = 0.05
 
 
@@ -58,6 +65,8 @@ class EngineClient:
         self.tenants: Counter[str] = Counter()
         """Of them, those of each tenant."""
         self._writer: asyncio.StreamWriter | None = None
+        self._sent_prompt: array[int] | None = None
+        """That of the message sent last, if it had one."""
 
     @property
     def ready(self) -> Ready | None:
@@ -76,7 +85,20 @@ class EngineClient:
         meter = self._metrics.sequence(len(request.prompt_ids))
         self._live[request_id] = _Live(index, generation, meter, request.tenant)
         self.tenants[request.tenant] += 1
-        self._send(msgspec.structs.replace(request, request_id=request_id))
+        same = request.prompt_ids is self._sent_prompt
+        ids = array("i") if same else request.prompt_ids
+        changes = {"request_id": request_id, "window": WINDOW, "prompt_ids": ids, "same_prompt": same}
+        self._send(msgspec.structs.replace(request, **changes))
+        self._sent_prompt = request.prompt_ids
+
+    def taken(self, output: TokenOutput) -> None:
+        """Have the engine make more of a sequence, if it has not ended: this output is on its way to its client."""
+        live = self._live.get(output.request_id)
+        if live is not None:
+            live.taken += output_size(output.logprob, output.prompt_logprobs)
+            if live.taken >= _CREDIT:
+                self._send(Credit(output.request_id, live.taken))
+                live.taken = 0
 
     def abort(self, request_id: str) -> None:
         self._take(request_id).meter.stopped("abort")
@@ -107,7 +129,7 @@ class EngineClient:
         finally:
             if self._watch is not None:
                 self._watch.cancel()
-            self._ready = self._watch = None
+            self._ready = self._watch = self._sent_prompt = None
             writer, self._writer = self._writer, None
             self._metrics.engine_started(rows=0)
             self.fail_all(lambda: EngineDied("the engine stopped while it worked on this request: send it again"))
@@ -161,14 +183,17 @@ class EngineClient:
         # A connection that is lost is closed a moment before `run` hears of it, and ends what was submitted.
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(encode(message))
+        self._sent_prompt = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class _Live:
     index: int
     generation: Generation
     meter: SequenceMeter
     tenant: str
+    taken: int = 0
+    """Size of the outputs that were taken, and that the engine has not been told of."""
 
 
 class Generation:
@@ -204,6 +229,9 @@ class Generation:
         item = await self._queue.get()
         if isinstance(item, LatticeError):
             raise item
+        client = self.open.get(item[1].request_id)
+        if client is not None:
+            client.taken(item[1])
         return item
 
     def __enter__(self) -> Generation:

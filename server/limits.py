@@ -22,6 +22,7 @@ from lattice_serve.server.errors import (
     error_response,
 )
 from lattice_serve.server.keys import tenant_of
+from lattice_serve.server.memory import MemoryBudget
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
 """Probes ask these without a key."""
@@ -29,7 +30,7 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
 
 class Limits:
     """ASGI middleware: 401 without a key that is in `api_keys` (none: no key needed), 413 for large bodies, 408 for
-    slow ones, 415 for compressed ones, 431 for large heads.
+    slow ones, 415 for compressed ones, 431 for large heads, 429 where bodies and what is made of them fill `memory`.
 
     A body that says it is too large is let pass unseen; one that does not say is read up to the limit. A head that does
     not end is the protocol's matter, see `server.protocol`.
@@ -41,12 +42,14 @@ class Limits:
         *,
         api_keys: Sequence[bytes],
         max_body_bytes: int,
+        memory: MemoryBudget,
         max_header_bytes: int,
         body_seconds: float,
     ) -> None:
         self._app = app
         self._api_keys = api_keys
         self._max_body_bytes = max_body_bytes
+        self._memory = memory
         self._max_header_bytes = max_header_bytes
         self._body_seconds = body_seconds
 
@@ -83,11 +86,13 @@ class Limits:
                 raise BodyTimedOut(f"the body did not come within {self._body_seconds:g} s: send it sooner") from error
             size += len(message.get("body", b""))
             self._check_size(size)
+            held.hold(len(message.get("body", b"")))
             if not message.get("more_body"):
                 deadline = None
             return message
 
-        await self._app(scope, counted, send)
+        with self._memory.request() as held:
+            await self._app(scope, counted, send)
 
     def _check_head(self, scope: Scope) -> None:
         size = len(scope["raw_path"]) + len(scope["query_string"])

@@ -48,6 +48,7 @@ class Metrics:
         self.restarts = counter("engine_restarts", "Times an engine took the place of one that had died.")
         self.running = gauge("num_requests_running", "Sequences that hold a state row.")
         self.waiting = gauge("num_requests_waiting", "Sequences that wait for a state row.")
+        self.paused = gauge("num_requests_paused", "Sequences that wait until their clients take what they have.")
         self.pool_usage = gauge("state_pool_usage_ratio", "Share of the state rows in use, 0 to 1.")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens the engine has run.")
         self.generation_tokens = counter("generation_tokens", "Tokens the engine has generated.")
@@ -117,6 +118,7 @@ class Metrics:
     def _show_gauges(self) -> None:
         self.running.set(self._stats.running)
         self.waiting.set(self._stats.waiting)
+        self.paused.set(self._stats.paused)
         self.cache_entries.set(self._stats.cache_entries)
         self.cache_bytes.set(self._stats.cache_bytes)
         self.pool_usage.set(self._stats.rows_used / max(1, self._stats.rows))
@@ -177,6 +179,8 @@ class SequenceMeter:
         self._last = self._submitted
 
     def output(self, output: TokenOutput) -> None:
+        if output.token_id is None and output.finish_reason is None:
+            return  # a part of its prompt's log-probabilities
         now = time.perf_counter()
         metrics = self._metrics
         if self._first is None:

@@ -14,6 +14,7 @@ from lattice_serve.engine.errors import InvalidParameter, LatticeError
 from lattice_serve.server.chat import ChatAnswer
 from lattice_serve.server.errors import error_type
 from lattice_serve.server.event_json import event_json
+from lattice_serve.server.joined import AnswerSize
 from lattice_serve.server.schemas.chat import ChunkChoice, TokenScore
 from lattice_serve.server.schemas.responses import (
     OutputCall,
@@ -27,8 +28,15 @@ from lattice_serve.server.schemas.responses import (
 from lattice_serve.server.services import Services
 
 _encode = msgspec.json.Encoder().encode
+_SCORE_BYTES = 512
+"""That a log-probability takes as objects, about."""
 
-_NAMES = {"messages": "input", "response_format": "text"}
+_NAMES = {
+    "messages": "input",
+    "response_format": "text",
+    "max_tokens": "max_output_tokens",
+    "logprobs": "top_logprobs",
+}
 """Fields of a chat that have another name here."""
 
 
@@ -101,6 +109,7 @@ async def _told(services: Services, request: ResponseRequest, tenant: str) -> As
     )
     writer = _Writer(response)
     reason, begun = None, False
+    size = AnswerSize(answer.longest_param, "ask for less in one request")
     async with aclosing(answer.each(tenant)) as outputs:
         async for _, choices in outputs:
             if not begun:  # not earlier: what fails before the first token is no response
@@ -108,6 +117,7 @@ async def _told(services: Services, request: ResponseRequest, tenant: str) -> As
                 yield {"type": "response.created", "response": response}
                 yield {"type": "response.in_progress", "response": response}
             for choice in choices:
+                size.add(_held(choice))
                 reason = choice.finish_reason or reason
                 for event in writer.add(choice):
                     yield event
@@ -123,6 +133,14 @@ async def _told(services: Services, request: ResponseRequest, tenant: str) -> As
     if response.store:
         services.responses.put(tenant, response_id, _encode(response), [*before, *request.messages, writer.message()])
     yield {"type": f"response.{response.status}", "response": response}
+
+
+def _held(choice: ChunkChoice) -> int:
+    """About the bytes that the response takes more with a part of it: four copies of the text, in its last events, and
+    objects."""
+    text = len(choice.delta.content or "") + sum(len(call.function.arguments) for call in choice.delta.tool_calls or ())
+    scores = choice.logprobs.content if choice.logprobs else ()
+    return 4 * text + _SCORE_BYTES * sum(1 + len(score.top_logprobs) for score in scores)
 
 
 class _Writer:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import time
 from array import array
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
@@ -16,22 +17,24 @@ from lattice_serve.engine.errors import Draining, EngineUnavailable, ModelNotFou
 from lattice_serve.engine.messages import Ready, Submit
 from lattice_serve.engine.shares import Shares
 from lattice_serve.engine.tokenizer import Tokenizer
+from lattice_serve.server import body
+from lattice_serve.server.body import Turns
 from lattice_serve.server.engine_client import Generation
 from lattice_serve.server.errors import KeyQuota
 from lattice_serve.server.keys import tenant_of
 from lattice_serve.server.metrics import ServerMetrics
 from lattice_serve.server.response_store import ResponseStore
 from lattice_serve.server.router import Router
+from lattice_serve.server.schemas.base import RequestModel
 from lattice_serve.server.settings import Settings
 from lattice_serve.server.template import ChatTemplate
 
 MAX_MODEL_LEN = 2**31 - 1
 """A recurrent state has no longest context; clients want a number all the same."""
 _INLINE_LENGTH = 4096
-"""Longer texts are tokenized in a thread, so that other requests go on."""
+"""Longer texts are tokenized in a thread, so that other requests go on; so many token ids become text at a time."""
 
-A = TypeVar("A", bound=Sequence[object])
-R = TypeVar("R")
+B = TypeVar("B", bound=RequestModel)
 T = TypeVar("T")
 
 
@@ -47,6 +50,8 @@ class Services:
     shares: Shares = field(default_factory=Shares)
     """What is fair between API keys."""
     responses: ResponseStore = field(init=False)
+    turns: Turns = field(default_factory=Turns)
+    """Of large bodies and texts."""
     draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
     """Unix time."""
@@ -100,14 +105,36 @@ class Services:
                 f"there is no model {name[:100]!r} here: use {self.settings.model_name!r}", param="model"
             )
 
+    async def read(self, kind: type[B], http: Request) -> B:
+        """The body of a request. Raises `InvalidParameter` that names the first wrong field."""
+        return await self.parse(kind, await http.body())
+
+    async def parse(self, kind: type[B], data: bytes) -> B:
+        """The same of a body that is there."""
+        return await body.parse(kind, data, self.turns)
+
     async def encode(self, text: str) -> array[int]:
-        return await _offload(lambda text: array("i", self.tokenizer.encode(text)), text)
+        return await self._encoded(self.tokenizer.encode, text)
 
     async def encode_marked(self, text: str) -> array[int]:
-        return await _offload(lambda text: array("i", self.tokenizer.encode_marked(text)), text)
+        return await self._encoded(self.tokenizer.encode_marked, text)
+
+    async def _encoded(self, encode: Callable[[str], list[int]], text: str) -> array[int]:
+        if len(text) <= _INLINE_LENGTH:
+            return array("i", encode(text))
+        async with self.turns.take(len(text)):
+            return await asyncio.to_thread(lambda: array("i", encode(text)))
 
     async def decode(self, ids: Sequence[int]) -> str:
-        return await _offload(self.tokenizer.decode, ids)
+        return "".join([text async for text in self.texts(ids)])
+
+    async def texts(self, ids: Sequence[int]) -> AsyncGenerator[str, None]:
+        """The text of token ids, in pieces, others going on in between."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for start in range(0, len(ids), _INLINE_LENGTH):
+            yield decoder.decode(b"".join(map(self.tokenizer.token_bytes, ids[start : start + _INLINE_LENGTH])))
+            await asyncio.sleep(0)
+        yield decoder.decode(b"", final=True)
 
 
 _REASONS = {
@@ -124,12 +151,6 @@ async def one_by_one(items: Iterable[T]) -> AsyncIterator[T]:
         if index:
             await asyncio.sleep(0)
         yield item
-
-
-async def _offload(function: Callable[[A], R], argument: A) -> R:
-    if len(argument) <= _INLINE_LENGTH:
-        return function(argument)
-    return await asyncio.to_thread(function, argument)
 
 
 # Not a plain function: fastapi would call that in a thread, for every request.

@@ -75,6 +75,9 @@ class Settings(EngineConfig, BaseSettings):
     """After which an engine that neither answers nor computes is killed, and started again; after half of it no more
     requests are sent to it. One that computes without an answer is given ten times as long."""
     max_body_bytes: int = Field(default=8 << 20, ge=1)
+    request_memory: int = Field(default=512 << 20, ge=1)
+    """Bytes that all requests together may hold in the server: bodies, prompts, and answers that are sent whole, of
+    which one may take an eighth."""
     max_header_bytes: int = Field(default=64 << 10, ge=1, le=MAX_HEAD_BYTES)
     request_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     """In which the head of a request has to come, then its body, and in which a client has to take what it streams."""

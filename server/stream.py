@@ -27,6 +27,8 @@ _HEADERS = [
 ]
 _KEEP_ALIVE = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
+_SLICE = 1 << 16
+"""Bytes of an answer that are given to the connection at once, which waits where it has as many."""
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -52,6 +54,51 @@ async def _until(*ends: Coroutine[Any, Any, None], work: Coroutine[Any, Any, T])
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+class PacedResponse(Response):
+    """JSON, sent no faster than its client takes it. Raises `ClientDisconnect` when that takes nothing for too long."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: bytes, *, stall_seconds: float) -> None:
+        """stall_seconds: as for `EventStream`."""
+        super().__init__(content)
+        self._stall_seconds = stall_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if len(self.body) <= _SLICE:
+            await super().__call__(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for start in range(0, len(self.body), _SLICE):
+            await self._send(send, bytes(self.body[start : start + _SLICE]), start + _SLICE < len(self.body))
+
+    async def _send(self, send: Send, data: bytes, more: bool) -> None:
+        try:
+            sending = send({"type": "http.response.body", "body": data, "more_body": more})
+            await asyncio.wait_for(sending, self._stall_seconds)
+        except asyncio.TimeoutError as error:
+            log.warning("a client does not take its answer", seconds=self._stall_seconds)
+            raise ClientDisconnect from error
+
+
+class JsonStream(PacedResponse):
+    """JSON that is made in pieces while it is sent."""
+
+    def __init__(self, pieces: AsyncGenerator[bytes, None], *, stall_seconds: float) -> None:
+        """stall_seconds: as for `EventStream`."""
+        super().__init__(b"", stall_seconds=stall_seconds)
+        del self.headers["content-length"]
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._pieces) as pieces:
+            async for piece in pieces:
+                await self._send(send, piece, True)
+                await asyncio.sleep(0)  # a send that need not wait goes on at once
+        await self._send(send, b"", False)
 
 
 class EventStream(Response):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -60,8 +60,11 @@ class ChatTemplate:
     A template, or messages that make it run long, can hold up other renderings for about a second, and nothing else.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Raises `CheckpointError` when the file is there and cannot be read."""
+    def __init__(self, folder: Path, names: Sequence[str] = ()) -> None:
+        """names: of control pieces, which are text in what a client gives; only the template's own are more.
+
+        Raises `CheckpointError` when the file is there and cannot be read.
+        """
         path = folder / TEMPLATE_FILE
         self.plain = not path.exists()
         try:
@@ -71,11 +74,12 @@ class ChatTemplate:
         self.stop = (PLAIN_STOP,) if self.plain else ()
         self.knows_tools = TOOL_CALL in self.source
         self.knows_developers = "developer" in self.source
+        self._names = names
         self._lock = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
 
-    async def render(self, variables: Mapping[str, Any]) -> str:
-        """The text for `variables`, which JSON can hold.
+    async def render(self, variables: Mapping[str, Any], request: bytes | None = None, *, end: str = "") -> str:
+        """The text for `variables`, which JSON can hold, and those of a `request`, see `chat_variables`, which is JSON.
 
         Raises `InvalidParameter` when the template refuses them, fails, or takes too long, `CheckpointError` when it is
         no template, `Overloaded` when others that take long are before this one, and `EngineUnavailable` when the
@@ -83,6 +87,9 @@ class ChatTemplate:
         """
         loop = asyncio.get_running_loop()
         asked = loop.time()
+        # Integers of any size, which msgspec does not write.
+        parts = (json.dumps(variables).encode(), json.dumps(end).encode(), request or b"null")
+        frame = b'{"variables":%b,"end":%b,"request":%b}' % parts
         async with self._lock:
             if loop.time() - asked > _SECONDS:
                 raise Overloaded("other chat templates take too long: try again later")
@@ -91,7 +98,7 @@ class ChatTemplate:
                     await self._stop()
                 if self._process is None:
                     await self._start()
-                rendered = await self._ask(variables, _LOST_SECONDS)
+                rendered = await self._ask(frame, _LOST_SECONDS)
             except BaseException as error:
                 # What it would still say is an answer to this request, and must not become that of the next one.
                 await self._stop()
@@ -101,6 +108,8 @@ class ChatTemplate:
                         param="messages",
                     ) from error
                 raise
+        if "refused" in rendered:
+            raise InvalidParameter(f"{rendered['param']}: {rendered['refused']}", param=rendered["param"])
         if "error" in rendered:
             raise InvalidParameter(
                 f"messages: the chat template does not take them: {rendered['error']}", param="messages"
@@ -145,7 +154,9 @@ class ChatTemplate:
             log.error("chat templates cannot be rendered", error=str(error))
             raise EngineUnavailable(_UNAVAILABLE) from error
         try:
-            answer = await self._ask({"source": self.source, "seconds": _SECONDS}, _START_SECONDS)
+            setup = {"names": self._names, "developers": self.knows_developers}
+            setup |= {"source": self.source, "seconds": _SECONDS}
+            answer = await self._ask(json.dumps(setup).encode(), _START_SECONDS)
             fault = answer.get("error")
         except (asyncio.IncompleteReadError, ConnectionError):
             fault = f"reading it takes over {_SECONDS:g} s or too much memory"
@@ -154,7 +165,7 @@ class ChatTemplate:
             log.error("bad chat template", fault=fault)
             raise CheckpointError(f"{TEMPLATE_FILE} of the model folder: {fault}: mend the template")
 
-    async def _ask(self, message: Mapping[str, Any], seconds: float) -> dict[str, str]:
+    async def _ask(self, data: bytes, seconds: float) -> dict[str, str]:
         """Its answer. Raises `EngineUnavailable` when none comes within so many seconds."""
         process, loop = self._process, asyncio.get_running_loop()
         assert process is not None
@@ -162,8 +173,6 @@ class ChatTemplate:
         assert process.stdout is not None
         timer = loop.call_later(seconds, _kill, process)
         try:
-            # Integers of any size, which msgspec does not write.
-            data = json.dumps(message).encode()
             process.stdin.write(len(data).to_bytes(4, "big") + data)
             await process.stdin.drain()
             size = int.from_bytes(await process.stdout.readexactly(4), "big")

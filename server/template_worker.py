@@ -1,10 +1,11 @@
 """Renders a chat template, in a process that can be lost: `python -m lattice_serve.server.template_worker`.
 
 Speaks frames over stdin and stdout: a four-byte big-endian length, then a JSON object. The first one it reads has the
-`source` of the template, and the `seconds` that reading it may take, and each rendering; the others are the variables
-of one rendering each. Each, the first one too, is answered by an object with `text` or with `error`, which says why
-there is none. A template runs in jinja's sandbox; this process ends, without an answer, when one takes too long, and
-before one takes the machine's memory. It ends with its stdin.
+`source` of the template, the `seconds` that reading it may take, and each rendering, the `names` of control pieces, and
+whether the template knows `developers`. The others have the `variables` of one rendering each, and the `request` that
+gives more of them. Each, the first one too, is answered by an object with `text`, with `error`, which says why there is
+none, or with `refused`, which says what is wrong with the request. A template runs in jinja's sandbox; this process
+ends, without an answer, when one takes too long, and before one takes the machine's memory. It ends with its stdin.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lattice_serve.engine import child_process
+from lattice_serve.server.chat_variables import Refused, TextArguments, chat_variables
 
 MEMORY_BYTES = 1 << 30
 MAX_CHARACTERS = 1 << 24
 MAX_ERROR = 500
 
 
-class Refused(TemplateError):
+class Raised(TemplateError):
     """What a template raises itself, by `raise_exception`."""
 
 
@@ -45,24 +47,8 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class TextArguments(str):
-    """Arguments of a call that are no JSON object: text, with all of it under one name where a template wants names."""
-
-    def items(self) -> list[tuple[str, str]]:
-        return [("arguments", str(self))]
-
-    def keys(self) -> list[str]:
-        return ["arguments"]
-
-    def values(self) -> list[str]:
-        return [str(self)]
-
-    def get(self, name: str, default: object = None) -> object:
-        return str(self) if name == "arguments" else default
-
-
 def _raise_exception(message: str) -> NoReturn:
-    raise Refused(message)
+    raise Raised(message)
 
 
 def _to_json(value: object, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
@@ -93,7 +79,7 @@ def _render(template: Template, variables: dict[str, Any]) -> dict[str, str]:
             size += len(part)
             if size > MAX_CHARACTERS:
                 return {"error": f"the text is longer than {MAX_CHARACTERS} characters"}
-    except Refused as error:
+    except Raised as error:
         return {"error": str(error)[:MAX_ERROR]}
     # A template is a program: it may raise anything, for messages that its author did not think of.
     except Exception as error:
@@ -101,15 +87,15 @@ def _render(template: Template, variables: dict[str, Any]) -> dict[str, str]:
     return {"text": "".join(parts)}
 
 
-def _variables(frame: bytes) -> dict[str, Any]:
-    """What a template gets."""
-    variables: dict[str, Any] = json.loads(frame)
-    for message in variables.get("messages") or ():
-        for call in (message.get("tool_calls") or ()) if isinstance(message, dict) else ():
-            arguments = call["function"]["arguments"]
-            if isinstance(arguments, str):
-                call["function"]["arguments"] = TextArguments(arguments)
-    return variables
+def _answer(template: Template, frame: dict[str, Any], setup: dict[str, Any]) -> dict[str, str]:
+    variables = frame["variables"]
+    if frame["request"] is not None:
+        names, developers = setup["names"], setup["developers"]
+        try:
+            variables |= chat_variables(frame["request"], names, developers=developers, end=frame["end"])
+        except Refused as error:
+            return {"refused": str(error), "param": error.param}
+    return _render(template, variables)
 
 
 def _read() -> bytes:
@@ -141,7 +127,7 @@ def main() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0)
     while frame := _read():
         signal.setitimer(signal.ITIMER_REAL, setup["seconds"])
-        _write(_render(template, _variables(frame)))
+        _write(_answer(template, json.loads(frame), setup))
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 

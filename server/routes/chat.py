@@ -18,5 +18,5 @@ router = APIRouter()
 )
 async def create_chat_completion(request: Request, services: Injected) -> Response:
     """Answer the last message of a chat, whole or as a stream of server-sent events."""
-    asked = ChatRequest.parse(await request.body())
+    asked = await services.read(ChatRequest, request)
     return await respond(ChatAnswer, services, asked, request)

@@ -18,5 +18,5 @@ router = APIRouter()
 )
 async def create_completion(request: Request, services: Injected) -> Response:
     """Continue one or more prompts, whole or as a stream of server-sent events."""
-    asked = CompletionRequest.parse(await request.body())
+    asked = await services.read(CompletionRequest, request)
     return await respond(CompletionAnswer, services, asked, request)

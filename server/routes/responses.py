@@ -10,7 +10,7 @@ from lattice_serve.server import response
 from lattice_serve.server.openapi import body, failures, generated
 from lattice_serve.server.schemas.responses import ResponseObject, ResponseRequest
 from lattice_serve.server.services import Injected
-from lattice_serve.server.stream import NamedEventStream, until_disconnect
+from lattice_serve.server.stream import NamedEventStream, PacedResponse, until_disconnect
 
 router = APIRouter()
 
@@ -20,20 +20,20 @@ router = APIRouter()
 )
 async def create_response(request: Request, services: Injected) -> Response:
     """Answer an input, after the conversation of an earlier response if one is named, whole or as events."""
-    asked = ResponseRequest.parse(await request.body())
+    asked = await services.read(ResponseRequest, request)
     tenant: str = request.state.tenant
     if asked.stream:
         told = response.ResponseStream(services, asked, tenant)
         return NamedEventStream(told.events(), told.failed, **services.settings.stream_seconds)
     whole = await until_disconnect(request.receive, response.respond(services, asked, tenant))
-    return Response(whole, media_type="application/json")
+    return PacedResponse(whole, stall_seconds=services.settings.request_seconds)
 
 
 @router.get("/v1/responses/{response_id}", responses=failures(404))
 async def get_response(response_id: str, request: Request, services: Injected) -> Response:
     """A stored response."""
     stored = services.responses.get(request.state.tenant, response_id, "response_id")
-    return Response(stored.body, media_type="application/json")
+    return PacedResponse(stored.body, stall_seconds=services.settings.request_seconds)
 
 
 @router.delete("/v1/responses/{response_id}", responses=failures(404))

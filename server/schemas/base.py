@@ -76,6 +76,8 @@ class RequestModel(BaseModel):
 
     remedies: ClassVar[dict[str, str]] = {}
     """Field -> what to give, where pydantic explains a type poorly."""
+    id_fields: ClassVar[tuple[str, ...]] = ()
+    """Those that hold token ids, of which there may be millions: in a large body they are `array`s."""
 
     @classmethod
     def parse(cls: type[R], body: bytes) -> R:

@@ -23,6 +23,8 @@ class CompletionRequest(GenerationRequest):
         "suffix": NOT_SUPPORTED,
     }
 
+    id_fields: ClassVar[tuple[str, ...]] = ("prompt",)
+
     prompt: Texts
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     logprobs: Count | None = None

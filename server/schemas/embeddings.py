@@ -24,6 +24,8 @@ class EmbeddingRequest(RequestModel):
         "pooling": 'give "mean" or "last"',
     }
 
+    id_fields: ClassVar[tuple[str, ...]] = ("input",)
+
     model: str | None = None
     input: Texts
     encoding_format: Literal["float", "base64"] | None = None

@@ -38,5 +38,7 @@ class TokenizeChatRequest(ChatPrompt):
 class DetokenizeRequest(RequestModel):
     remedies: ClassVar[dict[str, str]] = {"tokens": "give a list of token ids"}
 
+    id_fields: ClassVar[tuple[str, ...]] = ("tokens",)
+
     model: str | None = None
     tokens: TokenIds

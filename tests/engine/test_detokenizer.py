@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lattice_serve.engine.detokenizer import Detokenizer
+from lattice_serve.engine.detokenizer import Detokenizer, _fallback
 
 # Few characters, of every UTF-8 length, so that stop strings match, nearly match and overlap themselves.
 characters = "ab\né€👍\ufffd"
@@ -158,3 +158,11 @@ def test_the_worst_stop_string_takes_linear_time() -> None:
     pieces, found, _ = run([token.encode() for token in tokens], ("a" * 10_000 + "b",))
     assert (len("".join(pieces)), found) == (100_000, None)
     assert process_time() - start < 5
+
+
+def test_sequences_share_what_is_built_of_their_stop_strings() -> None:
+    stops = tuple("ab" * 100 + "c" * place for place in range(16))
+    before = _fallback.cache_info().misses
+    for _ in range(128):
+        Detokenizer(lambda _: b"", stops)
+    assert _fallback.cache_info().misses - before <= len(stops)

@@ -36,6 +36,7 @@ from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.messages import (
     TO_ENGINE,
+    Credit,
     EngineStats,
     Ping,
     Ready,
@@ -45,8 +46,12 @@ from lattice_serve.engine.messages import (
     TokenLogprob,
     TokenOutput,
     encode,
+    output_size,
 )
 from lattice_serve.engine.tokenizer import Tokenizer
+
+PIECE = 64
+"""Tokens of a prompt whose log-probabilities go into one message."""
 
 
 class FakeEngine:
@@ -59,6 +64,10 @@ class FakeEngine:
         self.pieces = {self.tokenizer.token_bytes(token_id): token_id for token_id in vocabulary}
         self.rows = asyncio.Semaphore(config.max_rows or 8)
         self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.windows: dict[str, int] = {}
+        """Size of outputs that each request may yet send."""
+        self.credited = asyncio.Condition()
+        self.prompt_ids: Any = None
         self.counts: dict[str, Any] = {
             "rows_used": 0,
             "prompt_tokens_total": 0,
@@ -78,8 +87,15 @@ class FakeEngine:
         while True:
             size = int.from_bytes(await reader.readexactly(4), "big")
             message = TO_ENGINE.decode(await reader.readexactly(size))
-            if isinstance(message, Submit):
-                params = message.params
+            if isinstance(message, Credit):
+                async with self.credited:
+                    self.windows[message.request_id] += message.size
+                    self.credited.notify_all()
+            elif isinstance(message, Submit):
+                if message.same_prompt:
+                    message = msgspec.structs.replace(message, prompt_ids=self.prompt_ids)
+                self.prompt_ids, params = message.prompt_ids, message.params
+                self.windows[message.request_id] = message.window or 1 << 62
                 self.record(
                     "submit",
                     pid=os.getpid(),
@@ -139,8 +155,9 @@ class FakeEngine:
         if order == "!fail":
             self.step(failures=[RequestFailed(request.request_id, error, f"told to: {error}", "prompt")])
             return
+        await self.score(request)
         if params.max_tokens == 0:
-            self.step(self.output(request, 0, None, "", "length"))
+            await self.emit(self.output(request, 0, None, "", "length"))
         longest = min(params.max_tokens, self.longest)
         for place in range(longest):
             if order == "!slow":
@@ -167,10 +184,30 @@ class FakeEngine:
             delta = self.tokenizer.token_text(token_id) if delta is None else delta
             self.counts["generation_tokens_total"] += 1
             self.counts["steps_total"] += 1
-            self.step(self.output(request, place, token_id, delta, reason, stop))
+            await self.emit(self.output(request, place, token_id, delta, reason, stop))
             if reason == "stop":
                 return
             await asyncio.sleep(0)
+
+    async def emit(self, output: TokenOutput) -> None:
+        """Send it, and wait while too much of what was sent has not been taken."""
+        self.step(output)
+        self.windows[output.request_id] -= output_size(output.logprob, output.prompt_logprobs)
+        if output.finish_reason is None:
+            async with self.credited:
+                await self.credited.wait_for(lambda: self.windows[output.request_id] > 0)
+
+    async def score(self, request: Submit) -> None:
+        """All but the last piece of the prompt's log-probabilities."""
+        count = request.params.prompt_logprobs
+        for start in range(0, len(request.prompt_ids) - PIECE if count is not None else 0, PIECE):
+            scores = self.scores(request, start, start + PIECE)
+            await self.emit(TokenOutput(request.request_id, None, "", prompt_logprobs=scores))
+
+    def scores(self, request: Submit, start: int, end: int) -> list[TokenLogprob | None]:
+        count = request.params.prompt_logprobs or 0
+        places = range(start, min(end, len(request.prompt_ids)))
+        return [self.logprob(request.prompt_ids[place], count) if place else None for place in places]
 
     def word(self, request: Submit, place: int) -> int:
         digest = hashlib.sha256(repr((request.prompt_ids.tolist(), request.params.seed, place)).encode()).digest()
@@ -188,8 +225,8 @@ class FakeEngine:
         params = request.params
         prompt_logprobs = None
         if params.prompt_logprobs is not None and place == 0:
-            rest = [self.logprob(token, params.prompt_logprobs) for token in request.prompt_ids[1:]]
-            prompt_logprobs = [None, *rest]
+            size = len(request.prompt_ids)
+            prompt_logprobs = self.scores(request, (size - 1) // PIECE * PIECE, size)
         return TokenOutput(
             request.request_id,
             token_id,

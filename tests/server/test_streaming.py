@@ -201,6 +201,46 @@ def test_a_reader_that_stops_frees_its_row(start_server: Callable[..., ServerPro
     assert [line["level"] for line in server.log_lines() if "does not take" in line["event"]] == ["warning"]
 
 
+def test_a_slow_reader_pauses_its_sequence_and_loses_nothing(server: ServerProcess) -> None:
+    fields = {"prompt": "hello", "max_tokens": 12_000, "seed": 3}
+    whole = server.complete(**fields)["choices"][0]
+    wait_until_idle(server)
+    before = server.metrics()["generation_tokens_total"]
+    body = json.dumps({**fields, "logprobs": 20, "stream": True})
+    with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port or 0)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        head = f"POST /v1/completions HTTP/1.1\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+        connection.sendall((head + body).encode())
+        counts = [-1.0, 0.0]
+        while counts[-1] != counts[-2] or not counts[-1]:
+            time.sleep(0.3)
+            counts.append(server.metrics()["generation_tokens_total"] - before)
+        assert counts[-1] < 11_000, "what the kernel's buffers hold, and the window"
+        assert server.complete("hello", max_tokens=50)["usage"]["completion_tokens"] == 50, "others go on"
+        with connection.makefile("rb") as stream:
+            text = stream.read().decode()
+    chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["text"]
+    assert len(chunks) == 12_000
+
+
+def test_an_answer_that_is_taken_as_it_comes_is_not_paused(server: ServerProcess) -> None:
+    """A whole one always is, however long: its windows are used up twice here."""
+    choices = server.complete("hello", n=4, max_tokens=2000)["choices"]
+    assert [choice["finish_reason"] for choice in choices] == ["length"] * 4
+
+
+def test_the_scores_of_a_long_prompt_come_in_pieces(server: ServerProcess) -> None:
+    fields = {"prompt": list(range(300, 600)), "echo": True, "logprobs": 2, "max_tokens": 2}
+    whole = server.complete(**fields)["choices"][0]
+    *chunks, _ = server.stream(**fields)
+    parts = [chunk["choices"][0] for chunk in chunks]
+    assert [len(part["logprobs"]["tokens"]) for part in parts] == [64, 64, 64, 64, 45, 1]
+    assert "".join(part["text"] for part in parts) == whole["text"]
+    for name, entries in whole["logprobs"].items():
+        assert [entry for part in parts for entry in part["logprobs"][name]] == entries
+
+
 async def forever() -> Message:
     await asyncio.sleep(60)
     raise AssertionError("nobody goes away")

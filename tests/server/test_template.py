@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import time
 from pathlib import Path
@@ -17,11 +18,11 @@ from lattice_serve.server.template import ChatTemplate
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-async def render(folder: Path, source: str | None, **variables: Any) -> str:
+async def render(folder: Path, source: str | None, request: bytes | None = None, **variables: Any) -> str:
     if source is not None:
         (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
     async with ChatTemplate(folder) as template:
-        return await template.render({"messages": HELLO, "add_generation_prompt": True, **variables})
+        return await template.render({"messages": HELLO, "add_generation_prompt": True, **variables}, request)
 
 
 async def test_without_a_template_a_chat_is_a_transcript(tmp_path: Path) -> None:
@@ -87,7 +88,8 @@ CUT = '{"a": '
 async def test_arguments_that_are_text_break_no_template(tmp_path: Path, source: str, text: str) -> None:
     call = {"function": {"name": "add", "arguments": CUT}}
     source = f"{{% set arguments = messages[0].tool_calls[0].function.arguments %}}{source}"
-    assert await render(tmp_path, source, messages=[{"role": "assistant", "tool_calls": [call]}]) == text
+    request = {"messages": [{"role": "assistant", "tool_calls": [call]}]}
+    assert await render(tmp_path, source, json.dumps(request).encode()) == text
 
 
 async def test_variables_of_any_kind(tmp_path: Path) -> None:
