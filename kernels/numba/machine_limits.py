@@ -120,13 +120,13 @@ def _read(buffer: Any, first: int, count: int, out: Any) -> None:
 @njit(nogil=True, cache=True)
 def _tiles(x: Any, w: Any, K: int, out: Any) -> None:
     for _ in range(_TILES):
-        tile(6, 1, x, 0, K, w, 0, LANES, 0, K, out, 0, LANES)
+        tile(6, 1, x, K, w, LANES, 0, K, out, LANES)
 
 
 @njit(nogil=True, cache=True)
 def _wide_tiles(x: Any, w: Any, K: int, out: Any) -> None:
     for _ in range(_TILES):
-        tile(6, 2, x, 0, K, w, 0, LANES, K * LANES, K, out, 0, 2 * LANES)
+        tile(6, 2, x, K, w, LANES, K * LANES, K, out, 2 * LANES)
 
 
 @njit(nogil=True, cache=True)

@@ -107,7 +107,7 @@ def finish(sync: Any) -> int:
 @njit(cache=True)
 def wait_for(sync: Any, items: int) -> None:
     """Until so many items of the step are done."""
-    looks = 0
+    looks = np.int64(0)
     while _get(sync, _DONE) < items:
         looks = _look_again(looks)
 
@@ -115,7 +115,7 @@ def wait_for(sync: Any, items: int) -> None:
 @njit(cache=True)
 def enter(sync: Any, last: int, member: int, pipe: int, byte: Any) -> int:
     """Wait for a step other than `last` and go inside; its number, or -1 when the team is dissolved."""
-    looks = 0
+    looks = np.int64(0)
     while True:
         step = _get(sync, _OPEN)
         if step < 0:
@@ -157,12 +157,12 @@ def _open(sync: Any, step: int, members: int) -> int:
 def _close(sync: Any) -> None:
     """Let nobody in any more, and wait until all are out."""
     _swap(sync, _OPEN, 0)
-    looks = 0
+    looks = np.int64(0)
     while _get(sync, _INSIDE) > 0:
         looks = _look_again(looks)
 
 
-class Team:
+class ThreadTeam:
     """`size` threads, the caller's among them, that run `serve`.
 
     serve(sync, member, pipe, byte, *arguments) is compiled and gives the interpreter's lock away. For member 0, the

@@ -167,8 +167,8 @@ def _run(model: Model) -> None:
     from lattice_serve.engine.config import ModelConfig
     from lattice_serve.engine.models.lattice import LatticeForCausalLM
     from lattice_serve.kernels.decoder.triton_network import TritonNetwork
+    from lattice_serve.kernels.mixers.chunks import DeviceSegments
     from lattice_serve.kernels.mixers.lattice import StateLayout
-    from lattice_serve.kernels.mixers.lattice.triton.chunks import DeviceSegments
 
     config = ModelConfig(
         vocab_size=32_000,
