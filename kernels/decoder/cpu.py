@@ -161,7 +161,7 @@ def _layers_by_weights(sync: Ints, ticket: int, network: Network, panels: Floats
                 rms_norm(x, t * row, width, vectors, place.mixer_norm, eps, normed, t)
             ticket = finish(sync)
         base += by_rows
-        w, out = matrix(weights, place.in_proj), Output(buffers.z, 0, z_row, False)
+        w, out = matrix(weights, place.in_proj), Output(pointer(buffers.z, 0), z_row, False)
         ticket, base = linear_phase(sync, ticket, base, threads, w, normed, M, out, scratch)
         # A head's tokens of a prompt are work for one thread; those of one token each go by the sequence, as they lie.
         units, share = mixer.heads * n, 1 if n < M else -(-mixer.heads // 2)
@@ -173,7 +173,7 @@ def _layers_by_weights(sync: Ints, ticket: int, network: Network, panels: Floats
             ticket = finish(sync)
         base += count
         ticket, base = quantize_phase(sync, ticket, base, mixed, M, sizes.out_width)
-        w, out = matrix(weights, place.out_proj), Output(x, 0, row, True)
+        w, out = matrix(weights, place.out_proj), Output(pointer(x, 0), row, True)
         ticket, base = linear_phase(sync, ticket, base, threads, w, mixed, M, out, scratch)
         while ticket < base + by_rows:
             wait_for(sync, base)
@@ -239,7 +239,7 @@ def _work(thread: int, sync: Ints, network: Network) -> None:
                 rms_norm(buffers.x, o, width, weights.vectors, weights.norm, weights.eps, buffers.final, i - R)
         ticket = finish(sync)
     base += count
-    w, out = matrix(weights, weights.head[0]), Output(buffers.logits, 0, padded(sizes.vocab), False)
+    w, out = matrix(weights, weights.head[0]), Output(pointer(buffers.logits, 0), padded(sizes.vocab), False)
     ticket, base = linear_phase(sync, ticket, base, step.threads, w, buffers.chosen, R, out, scratch)
     wait_for(sync, base)
 

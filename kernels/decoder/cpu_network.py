@@ -23,6 +23,7 @@ from lattice_serve.kernels.mixers.base import CpuMixer
 from lattice_serve.kernels.numba.features import Products
 from lattice_serve.kernels.numba.lanes import LANES, aligned, padded, spread
 from lattice_serve.kernels.numba.types import Floats, Ints, Record, Records, Rows, Strips
+from lattice_serve.kernels.numba.vector import pointer
 
 HEAD_ROWS = 512
 """Rows of a head that are projected and then mixed, where rows are shared out."""
@@ -118,7 +119,8 @@ class Network(NamedTuple):
 
 @njit(inline="always")
 def matrix(weights: Weights, place: Record) -> Matrix:
-    return Matrix(weights.strips, place.strips, weights.scales, place.scales, place.N, place.K)
+    strips, scales = pointer(weights.strips, place.strips), pointer(weights.scales, place.scales)
+    return Matrix(strips, scales, place.N, place.K)
 
 
 def new_batch(max_tokens: int) -> Batch:

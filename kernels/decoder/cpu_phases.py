@@ -85,7 +85,7 @@ def linear_phase(
     while ticket < base + count:
         wait_for(sync, base)
         first, last = (ticket - base) * panels // count, (ticket - base + 1) * panels // count
-        linear(w, x, M, Output(out.array, out.begin + first * PANEL, out.stride, out.add), first, last, scratch)
+        linear(w, x, M, Output(pointer(out.begin, first * PANEL), out.stride, out.add), first, last, scratch)
         ticket = finish(sync)
     return ticket, base + count
 
@@ -103,7 +103,7 @@ def swiglu_phase(
         first, last = (ticket - base) * panels // count, (ticket - base + 1) * panels // count
         while first < last:
             end = min(first + together, last)
-            linear(w, x, M, Output(gates_ups, 0, together * PANEL, False), first, end, scratch)
+            linear(w, x, M, Output(pointer(gates_ups, 0), together * PANEL, False), first, end, scratch)
             for panel in range(first, end):
                 k = panel * PANEL // 2
                 for t in range(M):
@@ -151,8 +151,7 @@ def head_phase(
         wait_for(sync, base)
         head = ticket - base
         of_head = Matrix(
-            w.strips, w.first_strip + head * head_strips, w.scales, w.first_scale + head * mixer.head_width,
-            mixer.head_width, width,
+            pointer(w.strips, head * head_strips), pointer(w.scales, head * mixer.head_width), mixer.head_width, width
         )  # fmt: skip
         i = 0
         for first in range(0, M, HEAD_ROWS):
@@ -182,7 +181,7 @@ def project_head(
 ) -> None:  # fmt: skip
     """Writes a head's columns of z of rows `first` to `last`, from the beginning of z on."""
     x = rows_from(normed, first, w.K)
-    linear(w, x, last - first, Output(z, 0, stride, False), 0, panel_count(w.N), scratch)
+    linear(w, x, last - first, Output(pointer(z, 0), stride, False), 0, panel_count(w.N), scratch)
 
 
 @njit(inline="always")
@@ -198,13 +197,11 @@ def norm_and_shared(network: Network, layer: int, first: int, last: int, scratch
     w = matrix(network.weights, place.in_proj)
     shared, stride = network.sizes.in_width - before, padded(network.sizes.in_width - before)
     of_all = Matrix(
-        w.strips, w.first_strip + before // LANES * strip_size(width, w.strips), w.scales, w.first_scale + before,
-        shared, width,
+        pointer(w.strips, before // LANES * strip_size(width, w.strips)), pointer(w.scales, before), shared, width
     )  # fmt: skip
     x = rows_from(buffers.normed, first, width)
-    linear(
-        of_all, x, last - first, Output(buffers.z, first * stride, stride, False), 0, panel_count(shared), scratch
-    )  # fmt: skip
+    out = Output(pointer(buffers.z, first * stride), stride, False)
+    linear(of_all, x, last - first, out, 0, panel_count(shared), scratch)
 
 
 @njit(inline="always")
@@ -234,7 +231,7 @@ def _add_product(w: Matrix, activations: Rows, first: int, last: int, x: Floats,
     for t in range(first, last):
         quantize_row(activations, t, w.K)
     row, rows = spread(w.N), rows_from(activations, first, w.K)
-    linear(w, rows, last - first, Output(x, first * row, row, True), 0, panel_count(w.N), scratch)
+    linear(w, rows, last - first, Output(pointer(x, first * row), row, True), 0, panel_count(w.N), scratch)
 
 
 @njit_inner()
@@ -243,9 +240,9 @@ def _swiglu_rows(
 ) -> None:
     """Writes SwiGLU of some normed rows; two panels by turns: one is multiplied while SwiGLU takes the other."""
     M, row = last - first, spread(PANEL)
-    rows, work = rows_from(buffers.normed, first, w.K), no_work(gates_ups, buffers.active)
+    rows, work = rows_from(buffers.normed, first, w.K), no_work(pointer(gates_ups, 0), buffers.active)
     for panel in range(panel_count(w.N)):
-        o, k = panel % 2 * M * row, panel * PANEL // 2
-        linear_overlapped(w, rows, M, Output(gates_ups, o, row, False), panel, panel + 1, scratch, work)
-        work = SwigluRows(gates_ups, o, row, min(PANEL // 2, inner - k), buffers.active, first, M, inner, k)
+        place, k = pointer(gates_ups, panel % 2 * M * row), panel * PANEL // 2
+        linear_overlapped(w, rows, M, Output(place, row, False), panel, panel + 1, scratch, work)
+        work = SwigluRows(place, row, min(PANEL // 2, inner - k), buffers.active, first, M, inner, k)
     take_turns(work, np.int64(0), M)

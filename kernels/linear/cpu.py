@@ -29,7 +29,7 @@ from lattice_serve.kernels.numba.dots import tile
 from lattice_serve.kernels.numba.inner import njit_inner
 from lattice_serve.kernels.numba.lanes import LANES, padded
 from lattice_serve.kernels.numba.types import Floats, Rows, Strips
-from lattice_serve.kernels.numba.vector import load, pointer, splat, store
+from lattice_serve.kernels.numba.vector import address, load, pointer, pointer_to, splat, store
 
 PANEL = STRIPS * LANES
 """Outputs that a thread takes at once: four strips."""
@@ -50,13 +50,13 @@ def panel_count(N: int) -> int:
 
 
 @njit_inner()
-def _emit(sums: Floats, o_sums: int, row: int, column: int, n: int, to: Destination) -> None:
+def _emit(sums: Floats, o_sums: int, row: int, column: int, n: int, to: Destination, scaled: bool) -> None:
     """Writes n sums to outputs `column` and on of a row."""
-    out, o = to.array, to.begin + row * to.stride + column
+    out, o = to.begin, row * to.stride + column
     for j in range(0, n, LANES):
         value = load(sums, o_sums + j)
-        if len(to.scales) > 0:
-            value = value * load(to.scales, to.first_scale + column + j)
+        if scaled:
+            value = value * load(to.scales, column + j)
         if to.add:
             value = load(out, o + j) + value
         store(out, o + j, value)
@@ -81,22 +81,22 @@ def _rows(rows: int, x: Rows, x_row: int, w: Strips, K: int, sums: Floats) -> No
 
 @njit_inner()
 def _by_vectors(
-    w: Strips, o_w: int, size: int, strips: int, steps: int, x: Rows, x_row: int, M: int, sums: Floats, column: int,
-    to: Destination,
+    w: Strips, size: int, strips: int, steps: int, x: Rows, x_row: int, M: int, sums: Floats, column: int,
+    to: Destination, scaled: bool,
 ) -> None:  # fmt: skip
     """A panel of strips that are `size` apart, in so many steps along x_row; column: of its first output."""
     if M == 1 and strips == STRIPS:
-        tile(1, 4, x, 0, pointer(w, o_w), LANES, size, steps, sums, 0)
-        _emit(sums, 0, 0, column, PANEL, to)
+        tile(1, 4, x, 0, w, LANES, size, steps, sums, 0)
+        _emit(sums, 0, 0, column, PANEL, to, scaled)
         return
     for s in range(strips):
         i = 0
         while i < M:
             # As many tiles as it takes, all but equally tall: a low one would leave the processor waiting.
             rows = -(-(M - i) // -(-(M - i) // _ROWS))
-            _rows(rows, pointer(x, i * x_row), x_row, pointer(w, o_w + s * size), steps, sums)
+            _rows(rows, pointer(x, i * x_row), x_row, pointer(w, s * size), steps, sums)
             for r in range(rows):
-                _emit(sums, r * LANES, i + r, column + s * LANES, LANES, to)
+                _emit(sums, r * LANES, i + r, column + s * LANES, LANES, to, scaled)
             i += rows
 
 
@@ -124,18 +124,18 @@ def _panels_of(w: Any, x: Any, M: Any, first: Any, last: Any, scratch: Any, to: 
         weights, K = w.strips, w.K
         size = strip_size(K, weights)
         for panel in range(first, last):
-            at, strips = w.first_strip + panel * STRIPS * size, _strips_of(panel, w.N)
-            _by_vectors(weights, at, size, strips, K, x, padded(K), M, scratch, panel * PANEL, to)
+            at, strips = pointer(weights, panel * STRIPS * size), _strips_of(panel, w.N)
+            _by_vectors(at, size, strips, K, x, padded(K), M, scratch, panel * PANEL, to, False)
         return 0
 
     def by_float32_of_int8(
         w: Matrix, x: Rows, M: int, first: int, last: int, scratch: Floats, to: Destination, overlapped: SwigluRows
     ) -> int:
         K = w.K
-        fours, size, steps = w.strips.view(np.int32), strip_size(K, w.strips) // 4, -(-K // 4) * 4
+        fours, size, steps = pointer_to(w.strips, np.int32), strip_size(K, w.strips) // 4, -(-K // 4) * 4
         for panel in range(first, last):
-            at, strips = w.first_strip // 4 + panel * STRIPS * size, _strips_of(panel, w.N)
-            _by_vectors(fours, at, size, strips, steps, x, padded(K), M, scratch, panel * PANEL, to)
+            at, strips = pointer(fours, panel * STRIPS * size), _strips_of(panel, w.N)
+            _by_vectors(at, size, strips, steps, x, padded(K), M, scratch, panel * PANEL, to, True)
         return 0
 
     def by_pairs(
@@ -144,20 +144,20 @@ def _panels_of(w: Any, x: Any, M: Any, first: Any, last: Any, scratch: Any, to: 
         weights, K = w.strips, w.K
         size = strip_size(K, weights)
         for panel in range(first, last):
-            at, strips = w.first_strip + panel * STRIPS * size, _strips_of(panel, w.N)
-            _by_vectors(weights, at, size, strips, (K + 1) // 2, x, padded(K) // 2, M, scratch, panel * PANEL, to)
+            at, strips = pointer(weights, panel * STRIPS * size), _strips_of(panel, w.N)
+            _by_vectors(at, size, strips, (K + 1) // 2, x, padded(K) // 2, M, scratch, panel * PANEL, to, False)
         return 0
 
     def by_tiles(
         w: Matrix, x: Rows, M: int, first: int, last: int, scratch: Floats, to: Destination, overlapped: SwigluRows
     ) -> int:
         weights, K, stride, add = w.strips, w.K, to.stride, to.add
-        size, steps, out = strip_size(K, weights), -(-K // TILE_K), to.array.ctypes.data + 4 * to.begin
-        weights_at, filled_at, rows = weights.ctypes.data, scratch.ctypes.data + 4 * _SUMS, x.ctypes.data
+        size, steps, out = strip_size(K, weights), -(-K // TILE_K), address(to.begin)
+        weights_at, filled_at, rows = address(weights), scratch.ctypes.data + 4 * _SUMS, x.ctypes.data
         turn, share = np.int64(0), -(-overlapped.rows // max(1, (last - first) * stream_steps(M, steps)))
         control = flush_denormals()
         for panel in range(first, last):
-            o, strips = w.first_strip + panel * STRIPS * size, _strips_of(panel, w.N)
+            o, strips = panel * STRIPS * size, _strips_of(panel, w.N)
             at, bytes_ = weights_at + 4 * o, 4 * size
             if K % TILE_K > 0:
                 _fill_tiles(weights, o, strips, K, scratch, _SUMS)
@@ -179,7 +179,7 @@ def _panels_of(w: Any, x: Any, M: Any, first: Any, last: Any, scratch: Any, to: 
         w: Matrix, x: Rows, M: int, first: int, last: int, scratch: Floats, to: Destination, overlapped: SwigluRows
     ) -> int:
         size, steps, sums = strip_size(w.K, w.strips), -(-w.K // BYTE_TILE_K), scratch.view(np.int32)
-        weights, lines, offsets = w.strips.ctypes.data + w.first_strip, x.lines.ctypes.data, x.offsets.ctypes.data
+        weights, lines, offsets = address(w.strips), x.lines.ctypes.data, x.offsets.ctypes.data
         for panel in range(first, last):
             at, strips = weights + panel * STRIPS * size, _strips_of(panel, w.N)
             if M <= FEW:
@@ -192,7 +192,7 @@ def _panels_of(w: Any, x: Any, M: Any, first: Any, last: Any, scratch: Any, to: 
         w: Matrix, x: Rows, M: int, first: int, last: int, scratch: Floats, to: Destination, overlapped: SwigluRows
     ) -> int:
         size, steps, sums = strip_size(w.K, w.strips), -(-w.K // BYTE_TILE_K), scratch.view(np.int32)
-        weights, lines, offsets = w.strips.ctypes.data + w.first_strip, x.lines.ctypes.data, x.offsets.ctypes.data
+        weights, lines, offsets = address(w.strips), x.lines.ctypes.data, x.offsets.ctypes.data
         for panel in range(first, last):
             at, strips = weights + panel * STRIPS * size, _strips_of(panel, w.N)
             by_vectors_of_bytes(at, size, strips, steps, lines, offsets, x.scales, M, sums, panel * PANEL, to)
@@ -228,7 +228,7 @@ def _filled_size(K: int) -> int:
 @njit_inner()
 def _fill_tiles(w: Strips, o_w: int, strips: int, K: int, out: Floats, o_out: int) -> None:
     """Strips of bfloat16 to strips that are `_filled_size` apart."""
-    size, bits = strip_size(K, w), w.view(np.float32)
+    size, bits = strip_size(K, w), pointer_to(w, np.float32)
     for s in range(strips):
         o, to = o_w + s * size, o_out + s * _filled_size(K)
         for i in range(0, size, LANES):
@@ -242,10 +242,10 @@ def _fill_tiles(w: Strips, o_w: int, strips: int, K: int, out: Floats, o_out: in
 def linear(w: Matrix, x: Rows, M: int, out: Output, first: int, last: int, scratch: Floats) -> None:
     """Writes panels `first` to `last` of x [M, K] weight^T, or adds them to what is there.
 
-    x: `activations` of M rows of K. out: where the first output of panel `first` goes for row 0. Outputs beyond N up to
+    x: `activations` of M rows of K. out: where the first output of panel `first` goes. Outputs beyond N up to
     `padded(N)` become 0. scratch: `scratch_size` floats on a cache line.
     """
-    linear_overlapped(w, x, M, out, first, last, scratch, no_work(out.array, x))
+    linear_overlapped(w, x, M, out, first, last, scratch, no_work(out.begin, x))
 
 
 @njit(inline="always")
@@ -253,6 +253,6 @@ def linear_overlapped(
     w: Matrix, x: Rows, M: int, out: Output, first: int, last: int, scratch: Floats, overlapped: SwigluRows
 ) -> None:
     """`linear`, and other work meanwhile where there is time, else after it."""
-    to = Destination(w.scales, w.first_scale, out.array, out.begin - first * PANEL, out.stride, out.add)
+    to = Destination(w.scales, pointer(out.begin, -first * PANEL), out.stride, out.add)
     turn = _panels(w, x, M, np.int64(first), last, scratch, to, overlapped)
     take_turns(overlapped, np.int64(turn), overlapped.rows)

@@ -42,16 +42,15 @@ def _emit(
     sums: Int32s, o_sums: int, line: int, first: int, row_scales: Floats, rows: int, column: int, to: Destination
 ) -> None:
     """Writes the outputs of so many rows from `first` on, from sums of lines of so many outputs."""
-    out = to.array
     for r in range(rows):
-        high, low, o = o_sums + 2 * r * line, o_sums + (2 * r + 1) * line, to.begin + (first + r) * to.stride + column
+        high, low, o = o_sums + 2 * r * line, o_sums + (2 * r + 1) * line, (first + r) * to.stride + column
         scale = splat(row_scales[first + r])
         for j in range(0, line, LANES):
             value = fma(splat(np.float32(256)), widened(sums, high + j), widened(sums, low + j))
-            value = value * scale * load(to.scales, to.first_scale + column + j)
+            value = value * scale * load(to.scales, column + j)
             if to.add:
-                value = load(out, o + j) + value
-            store(out, o + j, value)
+                value = load(to.begin, o + j) + value
+            store(to.begin, o + j, value)
 
 
 @njit_inner()

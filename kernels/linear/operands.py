@@ -1,4 +1,7 @@
-"""What a matrix product on the CPU is given, by name: a packed weight, and where the outputs go."""
+"""What a matrix product on the CPU is given, by name: a packed weight, and where the outputs go.
+
+Arrays are pointers (`vector.pointer`), which begin where they are wanted: compiled code counts no references to them.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,19 @@ from lattice_serve.kernels.numba.types import Floats, Strips
 
 
 class Matrix(NamedTuple):
-    """A packed weight [N, K] among others: `linear.packing` says how strips lie."""
+    """A packed weight [N, K]: `linear.packing` says how its strips lie."""
 
     strips: Strips
-    first_strip: int
-    """Where its strips begin, in elements."""
     scales: Floats
-    first_scale: int
+    """[N], one an output, where strips are int8."""
     N: int
     K: int
 
 
 class Output(NamedTuple):
-    """Row after row of outputs in a float32 array."""
+    """Where the outputs of row 0 begin, row after row."""
 
-    array: Floats
-    begin: int
-    """Where the first row has the first of the outputs that are asked for."""
+    begin: Floats
     stride: int
     """Floats from row to row."""
     add: bool
@@ -32,11 +31,9 @@ class Output(NamedTuple):
 
 
 class Destination(NamedTuple):
-    """An `Output` with the scales of the weight; begin and scales are those of output 0 of the weight."""
+    """Where the outputs of a weight go; begin and scales are those of its output 0."""
 
     scales: Floats
-    first_scale: int
-    array: Floats
-    begin: int
+    begin: Floats
     stride: int
     add: bool

@@ -18,7 +18,7 @@ class SwigluRows(NamedTuple):
     """`swiglu` of some rows, one row a turn."""
 
     gates_ups: Floats
-    begin: int
+    """Pointer to those of the first row."""
     stride: int
     """Floats from row to row of gates_ups."""
     n: int
@@ -36,7 +36,7 @@ class SwigluRows(NamedTuple):
 @register_jitable
 def no_work(gates_ups: Floats, out: Rows) -> SwigluRows:
     """Returns no work, of the type that work with such arrays has."""
-    return SwigluRows(gates_ups, 0, 0, 0, out, 0, 0, 0, 0)
+    return SwigluRows(gates_ups, 0, 0, out, 0, 0, 0, 0)
 
 
 @njit_inner()
@@ -44,6 +44,6 @@ def take_turns(work: SwigluRows, turn: int, count: int) -> int:
     """Takes up to so many turns from `turn` on; returns the next one."""
     end = min(turn + count, work.rows)
     while turn < end:
-        swiglu(work.gates_ups, work.begin + turn * work.stride, work.n, work.out, work.first + turn, work.K, work.k)
+        swiglu(work.gates_ups, turn * work.stride, work.n, work.out, work.first + turn, work.K, work.k)
         turn += 1
     return turn

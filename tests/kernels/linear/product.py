@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from lattice_serve.kernels.linear.activations import activations, write_rows
@@ -14,6 +15,8 @@ from lattice_serve.kernels.linear.operands import Matrix, Output
 from lattice_serve.kernels.linear.packing import PackedWeight
 from lattice_serve.kernels.numba.features import Products
 from lattice_serve.kernels.numba.lanes import aligned, padded
+from lattice_serve.kernels.numba.types import Floats, Rows, Strips
+from lattice_serve.kernels.numba.vector import pointer
 
 
 class Product:
@@ -33,7 +36,14 @@ class Product:
         rows[:, :K] = x.numpy()
         given = activations(products, M, K)
         write_rows(rows.reshape(-1), M, K, given)
-        matrix = Matrix(weight.strips, 0, weight.scales, 0, weight.N, K)
         scratch = aligned(scratch_size(K), np.float32)
-        linear(matrix, given, M, Output(out, 0, N, False), 0, panel_count(weight.N), scratch)
+        _linear(weight.strips, weight.scales, weight.N, K, given, M, out, N, scratch)
         return torch.from_numpy(out.reshape(M, N)[:, : weight.N])
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _linear(
+    strips: Strips, scales: Floats, N: int, K: int, x: Rows, M: int, out: Floats, stride: int, scratch: Floats
+) -> None:
+    weight = Matrix(pointer(strips, 0), pointer(scales, 0), N, K)
+    linear(weight, x, M, Output(pointer(out, 0), stride, False), 0, panel_count(N), scratch)
