@@ -1,7 +1,6 @@
-"""One token of each row of logits, drawn at its temperature, on the CPU: what `engine.sampler` does with tensors, in
-two passes over a row and no more.
+"""Draws one token from each row of logits on the CPU, in two passes over a row; `engine.sampler` does it with tensors.
 
-The exponential between them is torch's, so that a draw is the same token whichever way it was made.
+The exponential between the passes is torch's, so both ways draw the same token.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ def draw(
     shares: Sequence[float],
     grid: float,
 ) -> Tensor:
-    """Tokens [len(rows)] int64 of those rows of logits [B, V] float32, whose largest are highest [B] float32.
+    """Returns tokens [len(rows)] int64 drawn from those rows of logits [B, V] float32.
 
-    temperatures: no denormal numbers; shares: uniform numbers in [0, 1); grid: a power of two, V or more, which makes
-    sums of weights exact (see `engine.sampler`). What a row gives that is not finite means nothing.
+    highest [B] float32: the largest logit of each row of logits. temperatures: no denormal numbers. shares: uniform
+    numbers in [0, 1). grid: a power of two, at least V, which makes sums of weights exact (see `engine.sampler`). The
+    token of a row that is not finite means nothing.
     """
     weights = torch.empty(len(rows), logits.shape[1], dtype=torch.float64)
     _scale(logits.numpy(), highest.numpy(), np.array(rows), np.array(temperatures), weights.numpy())
