@@ -6,12 +6,13 @@ The exponential between the passes is torch's, so both ways draw the same token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+
+from lattice_serve.kernels.numba.types import Doubles, Floats, Ints
 
 
 def draw(
@@ -37,7 +38,7 @@ def draw(
 
 # Compiled when this is imported: no request waits for it.
 @njit("void(float32[:, :], float32[:], int64[:], float64[:], float64[:, :])", cache=True)
-def _scale(logits: Any, highest: Any, rows: Any, temperatures: Any, out: Any) -> None:
+def _scale(logits: Floats, highest: Floats, rows: Ints, temperatures: Doubles, out: Doubles) -> None:
     for i in range(len(rows)):
         row = rows[i]
         most = np.float64(highest[row])
@@ -46,7 +47,7 @@ def _scale(logits: Any, highest: Any, rows: Any, temperatures: Any, out: Any) ->
 
 
 @njit("void(float64[:, :], float64[:], float64, int64[:])", cache=True)
-def _pick(weights: Any, shares: Any, grid: float, tokens: Any) -> None:
+def _pick(weights: Doubles, shares: Doubles, grid: float, tokens: Ints) -> None:
     V = weights.shape[1]
     for i in range(len(tokens)):
         total = 0.0

@@ -39,7 +39,7 @@ from lattice_serve.kernels.mixers.segments import Segments
 from lattice_serve.kernels.numba.features import Products, Stored, available_products, vectors
 from lattice_serve.kernels.numba.lanes import padded, spread
 from lattice_serve.kernels.numba.thread_team import ThreadTeam, enter, finish, leave, take, wait_for
-from lattice_serve.kernels.numba.types import Bytes, Floats, Ints
+from lattice_serve.kernels.numba.types import Floats, Ints, UBytes
 from lattice_serve.kernels.numba.vector import pointer
 from lattice_serve.kernels.pointwise.cpu import rms_norm
 
@@ -245,7 +245,7 @@ def _work(thread: int, sync: Ints, network: Network) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _serve(sync: Ints, member: int, pipe: int, byte: Bytes, network: Network) -> None:
+def _serve(sync: Ints, member: int, pipe: int, byte: UBytes, network: Network) -> None:
     """What each thread of the team runs: `ThreadTeam` says when."""
     step = np.int64(0)
     while step >= 0:

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float32]
+Doubles: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 Int32s: TypeAlias = NDArray[np.int32]
 Bytes: TypeAlias = NDArray[np.int8]
+UBytes: TypeAlias = NDArray[np.uint8]
 Records: TypeAlias = NDArray[np.void]
 """A structured array."""
 Record: TypeAlias = Any
