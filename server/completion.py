@@ -31,7 +31,7 @@ class CompletionAnswer(Answer[CompletionRequest, Choice]):
     @classmethod
     async def prepare(cls, services: Services, request: CompletionRequest, tenant: str) -> CompletionAnswer:
         check(services, request)
-        services.admit(tenant, len(request.prompts) * request.candidates)
+        await services.let_in(tenant, len(request.prompts) * request.candidates)
         return cls(services, request, [await _read(services, request, prompt) for prompt in request.prompts])
 
     def parts(self, index: int, output: TokenOutput) -> list[Choice]:

@@ -19,7 +19,7 @@ async def embed(services: Services, request: EmbeddingRequest, tenant: str) -> E
     """Raises the error that says why the request cannot be served, or not now."""
     services.check_model(request.model)
     texts = each(request.input, "input")
-    services.admit(tenant, len(texts), "input")
+    await services.let_in(tenant, len(texts), "input")
     prompts = [await _ids(services, text) for text in texts]
     services.admit(tenant, len(texts), "input")  # Again: others may have come in while the texts were tokenized.
     params = SamplingParams(max_tokens=0)
