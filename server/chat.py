@@ -57,7 +57,7 @@ class ChatAnswer(Answer[ChatRequest, ChunkChoice]):
                 "leave tools out, or set tool_choice to none, required or a function",
                 param="tools",
             )
-        services.admit(tenant, request.choices)
+        await services.let_in(tenant, request.choices)
         return cls(services, request, await prompt_ids(services, request))
 
     def parts(self, index: int, output: TokenOutput) -> list[ChunkChoice]:

@@ -36,7 +36,7 @@ class CompletionAnswer(Answer[CompletionRequest, Choice]):
     @classmethod
     async def prepare(cls, services: Services, request: CompletionRequest, tenant: str) -> CompletionAnswer:
         check(services, request)
-        services.admit(tenant, len(request.prompts) * request.candidates)
+        await services.let_in(tenant, len(request.prompts) * request.candidates)
         prompts = [await _read(services, request, prompt) async for prompt in one_by_one(request.prompts)]
         return cls(services, request, prompts)
 

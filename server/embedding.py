@@ -36,7 +36,7 @@ async def embed(services: Services, request: EmbeddingRequest, tenant: str) -> E
             param="dimensions",
         )
     texts = request.texts
-    services.admit(tenant, len(texts))
+    await services.let_in(tenant, len(texts))
     prompts = [await _ids(services, text) async for text in one_by_one(texts)]
     tokens = sum(map(len, prompts))
     if tokens > MAX_INPUT_TOKENS:

@@ -31,6 +31,8 @@ from lattice_serve.server.template import ChatTemplate
 
 MAX_MODEL_LEN = 2**31 - 1
 """A recurrent state has no longest context; clients want a number all the same."""
+QUOTA_SECONDS = 1.0
+"""After which a key that has its share of places is told so."""
 _INLINE_LENGTH = 4096
 """Longer texts are tokenized in a thread, so that other requests go on; so many token ids become text at a time."""
 
@@ -90,6 +92,15 @@ class Services:
                 raise Overloaded(f"{taken.total()} sequences run or wait, of at most {capacity}: try again later")
         except (Draining, EngineUnavailable, Overloaded) as error:
             self.metrics.rejected(_REASONS[type(error)])
+            raise
+
+    async def let_in(self, tenant: str, sequences: int) -> None:
+        """`admit`, first thing. A key that has its share is told so after a while: many of its clients do not wait by
+        themselves, and refusing them one after another would take processor time from others."""
+        try:
+            self.admit(tenant, sequences)
+        except KeyQuota:
+            await asyncio.sleep(QUOTA_SECONDS)
             raise
 
     def generate(self, tenant: str, requests: Sequence[Submit], *, timeout: float | None = None) -> Generation:

@@ -429,3 +429,38 @@ class TestStats:
             first, *rest = [getattr(output, name) for output in outputs]
             assert first >= 0
             assert rest == [None] * 11
+
+
+def test_answers_are_the_same_whoever_shares_the_rows(tiny_model: Path) -> None:
+    """Sequences of a greedy tenant are parked for those of another, and keep their tokens."""
+    visits = [
+        Visit(
+            msgspec.structs.replace(
+                submit(f"r{i}", [5 + i, 17], max_tokens=30, seed=i, ignore_eos=True), tenant=tenant
+            ),
+            comes=comes,
+        )
+        for i, (tenant, comes) in enumerate([("greedy", 0)] * 8 + [("polite", 10), ("polite", 11), ("heavy", 12)])
+    ]
+    whole = make_engine(tiny_model, max_rows=1, max_step_tokens=64)
+    alone = {visit.request.request_id: complete(whole, visit.request) for visit in visits}
+    engine = make_engine(tiny_model, max_rows=3)
+    assert drive(engine, visits) == alone
+    assert engine.stats().preemptions_total >= 2
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize(("scope", "first"), [("key", "polite"), ("server", "greedy")])
+def test_the_operator_says_where_priority_acts(tiny_model: Path, scope: str, first: str) -> None:
+    engine = make_engine(tiny_model, max_rows=1, priority_scope=scope)
+    for i in range(3):
+        request = submit(f"greedy{i}", [5], max_tokens=3, priority=-9, ignore_eos=True)
+        engine.submit(msgspec.structs.replace(request, tenant="greedy"))
+    engine.scheduler.quantum = 1
+    request = submit("polite", [5], max_tokens=3, ignore_eos=True)
+    engine.submit(msgspec.structs.replace(request, tenant="polite"))
+    ended = []
+    while engine.has_work:
+        ended += [output.request_id for output in engine.step().outputs if output.finish_reason]
+    assert (ended[0] == "polite" or ended[1] == "polite") == (first == "polite")
+    assert len(ended) == 4
