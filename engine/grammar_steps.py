@@ -25,10 +25,10 @@ SURPRISE_SHARE = 0.05
 """Of the engine's time, for what takes longer all the same."""
 _MOST_SAVED = 0.005
 """Seconds of that which are saved up while there are no surprises."""
-_GATHER_SECONDS = 0.005
+_GATHER_SECONDS = 0.05
 """Between times at which sequences come back into the steps of others: a step of other sequences has to be planned."""
-BUSY = 0.2
-"""Of a processor, for what is done beside the steps."""
+BUSY = 0.05
+"""Of a processor, for what is done beside the steps: llguidance holds Python's lock for a quarter of it."""
 
 
 @dataclass(slots=True, eq=False)
