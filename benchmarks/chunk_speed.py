@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
-from lattice_serve.kernels import LatticeState, lattice_chunk, lattice_recurrent
+from lattice_serve.kernels.mixers.lattice import LatticeState, lattice_chunk, lattice_recurrent
 
 B, H, D, M, T, C = 1, 4, 64, 32, 512, 16
 TOLERANCE = 1e-5

@@ -32,18 +32,19 @@ from rich.table import Table
 from roofline import MODELS, Device, decode_step, layout_of, mixer_decode_bytes, prefill
 from torch import Tensor
 
-from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.llm import LLM
+from lattice_serve.engine.models.lattice.config import LatticeConfig
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.state_pool import MAX_ROWS
 from lattice_serve.engine.weights import bundled_model, init_model
-from lattice_serve.kernels.decoder.triton_graph import Graph
 from lattice_serve.kernels.decoder.triton_network import TritonNetwork
 from lattice_serve.kernels.decoder.weights import DecoderWeights, LayerWeights
-from lattice_serve.kernels.mixer import MixerShape, MixerState, MixerWeights, Segments, StateLayout, mix
-from lattice_serve.kernels.mixer.triton_decode import mix_decode
-from lattice_serve.kernels.mixer.triton_prefill import mix_prefill
-from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments
+from lattice_serve.kernels.mixers.lattice import MixerShape, MixerState, MixerWeights, StateLayout, mix
+from lattice_serve.kernels.mixers.lattice.triton.chunks import DeviceSegments
+from lattice_serve.kernels.mixers.lattice.triton.decode import mix_decode
+from lattice_serve.kernels.mixers.lattice.triton.prefill import mix_prefill
+from lattice_serve.kernels.mixers.segments import Segments
+from lattice_serve.kernels.triton.graph import Graph
 
 ROOT = Path(__file__).parents[1]
 Figures = dict[str, float]
@@ -96,7 +97,7 @@ def pool_of(layout: StateLayout, weights: MixerWeights, rows: int) -> Tensor:
     return row.cuda().repeat(rows, 1)
 
 
-def check_mixer(config: ModelConfig) -> Figures:
+def check_mixer(config: LatticeConfig) -> Figures:
     """Largest error against float64, relative to the largest output, over prompt and answer at a serving shape."""
     layout = StateLayout(layout_of(config).shape, 1)
     shape, weights = layout.shape, random_weights(layout.shape)
@@ -171,7 +172,7 @@ def fla_prefill(shape: MixerShape, batch: int, tokens: int, chunk: int) -> Calla
     )
 
 
-def measure_decode(config: ModelConfig, ceilings: Device, batches: list[int], peer: bool) -> tuple[Table, Figures]:
+def measure_decode(config: LatticeConfig, ceilings: Device, batches: list[int], peer: bool) -> tuple[Table, Figures]:
     """One layer's mixer; microseconds."""
     layout = layout_of(config)
     s, weights = layout.shape, random_weights(layout.shape)
@@ -205,7 +206,7 @@ def measure_decode(config: ModelConfig, ceilings: Device, batches: list[int], pe
     return table, figures
 
 
-def measure_prefill(config: ModelConfig, cases: list[tuple[int, int]], peer: bool) -> tuple[Table, Figures]:
+def measure_prefill(config: LatticeConfig, cases: list[tuple[int, int]], peer: bool) -> tuple[Table, Figures]:
     """One layer's mixer over n prompts of T tokens; microseconds."""
     layout = StateLayout(layout_of(config).shape, 1)
     s, weights = layout.shape, random_weights(layout.shape)
@@ -228,7 +229,7 @@ def measure_prefill(config: ModelConfig, cases: list[tuple[int, int]], peer: boo
     return table, figures
 
 
-def random_network(config: ModelConfig, pool: Tensor, layout: StateLayout, quantization: Any) -> TritonNetwork:
+def random_network(config: LatticeConfig, pool: Tensor, layout: StateLayout, quantization: Any) -> TritonNetwork:
     def matrix(rows: int, columns: int) -> Tensor:
         values = torch.randn(rows, columns, device="cuda") / math.sqrt(columns)
         return values.bfloat16()
@@ -254,7 +255,7 @@ def prompt(network: TritonNetwork, ids: Tensor, segments: DeviceSegments) -> Ten
 
 
 def measure_network(
-    name: str, config: ModelConfig, ceilings: Device, batches: list[int], prompts: list[int], quantization: Any = None
+    name: str, config: LatticeConfig, ceilings: Device, batches: list[int], prompts: list[int], quantization: Any = None
 ) -> tuple[Table, Figures]:
     """Steps of the whole network, in tokens a second."""
     layout = layout_of(config)
@@ -286,7 +287,7 @@ def measure_network(
     return table, figures
 
 
-def profile(config: ModelConfig, batches: list[int], prompts: list[int]) -> None:
+def profile(config: LatticeConfig, batches: list[int], prompts: list[int]) -> None:
     """Where a step's time goes, kernel by kernel."""
     layout = layout_of(config)
     pool = pool_of(layout, random_weights(layout.shape), max(batches))
@@ -315,7 +316,7 @@ def profile(config: ModelConfig, batches: list[int], prompts: list[int]) -> None
                 print(f"    {event.device_time_total:8.1f} us {event.count:4d} x  {event.key[:60]}")
 
 
-def measure_engine(config: ModelConfig, batches: list[int], tokens: int) -> Figures:
+def measure_engine(config: LatticeConfig, batches: list[int], tokens: int) -> Figures:
     """Tokens a second through the engine, scheduler, sampler and all, greedy and drawn."""
     figures: Figures = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -339,7 +340,7 @@ def measure_engine(config: ModelConfig, batches: list[int], tokens: int) -> Figu
 
 def run_tests() -> None:
     """Every kernel against float64, on this device. Exits where one fails."""
-    files = [str(path) for path in sorted((ROOT / "tests/kernels").glob("test_triton_*.py")) if "aot" not in path.name]
+    files = [str(path) for path in sorted((ROOT / "tests/kernels").rglob("test_triton*.py")) if "aot" not in path.name]
     files.append(str(ROOT / "tests/engine/test_triton_engine.py"))
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "--no-header", *files], cwd=ROOT)
     if done.returncode:

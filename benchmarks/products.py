@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lattice_serve.clients.bench_offline import OfflineBench
-from lattice_serve.engine.backend import decoder_weights
 from lattice_serve.engine.llm import LLM
+from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
 from lattice_serve.engine.processors import available_cpus
 from lattice_serve.engine.weights import load_model, resolve_model
 
@@ -99,7 +99,9 @@ def main() -> None:
     bench = OfflineBench(llm, repeats=1)
     bench.check()
     torch.set_num_threads(options.threads)
-    layers = decoder_weights(load_model(resolve_model(options.model), device="cpu", dtype=torch.bfloat16)).layers
+    model = load_model(resolve_model(options.model), device="cpu", dtype=torch.bfloat16)
+    assert isinstance(model, LatticeForCausalLM), "the benchmark is of Lattice models"
+    layers = model.decoder_weights().layers
     matrices = [
         Matrix(name, [getattr(layer, name) for layer in layers], options.tokens)
         for name in ("in_proj", "out_proj", "gate_up_proj", "down_proj")

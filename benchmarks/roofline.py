@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from lattice_serve.engine.config import ModelConfig
+from lattice_serve.engine.models.lattice.config import LatticeConfig
 from lattice_serve.kernels.linear.tiles import ARCHITECTURES
-from lattice_serve.kernels.mixer import MixerShape, StateLayout
+from lattice_serve.kernels.mixers.lattice import MixerShape, StateLayout
 
 MODELS = {
-    "117M": ModelConfig(
+    "117M": LatticeConfig(
         vocab_size=32000, hidden_size=768, num_hidden_layers=12, num_heads=12, head_dim=64, num_slots=64,
         intermediate_size=2048, chunk_size=16, tie_word_embeddings=True, torch_dtype="bfloat16",
     ),
-    "1.3B": ModelConfig(
+    "1.3B": LatticeConfig(
         vocab_size=32000, hidden_size=2048, num_hidden_layers=24, num_heads=16, head_dim=128, num_slots=128,
         intermediate_size=5120, chunk_size=16, tie_word_embeddings=True, torch_dtype="bfloat16",
     ),
@@ -44,7 +44,7 @@ DEVICES = {"H100": Device(3.35e12, 989e12), "H200": Device(4.8e12, 989e12)}
 """SXM, by the vendor's data sheets."""
 
 
-def layout_of(config: ModelConfig) -> StateLayout:
+def layout_of(config: LatticeConfig) -> StateLayout:
     shape = MixerShape(
         H=config.num_heads, d=config.head_dim, m=config.num_slots, C=config.chunk_size, taps=config.conv_kernel_size,
         objective=config.objective, use_forget_gate=config.use_forget_gate, norm_eps=config.norm_eps,
@@ -75,14 +75,14 @@ class Step:
         return max(self.bytes / device.bytes_per_second, self.flops / device.flops_per_second)
 
 
-def matrix_sizes(config: ModelConfig) -> tuple[int, int]:
+def matrix_sizes(config: LatticeConfig) -> tuple[int, int]:
     """Elements of the matrices of all layers, and of the head."""
     shape = layout_of(config).shape
     layer = config.hidden_size * (shape.in_width + shape.out_width + 3 * config.intermediate_size)
     return config.num_hidden_layers * layer, config.vocab_size * config.hidden_size
 
 
-def decode_step(config: ModelConfig, batch: int, weight_bytes: int = 2) -> Step:
+def decode_step(config: LatticeConfig, batch: int, weight_bytes: int = 2) -> Step:
     """One token of each of `batch` sequences, on average over the places of a chunk.
 
     Weights and states are read once; activations of a step stay in the cache. Products are done in tiles of as many
@@ -108,7 +108,7 @@ def chunk_flops(shape: MixerShape) -> int:
     return advance + read + 2 * fine
 
 
-def prefill(config: ModelConfig, tokens: int) -> Step:
+def prefill(config: LatticeConfig, tokens: int) -> Step:
     """A prompt whose last token alone needs logits."""
     shape = layout_of(config).shape
     layers, head = matrix_sizes(config)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import msgspec
 
-from lattice_serve.clients.ceilings import Ceilings, Work
+from lattice_serve.clients.ceilings import Ceilings
 from lattice_serve.clients.errors import ClientError
+from lattice_serve.engine.models.base import Work
 from lattice_serve.engine.sampling import SamplingParams
 
 if TYPE_CHECKING:

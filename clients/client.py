@@ -15,7 +15,7 @@ import asyncio
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal, overload
 
@@ -49,7 +49,8 @@ class Client:
     ) -> None:
         self.model = model
         self.max_retries = max_retries
-        self._http = httpx.Client(**_transport(base_url, api_key, timeout))
+        with wire.proxy_errors():
+            self._http = httpx.Client(**_options(base_url, api_key, timeout, httpx.HTTPTransport))
 
     @overload
     def completions(self, prompt: wire.Prompt, *, stream: Literal[False] = False, **params: Any) -> Completion: ...
@@ -147,7 +148,11 @@ class AsyncClient:
         """transport: what carries the requests, in place of httpx's own."""
         self.model = model
         self.max_retries = max_retries
-        self._http = httpx.AsyncClient(**_transport(base_url, api_key, timeout), transport=transport)
+        options = _options(base_url, api_key, timeout, httpx.AsyncHTTPTransport)
+        if transport is not None:
+            options["transport"] = transport
+        with wire.proxy_errors():
+            self._http = httpx.AsyncClient(**options)
 
     @overload
     async def completions(
@@ -235,13 +240,17 @@ class AsyncClient:
         raise wire.error_of(response.status_code, body)
 
 
-def _transport(base_url: str, api_key: str | None, timeout: float) -> dict[str, Any]:
+def _options(base_url: str, api_key: str | None, timeout: float, direct: Callable[..., Any]) -> dict[str, Any]:
+    """Of httpx's clients. direct: the transport for a server before which no proxy stands."""
     # A server reads the same variable, and there it may name several keys.
     key = api_key if api_key is not None else os.environ.get(API_KEY_VARIABLE, "").split(",")[0].strip()
+    origin = wire.origin(base_url)
+    # Who opens a thousand streams means it; the server bounds what it takes.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     return {
-        "base_url": wire.origin(base_url),
+        "base_url": origin,
         "headers": wire.headers(key),
         "timeout": httpx.Timeout(timeout, connect=CONNECT_SECONDS),
-        # Who opens a thousand streams means it; the server bounds what it takes.
-        "limits": httpx.Limits(max_connections=None, max_keepalive_connections=64),
+        "limits": limits,
+        "transport": direct(limits=limits) if wire.is_direct(origin.host) else None,
     }

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from urllib.request import proxy_bypass
 
 import httpx
 import msgspec
@@ -34,6 +36,17 @@ def origin(base_url: str) -> httpx.URL:
     """The address without the `/v1` that OpenAI clients are given. Raises `ConnectionFailed` where it is none."""
     with transport_errors():
         return httpx.URL(base_url.rstrip("/").removesuffix("/v1"))
+
+
+def is_direct(host: str) -> bool:
+    """Whether no proxy stands before a host: it is this machine, or NO_PROXY names it."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        here = host == "localhost" or host.endswith(".localhost")
+    else:
+        here = address.is_loopback or address.is_unspecified
+    return here or bool(proxy_bypass(host))
 
 
 def headers(api_key: str | None) -> dict[str, str]:
@@ -109,6 +122,22 @@ def retry_wait(response: httpx.Response, attempt: int, max_retries: int) -> floa
         return float(asked) if float(asked) <= LONGEST_WAIT else None
     # Clients refused together must not come back together.
     return float(min(0.5 * 2**attempt, LONGEST_WAIT)) * random.uniform(0.5, 1.0)
+
+
+@contextmanager
+def proxy_errors() -> Iterator[None]:
+    """Turns what httpx raises for a proxy of the environment into `ConnectionFailed`."""
+    try:
+        yield
+    except ImportError as error:  # httpx asks for socksio
+        raise ConnectionFailed(
+            "the environment names a SOCKS proxy (ALL_PROXY, HTTPS_PROXY or HTTP_PROXY): "
+            "install httpx[socks], or name the server's host in NO_PROXY"
+        ) from error
+    except (ValueError, httpx.InvalidURL) as error:
+        raise ConnectionFailed(
+            f"the environment names a proxy that is none (ALL_PROXY, HTTPS_PROXY or HTTP_PROXY): {error}"
+        ) from error
 
 
 @contextmanager

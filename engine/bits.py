@@ -9,7 +9,7 @@ import torch
 from lattice_serve.engine.backend import Backend
 from lattice_serve.engine.errors import NumericalError
 from lattice_serve.engine.state_pool import StatePool
-from lattice_serve.kernels.mixer import Segments
+from lattice_serve.kernels.mixers.segments import Segments
 
 
 def check_bits(backend: Backend, pool: StatePool, vocab_size: int, max_step_tokens: int) -> None:

@@ -12,40 +12,42 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
-import select
 import signal
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
 import msgspec
+import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
+from lattice_serve.engine import child_process
 from lattice_serve.engine.gbnf import is_gbnf, to_lark
+from lattice_serve.engine.json_schema.rewriter import Rewriter
+from lattice_serve.engine.json_schema.tool_calls import rewrite_calls
 from lattice_serve.engine.sampling import Grammar
 from lattice_serve.engine.tokenizer import Tokenizer
 
-_LIMITS = LLParserLimits(
-    initial_lexer_fuel=200_000,
-    step_lexer_fuel=50_000,
-    step_max_items=20_000,
-    max_items_in_row=1_000,
-    max_lexer_states=20_000,
-    max_grammar_size=100_000,
-    verbose_errors=False,
-)
+_LEXER_STATES = 20_000
+_MAX_LEXER_STATES = 200_000
 # Without a bound a model may fill its answer with white space.
 _JSON_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+# Not \u: a name spelled by it would count as another one than the same name spelled out.
+_JSON_ESCAPES = 'nrbtf\\"'
+_NEEDS_UNICODE_ESCAPE = re.compile(r"\\(u00|x)[01]|\x7f")
 _LONGEST_ERROR = 300
+_ONE_OF = "oneOf can be enforced where no value matches two of its schemas, and some of them overlap: give anyOf"
 
 _TRIED_TOKENS = 64
 _CPU_SECONDS = 1
 _MEMORY = 256 << 20
 """Bytes of address space that a trial may add."""
-_STACK = 1 << 20
-"""Bytes of stack in a trial: fewer than any thread of the engine has."""
+_STACK = 7 << 18
+"""Bytes of stack in a trial: fewer than any thread of the engine has. 5,000 properties of an object take 1.5 MiB."""
 _WALL_SECONDS = 10.0
 """For the same, on a machine that is busy."""
 _START_SECONDS = 60.0
@@ -55,6 +57,8 @@ _READY = b"ready\n"
 class Verdict(msgspec.Struct, frozen=True):
     error: str = ""
     """What is wrong with the grammar; empty: nothing."""
+    source: str = ""
+    """The grammar as `Compiler.compile` takes it."""
     bytes: int = 0
     """Memory that it takes, compiled."""
 
@@ -67,12 +71,12 @@ class Compiler:
         self.end: int = tokenizer.vocab_size
         """The token that stands for the end of a text."""
 
-    def compile(self, grammar: Grammar) -> LLMatcher:
+    def compile(self, source: str) -> LLMatcher:
         """At its start, with at least one token to come. Raises `ValueError` that says what is wrong with the grammar.
 
         Its bitmasks have a bit more than the model has tokens: `end`, whether the text may end.
         """
-        matcher = LLMatcher(self._vocabulary, _source(grammar), log_level=0, limits=_LIMITS)
+        matcher = LLMatcher(self._vocabulary, source, log_level=0, limits=_limits(source))
         _check(matcher)
         # The first mask is the dearest, and copies of a matcher share what it finds out.
         matcher.compute_bitmask()
@@ -95,16 +99,16 @@ class Trial:
             self._process = process = subprocess.Popen(
                 self._command,
                 bufsize=0,
+                env=child_process.environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,  # out of reach of the terminal's Ctrl-C
             )
             weakref.finalize(self, _end, process)
-            if _read_line(process, _START_SECONDS) != _READY:
+            if _ask(process, b"", _START_SECONDS) != _READY:
                 raise OSError("the grammar compiler did not start")
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(grammar) + b"\n")
-        return msgspec.json.decode(_read_line(self._process, 2 * _WALL_SECONDS), type=Verdict)
+        question = msgspec.json.encode(grammar) + b"\n"
+        return msgspec.json.decode(_ask(self._process, question, 2 * _WALL_SECONDS), type=Verdict)
 
 
 class _Vocabulary:
@@ -127,10 +131,31 @@ class _Vocabulary:
         return self._tokenizer.encode(text.decode())
 
 
-def _source(grammar: Grammar) -> str:
-    """For llguidance. Raises `ValueError`."""
-    if grammar.kind == "json_schema":
-        return LLMatcher.grammar_from_json_schema(grammar.text, overrides={"whitespace_pattern": _JSON_WHITE_SPACE})
+def _limits(source: str) -> LLParserLimits:
+    return LLParserLimits(
+        initial_lexer_fuel=200_000,
+        step_lexer_fuel=50_000,
+        step_max_items=20_000,
+        # Of optional properties that may come next, each is four.
+        max_items_in_row=5_000,
+        # Each character of a name or a value takes one.
+        max_lexer_states=min(_LEXER_STATES + len(source), _MAX_LEXER_STATES),
+        max_grammar_size=100_000,
+        verbose_errors=False,
+    )
+
+
+def source_of(grammar: Grammar) -> str:
+    """Returns a grammar in llguidance's terms. Raises `ValueError`."""
+    if grammar.kind in ("json_schema", "tool_calls"):
+        given = json.loads(grammar.text)
+        rewriter = Rewriter()
+        root = rewriter.document(given) if grammar.kind == "json_schema" else rewrite_calls(rewriter, **given)
+        schema = json.dumps(rewriter.with_definitions(root), ensure_ascii=False)
+        escapes = _JSON_ESCAPES + ("u" if _NEEDS_UNICODE_ESCAPE.search(schema) else "")
+        return LLMatcher.grammar_from_json_schema(
+            schema, overrides={"whitespace_pattern": _JSON_WHITE_SPACE, "json_allowed_escapes": escapes}
+        )
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(grammar.text)
     if grammar.kind == "choice":
@@ -142,12 +167,18 @@ def _source(grammar: Grammar) -> str:
 
 def error_of(matcher: LLMatcher) -> str:
     """Why it cannot go on, in one line; empty where it can."""
-    return _line(matcher.get_error().replace("<non-verbose/>", "")) if matcher.is_error() else ""
+    if not matcher.is_error():
+        return ""
+    error = matcher.get_error().replace("<non-verbose/>", "")
+    return _ONE_OF if "coerce_one_of" in error else _line(error)
 
 
 def _line(text: str) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= _LONGEST_ERROR else f"{line[:_LONGEST_ERROR]}..."
+    if len(line) <= _LONGEST_ERROR:
+        return line
+    # Some say first what is wrong, and others last.
+    return f"{line[: _LONGEST_ERROR // 2]} ... {line[-_LONGEST_ERROR // 2 :]}"
 
 
 def _check(matcher: LLMatcher, reason: str = "") -> None:
@@ -160,32 +191,44 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.communicate()
 
 
-def _read_line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """One line, which is written at once. Raises `OSError` when none comes."""
+def _ask(process: subprocess.Popen[bytes], question: bytes, seconds: float) -> bytes:
+    """Returns the answer: one line, and nothing after it. Raises `OSError` when it is not there in time."""
+    assert process.stdin is not None
     assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], seconds)
-    line = process.stdout.readline() if ready else b""
-    if not line:
+    # One that is stopped does not read either, and a long question does not fit into its pipe.
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    line = bytearray()
+    try:
+        process.stdin.write(question)
+        while not line.endswith(b"\n") and (part := os.read(process.stdout.fileno(), 1 << 16)):
+            line += part
+    finally:
+        timer.cancel()
+    if not line.endswith(b"\n"):
         _end(process)
         raise OSError("the grammar compiler died")
-    return line
+    return bytes(line)
 
 
 def _try(compiler: Compiler, grammar: Grammar) -> Verdict:
     before = _resident()
     try:
-        matcher = compiler.compile(grammar)
+        source = source_of(grammar)
+        matcher = compiler.compile(source)
         # One path of it, too, for some explode only after some tokens.
         for place in range(_TRIED_TOKENS):
-            bits = int.from_bytes(matcher.compute_bitmask(), "little")
-            allowed = [token_id for token_id in range(compiler.end) if bits >> token_id & 1]
-            if not allowed:
+            bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+            allowed = np.unpackbits(bits, count=compiler.end, bitorder="little").nonzero()[0]
+            if not allowed.size:
                 break
-            matcher.consume_token(allowed[place * 31 % len(allowed)])
+            matcher.consume_token(int(allowed[place * 31 % allowed.size]))
         _check(matcher, "it is too complex: ")
+    except RecursionError:
+        return Verdict("it nests too deeply")
     except ValueError as error:
         return Verdict(_line(str(error)))
-    return Verdict(bytes=max(0, _resident() - before))
+    return Verdict(source=source, bytes=max(0, _resident() - before))
 
 
 def _resident() -> int:
@@ -222,6 +265,7 @@ def _answer(verdict: Verdict) -> None:
 
 
 def main(folder: str, vocab_size: str) -> None:
+    child_process.wake_at_parents_end()
     compiler = Compiler(Tokenizer.load(Path(folder), int(vocab_size)))
     os.nice(10)  # The engine's steps come first.
     os.write(sys.stdout.fileno(), _READY)

@@ -1,63 +1,17 @@
-"""Configuration of the model and of the engine. Unknown fields are errors, each with a remedy."""
+"""Configuration of the engine. Unknown fields are errors."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lattice_serve.engine.errors import CheckpointError
-
-Objective: TypeAlias = Literal["decoding", "similarity", "encoding"]
 DType: TypeAlias = Literal["float32", "bfloat16"]
 
 SAVE_SECONDS = 60.0
 """In which an engine has to write its cached states, once its server is gone."""
 _GPU_STEP_TOKENS = 2048
-
-
-class ModelConfig(BaseModel):
-    """`config.json` of a model folder. d is `head_dim`, m is `num_slots`, C is `chunk_size`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model_type: Literal["lattice"] = "lattice"
-    architectures: tuple[Literal["LatticeForCausalLM"]] = ("LatticeForCausalLM",)
-    vocab_size: int = Field(ge=2)
-    hidden_size: int = Field(ge=1)
-    num_hidden_layers: int = Field(ge=1)
-    num_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    num_slots: int = Field(ge=1)
-    intermediate_size: int = Field(ge=1)
-    conv_kernel_size: int = Field(default=4, ge=1)
-    chunk_size: int = Field(default=16, ge=1)
-    objective: Objective = "decoding"
-    use_forget_gate: bool = True
-    norm_eps: float = Field(default=1e-6, gt=0)
-    tie_word_embeddings: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    torch_dtype: DType = "bfloat16"
-
-    @classmethod
-    def load(cls, folder: Path) -> ModelConfig:
-        """Read `config.json` of a model folder.
-
-        Raises `CheckpointError` when it is missing, is not JSON, or a field is missing, unknown or wrong.
-        """
-        path = folder / "config.json"
-        try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}: give a folder that holds a Lattice model") from error
-        except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
-            raise CheckpointError(f"{path}: {faults}") from error
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not JSON: {error}") from error
 
 
 class EngineConfig(BaseModel):
@@ -83,6 +37,8 @@ class EngineConfig(BaseModel):
     """Seconds that a step may take while answers are under way: prompts are cut to fit. None: no such limit."""
     max_waiting: int = Field(default=1024, ge=0)
     """Sequences that may wait for a row; more are refused."""
+    priority_scope: Literal["key", "server"] = "key"
+    """Among whose requests `priority` acts: those of one API key, or all, with no fair shares of rows then."""
     speculative_tokens: int = Field(default=0, ge=0, le=64)
     """Next tokens to guess where a text repeats itself, and to check in one step: the same tokens, sooner. 0: none."""
     prefix_cache_memory: int = Field(default=1 << 30, ge=0)

@@ -45,10 +45,11 @@ class Detokenizer:
         self._tokens += 1
         return self._advance(self._decoder.decode(self._token_bytes(token_id)))
 
-    def flush(self) -> str:
-        """The text still held back, at the end of the sequence. An unfinished character becomes U+FFFD."""
+    def flush(self) -> tuple[str, str | None]:
+        """The text still held back, at the end of the sequence, and the stop string that ends it, if one does. An
+        unfinished character becomes U+FFFD."""
         text, stop = self._advance(self._decoder.decode(b"", final=True))
-        return text if stop is not None else text + self._held
+        return (text if stop is not None else text + self._held), stop
 
     def _advance(self, text: str) -> tuple[str, str | None]:
         if not self._searches:

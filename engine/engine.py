@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import random
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
 
-from lattice_serve.engine.backend import Backend, check_fit, make_backend
-from lattice_serve.engine.bits import check_bits
-from lattice_serve.engine.config import EngineConfig, ModelConfig
+from lattice_serve.engine.assembly import assemble
+from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.drafter import Drafter
-from lattice_serve.engine.errors import InvalidParameter, LatticeError
-from lattice_serve.engine.grammar import Compiled, Grammars
+from lattice_serve.engine.errors import InvalidParameter, LatticeError, NumericalError, OutOfMemory
+from lattice_serve.engine.grammar import Grammars
+from lattice_serve.engine.grammar_queue import GrammarQueue
+from lattice_serve.engine.grammar_steps import GrammarSteps
 from lattice_serve.engine.memory import Memory
 from lattice_serve.engine.messages import EngineStats, Ready, RequestFailed, StepOutputs, Submit
+from lattice_serve.engine.models.registry import load_config
 from lattice_serve.engine.pace import Pace
 from lattice_serve.engine.pooled import Pooled
 from lattice_serve.engine.prefix_cache import PrefixCache, cache_budgets
@@ -26,21 +28,13 @@ from lattice_serve.engine.processors import available_cpus
 from lattice_serve.engine.runner import Runner, Running
 from lattice_serve.engine.sampler import Sampled, SampleRow, TokenCounts, penalised
 from lattice_serve.engine.sampling import SamplingParams
+from lattice_serve.engine.scarcity import reported
 from lattice_serve.engine.scheduler import Scheduler
 from lattice_serve.engine.sequence import Sequence, Status
-from lattice_serve.engine.state_pool import StatePool, row_count
+from lattice_serve.engine.shares import Shares
 from lattice_serve.engine.taken import Taken
-from lattice_serve.engine.tensor_parallel.commands import Reserve
-from lattice_serve.engine.tensor_parallel.group import devices
-from lattice_serve.engine.tensor_parallel.sharded import ShardedBackend, ShardedPool
-from lattice_serve.engine.tensor_parallel.share import Share
-from lattice_serve.engine.tensor_parallel.workers import Workers
 from lattice_serve.engine.tokenizer import Tokenizer
-from lattice_serve.engine.weights import load_model, pick_dtype
-from lattice_serve.kernels.mixer import StateLayout
-
-_COMPILE_SECONDS = 0.02
-"""A step that has nothing but grammars to wait for takes that long: messages are read between steps."""
+from lattice_serve.engine.weights import pick_dtype
 
 
 class Engine:
@@ -54,39 +48,38 @@ class Engine:
         # The kernels' threads are their own. Torch's would fight them, and the sampler's small work does not need any.
         torch.set_num_threads(1)
         self.config = config
-        model_config = ModelConfig.load(config.model)
-        self.tokenizer = Tokenizer.load(config.model, model_config.vocab_size)
+        model_config = load_config(config.model)
+        self.tokenizer = model_config.tokenizer.load(config.model, model_config.vocab_size)
         dtype = pick_dtype(config.dtype, model_config)
-        self.workers: Workers | None = None
-        """The processes that have the other shares of the model, if it is shared out."""
-        try:
-            backend = self._open(model_config, dtype, threads, progress=progress, beside=beside)
-            check_fit(backend, config, self.pool.rows)
-            check_bits(backend, self.pool, model_config.vocab_size, config.max_step_tokens)
-        except BaseException:
-            self.close()
-            raise
+        self.model, self.pool, self.workers, backend = assemble(
+            config, model_config, dtype, threads, progress=progress, beside=beside
+        )
         self.runner = Runner(backend, self.pool.memory.device)
         self._overlaps = self.pool.memory.device.type == "cuda"
         """Whether a step runs on while `launch` returns."""
+        self.shares = Shares()
         self.scheduler = Scheduler(
             rows=self.pool.rows,
             max_step_tokens=config.max_step_tokens,
             max_waiting=config.max_waiting,
             multiple=backend.multiple,
+            shares=self.shares,
+            fair_rows=config.priority_scope == "key",
         )
-        self.cache = PrefixCache(cache_budgets(config), backend.multiple)
+        self.cache = PrefixCache(cache_budgets(config), backend.multiple, self.shares)
         self.memory = Memory(self.pool, self.cache, backend.multiple)
         self._pace = Pace(config.step_seconds, config.max_step_tokens)
-        self.grammars = Grammars(config.model, self.tokenizer)
+        self.grammars = Grammars(config.model, self.tokenizer, self.shares)
+        self.grammar_queue = GrammarQueue(
+            self.grammars, lambda asked: self._ends(asked.stop_token_ids, asked.ignore_eos)
+        )
+        self.grammar_steps = GrammarSteps(self.shares)
         self._sequences: dict[str, Sequence] = {}
         self._running: Running | None = None
         self._began = 0.0
         self._taken: list[Taken] = []
         self._failures: list[RequestFailed] = []
         """Collected, and not emitted yet."""
-        self._compiling: dict[str, Future[Compiled]] = {}
-        """Of sequences that the scheduler does not know yet: they wait for their grammars."""
         self._seeds, self._eos = random.Random(os.urandom(16)), model_config.eos_token_id
         self._prompt_tokens = self._generated = self._steps = self._step_tokens = self._drafted = self._accepted = 0
         self._warm_up()
@@ -94,7 +87,7 @@ class Engine:
             model_name=Path(config.model).resolve().name,
             pid=os.getpid(),
             rows=self.pool.rows,
-            bytes_per_row=self.pool.layout.row_bytes * config.tensor_parallel_size,
+            bytes_per_row=self.pool.row_bytes * config.tensor_parallel_size,
             vocab_size=self.model.config.vocab_size,
             device=f"{config.device} ({backend.name})",
             dtype=config.quantization or str(dtype).removeprefix("torch."),
@@ -126,7 +119,14 @@ class Engine:
             )
 
     def submit(self, request: Submit) -> None:
-        """Queue a request. Raises `InvalidParameter` or `Overloaded`; then nothing was queued."""
+        """Queue a request. Raises `InvalidParameter`, `Overloaded` or `OutOfMemory`; then nothing was queued."""
+        try:
+            self._submit(request)
+        except (MemoryError, RuntimeError) as error:
+            self.grammar_queue.remove(request.request_id)
+            raise self._scarce(error) from error
+
+    def _submit(self, request: Submit) -> None:
         params, vocab_size = request.params, self.model.config.vocab_size
         if request.request_id in self._sequences:
             raise InvalidParameter(f"request {request.request_id} runs already: give every request an id of its own")
@@ -144,9 +144,10 @@ class Engine:
             detokenizer=Detokenizer(self.tokenizer.token_bytes, params.stop, params.include_stop, params.min_tokens),
             pooled=None if request.pooling is None else Pooled(request.pooling),
         )
+        self.shares.weigh(request.tenant, request.weight)
         self.memory.mark(sequence, request.cache_points)
         if params.grammar is not None:
-            self._compiling[request.request_id] = self.grammars.compile(params.grammar)
+            self.grammar_queue.add(sequence)
         else:
             if self.config.speculative_tokens and not penalised(params):
                 sequence.drafter = Drafter(self.config.speculative_tokens)
@@ -160,16 +161,16 @@ class Engine:
             self._taken = [each for each in self._taken if each.sequence is not sequence]
             self._finish(sequence)
 
-    def credit(self, request_id: str, weight: int) -> None:
-        """Outputs of a sequence, of that weight together, were taken; an unknown one has ended meanwhile."""
+    def credit(self, request_id: str, size: int) -> None:
+        """Outputs of a sequence, of that size together, were taken; an unknown one has ended meanwhile."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
-            self.scheduler.credit(sequence, weight)
+            self.scheduler.credit(sequence, size)
 
     @property
     def has_work(self) -> bool:
         """Whether there is a step to run, or something to emit."""
-        return bool(self._taken or self._failures or self._compiling) or self.scheduler.active
+        return bool(self._taken or self._failures or self.grammar_queue) or self.scheduler.active
 
     @property
     def idle(self) -> bool:
@@ -189,13 +190,24 @@ class Engine:
 
     def launch(self) -> None:
         """Schedule and run a step. It is there when `collect` returns, and on the CPU when this does."""
-        self._failures += self._queue_compiled()
-        self.memory.move(self.scheduler.assign(), self.scheduler.running)
+        for sequence, error in self.grammar_queue.hand_over(self.scheduler):
+            self._fail(sequence, self._scarce(error))
+        for pending in self.grammar_steps.finished():
+            self.scheduler.resume(pending.sequence)
+            self._accept(pending.sequence, [pending.sampled], pending.done)
+        for sequence in self.memory.move(self.scheduler.assign(), self.scheduler.running):
+            self._fail(sequence, reported(MemoryError()))
         decoding = self.scheduler.decoding
         pieces = self.scheduler.schedule(self._pace.tokens(decoding), self._pace.kept_tokens(decoding))
         self.memory.hold(pieces)
         self._began = time.monotonic()
-        self._running = self.runner.launch(pieces) if pieces else None
+        try:
+            self._running = self.runner.launch(pieces) if pieces else None
+        except (MemoryError, RuntimeError) as error:
+            for piece in pieces:
+                self._fail(piece.sequence, self._scarce(error))
+        if not pieces:
+            self.grammar_steps.wait()
         self._steps += bool(pieces)
         self._step_tokens = self._running.tokens if self._running else 0
         if not self._overlaps:
@@ -214,7 +226,9 @@ class Engine:
             if not piece.decodes:
                 self._prompt_tokens += min(piece.end, len(sequence.prompt_ids)) - piece.start
             if result.error is not None:
-                self._failures.append(self._fail(sequence, result.error))
+                numerical = isinstance(result.error, NumericalError)
+                if not numerical or not self.memory.distrust(sequence):
+                    self._fail(sequence, result.error)
                 continue
             if piece.draft:
                 self._drafted += len(piece.draft)
@@ -224,21 +238,19 @@ class Engine:
                 self._pace.record_kept(self.memory.keep_prompt(piece, result.logits))
             if not result.sampled:
                 self._take_scores(sequence)
-            try:
-                for sampled in result.sampled:
-                    self._advance(sequence, sampled)
-                    if sequence.finish_reason is not None:
-                        break
-            except InvalidParameter as error:
-                assert sequence.params.grammar is not None
-                self.grammars.discard(sequence.params.grammar)
-                self._failures.append(self._fail(sequence, error))
+            self._accept(sequence, result.sampled)
 
     def emit(self) -> StepOutputs:
         """What has been collected and not been emitted yet."""
         taken, self._taken = self._taken, []
+        outputs = []
+        for each in taken:
+            try:
+                outputs.append(each.output())
+            except (MemoryError, RuntimeError) as error:
+                self._fail(each.sequence, self._scarce(error))
         failures, self._failures = self._failures, []
-        return StepOutputs(outputs=[each.output() for each in taken], failures=failures, stats=self.stats())
+        return StepOutputs(outputs=outputs, failures=failures, stats=self.stats())
 
     def tidy(self) -> bool:
         """Put states away for some milliseconds, between steps, best when the outputs of one are out. Where it returns
@@ -253,11 +265,11 @@ class Engine:
         waiting = self.scheduler.waiting
         return EngineStats(
             running=len(self.scheduler.running),
-            waiting=len(waiting) + len(self._compiling),
+            waiting=len(waiting) + len(self.grammar_queue),
             rows=self.pool.rows,
             rows_used=self.memory.used,
             paused=len(self.scheduler.paused),
-            preempted=sum(sequence.status is Status.PARKED for sequence in waiting),
+            preempted=sum(each.status is Status.PARKED for each in (*waiting, *self.scheduler.paused.values())),
             preemptions_total=self.scheduler.preemptions,
             prompt_tokens_total=self._prompt_tokens,
             generation_tokens_total=self._generated,
@@ -269,42 +281,6 @@ class Engine:
             cache_bytes=self.cache.nbytes,
             cache_outcomes=dict(self.cache.outcomes),
         )
-
-    def _open(
-        self, model_config: ModelConfig, dtype: torch.dtype, threads: int, *, progress: bool, beside: bool
-    ) -> Backend:
-        """Load the model, or this process's share of it, and make its state rows and what runs it."""
-        config, share = self.config, Share(0, self.config.tensor_parallel_size)
-        share.config(model_config)  # whether it can be shared out, before others are started
-        device = devices(config.device, share.size)[0]
-        if share.size > 1:
-            self.workers = Workers(config)
-        self.model = load_model(config.model, device=device, dtype=dtype, progress=progress, share=share)
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)  # kernels and graphs run on the current one, wherever their tensors are
-        layout = StateLayout(self.model.shape, len(self.model.layers))
-        # Off the CPU's own kernels prompts are cut at chunks.
-        multiple = 1 if config.device == "cpu" and self.workers is None else model_config.chunk_size
-        rows = row_count(config, layout.row_bytes * share.size, multiple)
-        gather = None
-        if self.workers is None:
-            self.pool = StatePool.of(self.model, rows, device)
-        else:
-            group = self.workers.meet(device)
-            self.workers.send(Reserve(rows))
-            self.pool = ShardedPool.of(self.model, rows, device, self.workers, group)
-            gather = group.gather
-        backend = make_backend(
-            self.model,
-            layout,
-            self.pool.memory,
-            max_tokens=config.max_step_tokens,
-            threads=threads,
-            beside=beside,
-            quantization=config.quantization,
-            gather=gather,
-        )
-        return backend if self.workers is None else ShardedBackend(backend, self.workers, share.size)
 
     def _warm_up(self) -> None:
         """Compile what compiles at its first call, on a row that is then scrubbed: no request waits for it."""
@@ -318,31 +294,30 @@ class Engine:
     def _ends(self, stop_token_ids: tuple[int, ...], ignore_eos: bool = False) -> tuple[int, ...]:
         return stop_token_ids if self._eos is None or ignore_eos else (*stop_token_ids, self._eos)
 
-    def _queue_compiled(self) -> list[RequestFailed]:
-        """Hand the sequences whose grammars are compiled to the scheduler. Waits only where there is no other work."""
-        if self._compiling and not self.scheduler.active:
-            wait(self._compiling.values(), _COMPILE_SECONDS, FIRST_COMPLETED)
-        failures = []
-        for request_id in [request_id for request_id, future in self._compiling.items() if future.done()]:
-            sequence = self._sequences[request_id]
-            grammar, row = sequence.params.grammar, sequence.sample_row
-            assert grammar is not None
-            ends = self._ends(row.params.stop_token_ids, row.params.ignore_eos)
-            try:
-                compiled = self._compiling[request_id].result()
-                row.matcher = self.grammars.matcher(compiled, ends, grammar.param)
-                self.scheduler.add(sequence)
-            except LatticeError as error:
-                failures.append(self._fail(sequence, error))
-            else:
-                del self._compiling[request_id]
-        return failures
+    def _accept(self, sequence: Sequence, sampled: list[Sampled], pushed: Future[None] | None = None) -> None:
+        """Take sampled tokens into their sequence, up to one that ends it. pushed: into its grammar already, when done.
+
+        It fails where its grammar is too complex to go on with, or there is no memory for it.
+        """
+        try:
+            for each in sampled:
+                if pushed is not None:
+                    pushed.result()
+                elif not self.grammar_steps.push(sequence, each):
+                    self.scheduler.hold(sequence)
+                    return
+                self._advance(sequence, each)
+                if sequence.finish_reason is not None:
+                    return
+        except InvalidParameter as error:
+            assert sequence.params.grammar is not None
+            self.grammars.discard(sequence.params.grammar, sequence.cache_salt)
+            self._fail(sequence, error)
+        except (MemoryError, RuntimeError) as error:
+            self._fail(sequence, self._scarce(error))
 
     def _advance(self, sequence: Sequence, sampled: Sampled) -> None:
-        """Take a sampled token into its sequence, and end that where it should.
-
-        Raises `InvalidParameter` where its grammar is too complex to go on with.
-        """
+        """Take a token, which its grammar has taken in, into its sequence, and end that where it should."""
         params, token_id = sequence.params, sampled.token_id
         sequence.output_ids.append(token_id)
         sequence.sample_row.index += 1
@@ -357,8 +332,6 @@ class Engine:
             taken.text, sequence.finish_reason = "", "stop"
         else:
             matcher = sequence.sample_row.matcher
-            if matcher is not None:
-                matcher.push(token_id)
             if params.stop:
                 taken.text, taken.stop_reason = sequence.detokenizer.push(token_id)
             if taken.stop_reason is not None or (matcher is not None and matcher.complete):
@@ -380,18 +353,28 @@ class Engine:
         taken.finish_reason = sequence.finish_reason
         self._taken.append(taken)
         if sequence.finish_reason is not None:
-            self.memory.keep_answer(sequence)
+            if sequence.row is not None:  # it may have been parked while its grammar took the token in
+                self.memory.keep_answer(sequence)
             self._finish(sequence)
         else:
-            self.scheduler.debit(sequence, taken.weight)
+            self.scheduler.debit(sequence, taken.size)
 
-    def _fail(self, sequence: Sequence, error: LatticeError) -> RequestFailed:
-        self._finish(sequence)
-        return RequestFailed.of(sequence.request_id, error)
+    def _scarce(self, error: Exception) -> LatticeError:
+        """What to tell of an error that a request has met; where it is of memory, the cache gives up its own."""
+        known = reported(error)
+        if isinstance(known, OutOfMemory):
+            self.memory.give_way()
+        return known
+
+    def _fail(self, sequence: Sequence, error: LatticeError) -> None:
+        if sequence.status is not Status.FINISHED:
+            self._finish(sequence)
+        self._failures.append(RequestFailed.of(sequence.request_id, error))
 
     def _finish(self, sequence: Sequence) -> None:
         """Take a sequence out of everything, and scrub its state."""
-        if self._compiling.pop(sequence.request_id, None) is None:
+        self.grammar_steps.drop(sequence.request_id)
+        if not self.grammar_queue.remove(sequence.request_id):
             self.scheduler.remove(sequence)
         self.memory.release(sequence)
         self.runner.forget()

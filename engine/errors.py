@@ -11,6 +11,7 @@ LatticeError
 ├── Overloaded               429  the waiting queue is full: come back after `retry_after` seconds
 ├── Draining                 503  the server is shutting down
 ├── EngineUnavailable        503  the engine is starting or being restarted
+├── OutOfMemory              503  there is no memory for this request
 ├── EngineDied               500  the engine went away while it worked on the request
 └── NumericalError           500  the logits of this request were not finite
 """
@@ -69,6 +70,11 @@ class Draining(LatticeError):
 
 
 class EngineUnavailable(LatticeError):
+    status = 503
+    retry_after = 2
+
+
+class OutOfMemory(LatticeError):
     status = 503
     retry_after = 2
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,10 @@ from torch import Tensor
 
 from lattice_serve.engine.compiler import Compiler, Trial, error_of
 from lattice_serve.engine.errors import EngineUnavailable, InvalidParameter, Overloaded
+from lattice_serve.engine.fair_executor import FairExecutor
 from lattice_serve.engine.sampling import Grammar
+from lattice_serve.engine.scarcity import HEADROOM, check_room
+from lattice_serve.engine.shares import ANYBODY, Shares, tenant_of
 from lattice_serve.engine.tokenizer import Tokenizer
 
 MAX_CACHED = 64
@@ -28,7 +31,10 @@ MAX_CACHED_BYTES = 256 << 20
 MAX_PENDING = 16
 """Grammars that wait to be compiled."""
 MAX_STEP_SECONDS = 0.05
-"""Processor time that a grammar may take for a token, while others wait. What is not made to be hard takes 1/100."""
+"""Processor time that a grammar may take for a token. What is not made to be hard takes 1/1000."""
+
+_MEMORY = 0.9
+"""How much of a token's processor time is expected of the next."""
 
 _LOWEST_SCORE = -1e300
 
@@ -43,34 +49,54 @@ class Compiled:
 
 
 class Grammars:
-    """Compiled grammars, the last used ones kept. Belongs to one engine's thread."""
+    """Compiled grammars, the last used ones kept. Belongs to one engine's thread.
 
-    def __init__(self, model: Path, tokenizer: Tokenizer) -> None:
-        self._cache: OrderedDict[tuple[str, str], Future[Compiled]] = OrderedDict()
-        self._thread = ThreadPoolExecutor(1, "grammar")
+    Each belongs to a salt: how long one takes to compile tells nobody what others have used. Tenants have fair shares
+    of the places in the cache and before the compiler, and of the compiler's time.
+    """
+
+    def __init__(self, model: Path, tokenizer: Tokenizer, shares: Shares | None = None) -> None:
+        """shares: the weights of the tenants; None: all have the same."""
+        self._cache: OrderedDict[tuple[str, str, str], Future[Compiled]] = OrderedDict()
+        """By salt, kind and text."""
+        self._shares = shares or Shares()
+        self._thread: FairExecutor[Compiled] = FairExecutor("grammar", self._shares)
         self._tokenizer = tokenizer
         self._compiler: Compiler | None = None
         self._trial = Trial(model, tokenizer.vocab_size)
         self._spellings = _Spellings(tokenizer)
 
-    def compile(self, grammar: Grammar) -> Future[Compiled]:
-        """Raises `Overloaded` when `MAX_PENDING` others wait to be compiled."""
-        key = (grammar.kind, grammar.text)
+    def compile(self, grammar: Grammar, salt: str = ANYBODY) -> Future[Compiled]:
+        """Raises `Overloaded` when `MAX_PENDING` others wait to be compiled, and the tenant has its share of them.
+
+        salt: as `engine.shares.salted` makes it.
+        """
+        key = (salt, grammar.kind, grammar.text)
         known = self._cache.get(key)
         if known is not None and not (known.done() and known.result() == Compiled()):
             self._cache.move_to_end(key)
             return known
-        compiled = {other: future.result().bytes for other, future in self._cache.items() if future.done()}
-        if len(self._cache) - len(compiled) >= MAX_PENDING:
-            raise Overloaded(f"{MAX_PENDING} grammars wait to be compiled already: come back later")
-        size = sum(compiled.values())
-        for oldest, freed in compiled.items():
-            if len(self._cache) < MAX_CACHED and size <= MAX_CACHED_BYTES:
-                break
-            del self._cache[oldest]
-            size -= freed
-        self._cache[key] = self._thread.submit(self._compile, grammar)
+        tenant = tenant_of(salt)
+        pending = Counter(tenant_of(other[0]) for other, future in self._cache.items() if not future.done())
+        if not self._shares.allows(tenant, 1, pending, MAX_PENDING):
+            raise Overloaded(f"{pending.total()} grammars wait to be compiled already: come back later")
+        self._make_room(tenant)
+        self._cache[key] = self._thread.submit(tenant, lambda: self._compile(grammar))
         return self._cache[key]
+
+    def _make_room(self, tenant: str) -> None:
+        """Forget compiled grammars until `tenant` has room for one: the oldest of who is most over its share."""
+        sizes = {key: future.result().bytes for key, future in self._cache.items() if future.done()}
+        while sizes and (len(self._cache) >= MAX_CACHED or sum(sizes.values()) > MAX_CACHED_BYTES):
+            least = MAX_CACHED_BYTES // MAX_CACHED
+            used: Counter[str] = Counter()
+            for (salt, _, _), size in sizes.items():
+                used[tenant_of(salt)] += max(least, size)
+            if tenant in used:
+                used[tenant] += least
+            most = self._shares.most_over(used)
+            oldest = next(key for key in sizes if tenant_of(key[0]) == most)
+            del self._cache[oldest], sizes[oldest]
 
     def matcher(self, compiled: Compiled, ends: Sequence[int], param: str) -> Matcher:
         """At the start of the grammar. Raises `InvalidParameter`, naming `param`, where it is none, and
@@ -84,9 +110,9 @@ class Grammars:
             raise EngineUnavailable("grammars cannot be compiled now: try again in a few seconds")
         return Matcher(compiled.root.deep_copy(), self._spellings, ends, param)
 
-    def discard(self, grammar: Grammar) -> None:
+    def discard(self, grammar: Grammar, salt: str = ANYBODY) -> None:
         """Compile it anew when it is next asked for: what its matchers share may have reached a limit."""
-        self._cache.pop((grammar.kind, grammar.text), None)
+        self._cache.pop((salt, grammar.kind, grammar.text), None)
 
     @property
     def kept(self) -> int:
@@ -99,9 +125,10 @@ class Grammars:
             verdict = self._trial(grammar)
             if verdict.error:
                 return Compiled(error=verdict.error)
+            check_room(HEADROOM // 4 + verdict.bytes)  # where Rust finds none, it ends the process
             if self._compiler is None:
                 self._compiler = Compiler(self._tokenizer)
-            return Compiled(self._compiler.compile(grammar), bytes=verdict.bytes)
+            return Compiled(self._compiler.compile(verdict.source), bytes=verdict.bytes)
         except Exception as error:  # of one request: the engine goes on
             print(f"engine: a grammar could not be tried: {error}", file=sys.stderr)
             return Compiled()
@@ -110,7 +137,7 @@ class Grammars:
 class Matcher:
     """Where one sequence is in its grammar, and which tokens may come next."""
 
-    __slots__ = ("_ends", "_matcher", "_param", "_spellings", "allowed", "complete")
+    __slots__ = ("_ends", "_matcher", "_param", "_spellings", "allowed", "complete", "seconds")
 
     def __init__(self, matcher: LLMatcher, spellings: _Spellings, ends: Sequence[int], param: str) -> None:
         """See `Grammars.matcher`. Raises `InvalidParameter` as `push` does."""
@@ -122,14 +149,28 @@ class Matcher:
         """`[V]` bool, on the CPU."""
         self.complete: bool
         """Whether the text is complete and nothing could follow."""
+        self.seconds = 0.0
+        """Processor time to expect of the next token."""
+        began = time.thread_time()
         self._look()
+        self.seconds = time.thread_time() - began
 
     def push(self, token_id: int) -> None:
-        """Take in an allowed token that ends nothing. Raises `InvalidParameter` where the grammar is too complex."""
+        """Take in an allowed token; one that ends an answer changes nothing. To be called in one thread at a time.
+
+        Raises `InvalidParameter` where the grammar is too complex.
+        """
+        if token_id in self._ends:
+            return
         began = time.thread_time()
-        self._matcher.consume_token(token_id)
-        self._look()
-        if time.thread_time() - began > MAX_STEP_SECONDS:
+        try:
+            self._matcher.consume_token(token_id)
+            self._look()
+        finally:
+            seconds = time.thread_time() - began
+            # Some tokens are harder than others: one that was hard may be followed by another.
+            self.seconds = max(seconds, _MEMORY * self.seconds)
+        if seconds > MAX_STEP_SECONDS:
             raise self._too_complex("a token takes too long")
 
     def _look(self) -> None:

@@ -10,9 +10,10 @@ from itertools import takewhile
 from torch import Tensor
 
 from lattice_serve.engine.prefix_cache import FIRST_INTERVAL, PrefixCache, intervals
+from lattice_serve.engine.scarcity import reported
 from lattice_serve.engine.scheduler import Moves, Piece
 from lattice_serve.engine.sequence import Sequence, Status
-from lattice_serve.engine.state_pool import StatePool
+from lattice_serve.engine.state_pool import ParkedState, StatePool
 from lattice_serve.engine.tier import Snapshot
 
 _TIDY_SECONDS = 0.003
@@ -43,11 +44,18 @@ class Memory:
         """Keep the state of a prompt at the last places that are no further than these, and at which it can be cut."""
         sequence.marks += [place - place % self._multiple for place in places]
 
-    def move(self, moves: Moves, running: AbstractSequence[Sequence]) -> None:
-        """Take and give rows; `running` are all that hold one then."""
+    def move(self, moves: Moves, running: AbstractSequence[Sequence]) -> list[Sequence]:
+        """Take and give rows; `running` are all that hold one then. Returns those whose states could not be kept, for
+        want of memory."""
+        lost = []
         for sequence in moves.park:
             assert sequence.row is not None, "a parked sequence had no state row"
-            sequence.parked = self._pool.park(sequence.row)
+            try:
+                sequence.parked = self._park(sequence.row)
+            except (MemoryError, RuntimeError) as error:
+                reported(error)
+                self._pool.free(sequence.row)
+                lost.append(sequence)
             sequence.row = None
         for sequence in moves.admit:
             if not self._pool.spare:
@@ -63,10 +71,18 @@ class Memory:
             leader = sequence.leader
             if leader is not None and (leader.status is not Status.RUNNING or leader.decoding or leader.paused):
                 self._begin(sequence, running)
+        return lost
 
     def hold(self, pieces: AbstractSequence[Piece]) -> None:
         """Before a step: remember the states that its drafts may spoil."""
-        self._held = {piece: self._pool.read(_row(piece.sequence)).clone() for piece in pieces if piece.draft}
+        self._held = {}
+        for piece in pieces:
+            if piece.draft:
+                try:
+                    self._held[piece] = self._pool.read(_row(piece.sequence)).clone()
+                except (MemoryError, RuntimeError) as error:
+                    reported(error)
+                    piece.draft = ()
 
     def settle(self, piece: Piece, accepted: int) -> None:
         """After it: where its draft was wrong, back to the state before it; what was right is run again, with the next
@@ -95,12 +111,29 @@ class Memory:
         if self._multiple == 1 and len(sequence.prompt_ids) < sequence.computed < sequence.length:
             self._keep(sequence, None, last=True)
 
+    def distrust(self, sequence: Sequence) -> bool:
+        """Forget the cached states that a sequence whose numbers went wrong goes on from. Where one of them was not its
+        own, and nothing has come of it yet, it begins anew without them, and this returns True."""
+        self._cache.discard(sequence.cache_salt, sequence.seen())
+        sequence.known = sequence.recalled = None
+        if not sequence.cached_tokens or sequence.output_ids:
+            return False
+        sequence.computed = sequence.cached_tokens = 0
+        self._pool.initialise(_row(sequence))
+        return True
+
     def release(self, sequence: Sequence) -> None:
         """Scrub and take back whatever a sequence holds."""
         if sequence.row is not None:
             self._pool.free(sequence.row)
             sequence.row = None
         sequence.parked = sequence.leader = sequence.known = sequence.recalled = sequence.drafter = None
+
+    def give_way(self) -> None:
+        """Give the memory of the cache to what needs it more."""
+        self._cache.give_way()
+        while self._lent:
+            self._put_away()
 
     def clear(self) -> None:
         """Forget all that is cached."""
@@ -131,16 +164,29 @@ class Memory:
         self._pool.check_integrity([row for _, row in self._lent])
         self._cache.check()
 
+    def _park(self, row: int) -> ParkedState:
+        try:
+            return self._pool.park(row)
+        except (MemoryError, RuntimeError) as error:
+            reported(error)
+            self.give_way()
+            return self._pool.park(row)
+
     def _keep(self, sequence: Sequence, logits: Tensor | None, *, last: bool) -> None:
         """Cache what a sequence remembers. last: whether it needs its row no more."""
         if not self._cache.enabled:
             return
         # Only what follows the last state that is cached: however long the text is, that is not.
         after = sequence.known if sequence.known is not None and sequence.known in self._cache else None
-        ids = sequence.seen(after.length if after else 0)
         row = _row(sequence)
-        state, lent = self._pool.read(row), self._pool.lends and (last or self._pool.spare > 0)
-        sequence.known = self._cache.put(sequence.cache_salt, ids, state, logits, lent=lent, after=after)
+        lent = self._pool.lends and (last or self._pool.spare > 0)
+        try:
+            ids, state = sequence.seen(after.length if after else 0), self._pool.read(row)
+            sequence.known = self._cache.put(sequence.cache_salt, ids, state, logits, lent=lent, after=after)
+        except (MemoryError, RuntimeError) as error:
+            reported(error)
+            self.give_way()
+            return
         if sequence.known is not None and sequence.known.row is state:
             self._lent.append((sequence.known, row))
             sequence.row = None if last else self._pool.copy(row)

@@ -5,7 +5,7 @@ engine's Unix socket; the engine says `Ready` first. Every `Submit` is answered 
 `StepOutputs`), the last of which has a `finish_reason`, or by one `RequestFailed`; an aborted request is
 answered by nothing more.
 
-Flow control is by credit, as in HTTP/2: a sequence whose outputs weigh as much as its `window` is paused until
+Flow control is by credit, as in HTTP/2: a sequence whose outputs are as large as its `window` is paused until
 `Credit` says that some of them were taken.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     TokenIds: TypeAlias = array[int]
 else:  # Python 3.11 has no array[int], and msgspec looks at what it says
     TokenIds = array
-_OUTPUT_WEIGHT, _SCORE_WEIGHT = 256, 96
+_OUTPUT_SIZE, _SCORE_SIZE = 256, 96
 FinishReason: TypeAlias = Literal["stop", "length"]
 Pooling: TypeAlias = Literal["mean", "last"]
 """Of the final hidden states of a prompt's tokens: all of them, or the last."""
@@ -47,13 +47,17 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     priority: int = 0
     """Lower runs first; equal ones in order of arrival."""
     cache_salt: str = ""
-    """Only requests with the same one may share cached states."""
+    """Only requests of one tenant with the same one may share cached states and compiled grammars."""
     pooling: Pooling | None = None
     """What of its prompt's hidden states to give back, with the first output."""
     cache_points: tuple[int, ...] = ()
     """Numbers of prompt tokens after which to keep the state, beside the places that the cache chooses itself."""
+    tenant: str = ""
+    """Whose share of everything it takes from: see `engine.shares`."""
+    weight: int = 1
+    """Of the tenant, in what is shared."""
     window: int | None = None
-    """Weight of outputs (see `weight`) that may be on their way; None: any."""
+    """Size of outputs (see `output_size`) that may be on their way; None: any."""
     same_prompt: bool = False
     """On the wire: the prompt is that of the `Submit` before it, and is not sent again."""
 
@@ -62,11 +66,15 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     request_id: str
 
 
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Have the engine say something as soon as its step is done."""
+
+
 class Credit(msgspec.Struct, frozen=True, tag=True):
-    """Outputs of a sequence, of that `weight` together, have been taken."""
+    """Outputs of a sequence, of that `size` together, have been taken."""
 
     request_id: str
-    weight: int
+    size: int
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -154,16 +162,16 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
-ToEngine: TypeAlias = Submit | Abort | Credit
+ToEngine: TypeAlias = Submit | Abort | Ping | Credit
 FromEngine: TypeAlias = Ready | StepOutputs
 
 
-def weight(logprob: TokenLogprob | None, prompt_logprobs: Sequence[TokenLogprob | None] | None) -> int:
+def output_size(logprob: TokenLogprob | None, prompt_logprobs: Sequence[TokenLogprob | None] | None) -> int:
     """About the bytes that an output takes where it waits to be taken: more, the more log-probabilities it has."""
     if logprob is None and not prompt_logprobs:
-        return _OUTPUT_WEIGHT
+        return _OUTPUT_SIZE
     scores = [entry for entry in (logprob, *(prompt_logprobs or ())) if entry is not None]
-    return _OUTPUT_WEIGHT + _SCORE_WEIGHT * (len(scores) + sum(len(entry.top) for entry in scores))
+    return _OUTPUT_SIZE + _SCORE_SIZE * (len(scores) + sum(len(entry.top) for entry in scores))
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:
@@ -185,6 +193,8 @@ def _unpacked(kind: Any, value: Any) -> Any:
 
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_packed)
-TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(Submit | Abort | Credit, dec_hook=_unpacked)
+TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(
+    Submit | Abort | Ping | Credit, dec_hook=_unpacked
+)
 FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(Ready | StepOutputs)
 """What is in a frame, behind its length. Both raise `msgspec.MsgspecError` for what is no such message."""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lattice_serve.engine.backend import Backend
-from lattice_serve.engine.errors import NumericalError
-from lattice_serve.engine.sampler import Sampled, SampleRow, prompt_logprobs, start
+from lattice_serve.engine.errors import LatticeError, NumericalError
+from lattice_serve.engine.sampler import Sampled, SampleRow, prompt_logprobs, sample, start
+from lattice_serve.engine.scarcity import reported
 from lattice_serve.engine.scheduler import Piece
-from lattice_serve.kernels.mixer import Segments
+from lattice_serve.kernels.mixers.segments import Segments
 
 _NOTHING = slice(0, 0)
 
@@ -24,7 +25,7 @@ class StepResult:
     piece: Piece
     sampled: list[Sampled]
     """The next token, where the piece ends in a choice, and those after it as far as the draft was right."""
-    error: NumericalError | None = None
+    error: LatticeError | None = None
     logits: Tensor | None = None
     """[V] that the first token of an answer was chosen from; good until the next step."""
 
@@ -50,8 +51,7 @@ class Runner:
         logits = hidden = torch.empty(0, device=self._device)
         if plan.segments is not None:
             logits, hidden = self.backend(plan.ids, plan.segments, plan.wanted, plan.pooled)
-        chosen = plan.chosen(logits)
-        return Running(plan, logits, hidden, chosen, start(chosen, plan.rows))
+        return Running(plan, logits, hidden)
 
     def forget(self) -> None:
         """A sequence has ended: hold nothing of it."""
@@ -61,10 +61,19 @@ class Runner:
 class Running:
     """A step that the device has been given."""
 
-    def __init__(
-        self, plan: _Plan, logits: Tensor, hidden: Tensor, chosen: Tensor, sampled: Callable[[], list[Sampled]]
-    ) -> None:
-        self._plan, self._logits, self._hidden, self._chosen, self._sampled = plan, logits, hidden, chosen, sampled
+    def __init__(self, plan: _Plan, logits: Tensor, hidden: Tensor) -> None:
+        self._plan, self._logits, self._hidden = plan, logits, hidden
+        self._chosen: Tensor | None = None
+        """[B, V] that tokens are chosen from; None where there was no memory for it."""
+        self._sampled: Callable[[], list[Sampled]]
+        self._failed: dict[int, LatticeError] = {}
+        """By the place among those sampled, which has no token then."""
+        try:
+            self._chosen = plan.chosen(logits)
+            self._sampled = start(self._chosen, plan.rows)
+        except (MemoryError, RuntimeError) as error:
+            reported(error)
+            self._chosen, self._sampled = None, self._each_alone
 
     @property
     def tokens(self) -> int:
@@ -73,26 +82,43 @@ class Running:
     @torch.inference_mode()
     def results(self) -> list[StepResult]:
         """Wait for it; advances what its sequences have computed and scored. To be called once, before the next."""
-        sampled = self._sampled()
+        try:
+            sampled = self._sampled()
+        except (MemoryError, RuntimeError) as failure:
+            reported(failure)
+            sampled = self._each_alone()
         results = []
         first = 0
         for part in self._plan.parts:
             piece = part.piece
             choices = sampled[first : first + part.choices]
-            error = None
+            error: LatticeError | None = None
             try:
                 if part.gives:
                     part.take(self._logits, self._hidden)
                 if choices and not choices[0].finite:
-                    raise NumericalError("the model's output for this request is not finite: its state was discarded")
-            except NumericalError as failure:
-                error = failure
+                    raise self._failed.get(first) or NumericalError(
+                        "the model's output for this request is not finite: its state was discarded"
+                    )
+            except (LatticeError, MemoryError, RuntimeError) as failure:
+                error = reported(failure)
             piece.sequence.computed = piece.end
-            row = self._chosen[first] if choices and piece.ends_prompt else None
+            row = self._chosen[first] if choices and piece.ends_prompt and self._chosen is not None else None
             first += part.choices
             right = choices if error is None and not piece.draft else list(_right(choices, piece.draft))
             results.append(StepResult(piece, right, error, row))
         return results
+
+    def _each_alone(self) -> list[Sampled]:
+        """Choose for one after another: it takes less memory, and where there is not enough for one it fails alone."""
+        sampled = []
+        for place, row in enumerate(self._plan.rows):
+            try:
+                sampled += sample(self._plan.chosen_one(place, self._logits), [row])
+            except (MemoryError, RuntimeError) as error:
+                self._failed[place] = reported(error)
+                sampled.append(Sampled(0, None, False))
+        return sampled
 
 
 @dataclass(slots=True, eq=False)
@@ -185,8 +211,12 @@ class _Plan:
             return logits
         if len(places) == len(self._chosen):
             return logits[places]
-        each = [logits[place] if isinstance(place, int) else place.to(logits.device) for place in self._chosen]
-        return torch.stack(each)
+        return torch.cat([self.chosen_one(place, logits) for place in range(len(self._chosen))])
+
+    def chosen_one(self, place: int, logits: Tensor) -> Tensor:
+        """[1, V] for the row of that place."""
+        chosen = self._chosen[place]
+        return (logits[chosen] if isinstance(chosen, int) else chosen.to(logits.device))[None]
 
 
 def _right(choices: list[Sampled], draft: tuple[int, ...]) -> Iterator[Sampled]:

@@ -22,8 +22,8 @@ from lattice_serve.engine.errors import NumericalError
 from lattice_serve.engine.grammar import Matcher, restrict
 from lattice_serve.engine.messages import TokenLogprob
 from lattice_serve.engine.sampling import SamplingParams
-from lattice_serve.kernels.draw.cpu import draw
-from lattice_serve.kernels.upload import upload
+from lattice_serve.kernels.sampling import draw
+from lattice_serve.kernels.triton.upload import upload
 
 MAX_VOCAB_SIZE = 1 << 20
 """Beyond it the grid of `_weights` would become coarse, and the sort keys would not fit."""

@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
 from lattice_serve.engine.errors import InvalidParameter
+from lattice_serve.engine.json_schema.annotations import without_annotations
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGIT_BIAS = 1024
 MAX_GRAMMAR_BYTES = 1 << 16
+MAX_SCHEMA_BYTES = 2 << 20
+"""Of JSON schemas without their annotations. OpenAI's limit of 120,000 characters of names and values is lower."""
 
-GrammarKind: TypeAlias = Literal["json_schema", "regex", "choice", "ebnf"]
+GrammarKind: TypeAlias = Literal["json_schema", "tool_calls", "regex", "choice", "ebnf"]
+
+
+class CallableFunction(NamedTuple):
+    """A function that an answer may call."""
+
+    name: str
+    parameters: dict[str, Any]
+    """A JSON schema, a document of its own."""
+    strict: bool = False
+    """See `Grammar.json_schema`."""
 
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A language that an answer is a text of; `engine.grammar` compiles it. Use the constructors below.
 
-    All raise `InvalidParameter`, naming `param`, for what is empty, longer than `MAX_GRAMMAR_BYTES` or no text.
+    All raise `InvalidParameter`, naming `param`, for what is empty, too long or no text.
     """
 
     kind: GrammarKind
     text: str
-    """A JSON schema or a list of choices as JSON, else what was given."""
+    """As JSON: a JSON schema; for tool calls, `functions` and `one`; a list of choices. Else what was given."""
     param: str = "grammar"
     """What errors call it: the request's field."""
 
@@ -40,8 +53,9 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise InvalidParameter(
                 f"{self.param} holds a lone surrogate: give text that is valid Unicode", param=self.param
             ) from error
-        if size > MAX_GRAMMAR_BYTES:
-            raise InvalidParameter(f"{self.param} has {size} bytes: give at most {MAX_GRAMMAR_BYTES}", param=self.param)
+        most = MAX_SCHEMA_BYTES if self.kind in ("json_schema", "tool_calls") else MAX_GRAMMAR_BYTES
+        if size > most:
+            raise InvalidParameter(f"{self.param} has {size} bytes: give at most {most}", param=self.param)
 
     @classmethod
     def json(cls, param: str = "grammar") -> Grammar:
@@ -49,10 +63,29 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return cls.json_schema({"type": "object"}, param)
 
     @classmethod
-    def json_schema(cls, schema: dict[str, Any] | str, param: str = "grammar") -> Grammar:
-        """What a JSON schema describes, properties in its order. A string is the schema as JSON."""
-        text = schema if isinstance(schema, str) else _json(schema)
+    def json_schema(cls, schema: dict[str, Any] | str, param: str = "grammar", *, strict: bool = False) -> Grammar:
+        """What a JSON schema describes, properties in its order. A string is the schema as JSON.
+
+        `strict` refuses formats that answers cannot be kept to, which are ignored else.
+        """
+        try:
+            document = json.loads(schema) if isinstance(schema, str) else schema
+            text = _json(without_annotations(document, strict=strict))
+        except (ValueError, RecursionError) as error:
+            raise InvalidParameter(f"{param} is no JSON schema: {error}", param=param) from error
         return cls(kind="json_schema", text=text, param=param)
+
+    @classmethod
+    def tool_calls(cls, functions: Sequence[CallableFunction], *, one: bool, param: str = "grammar") -> Grammar:
+        """A JSON list of calls of functions, of a single one with `one`: `{"name": ..., "arguments": {...}}`."""
+        described = []
+        for function in functions:
+            try:
+                parameters = without_annotations(function.parameters, strict=function.strict)
+            except ValueError as error:
+                raise InvalidParameter(f"{param}: the parameters of {function.name}: {error}", param=param) from error
+            described.append({"name": function.name, "parameters": parameters})
+        return cls(kind="tool_calls", text=_json({"functions": described, "one": one}), param=param)
 
     @classmethod
     def regex(cls, pattern: str, param: str = "grammar") -> Grammar:
@@ -88,6 +121,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     temperature: float = 1.0
     """0 is greedy: the most likely token, the lowest id on a tie."""
     top_p: float = 1.0
+    """0 is greedy, too."""
     top_k: int = 0
     """0 is off."""
     min_p: float = 0.0
@@ -117,10 +151,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     text is complete, and does where nothing could follow."""
 
     def __post_init__(self) -> None:
+        _convert(self)
         check = _Checker(self)
         check("max_tokens", lambda x: x >= 0, "at least 0")
         check("temperature", lambda x: 0 <= x <= 100, "between 0 and 100")
-        check("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1")
+        check("top_p", lambda x: 0 <= x <= 1, "between 0 and 1")
         check("top_k", lambda x: x >= 0, "at least 0 (0 is off)")
         check("min_p", lambda x: 0 <= x <= 1, "between 0 and 1")
         check("presence_penalty", lambda x: -2 <= x <= 2, "between -2 and 2")
@@ -153,7 +188,25 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature == 0 or self.top_p == 0
+
+
+_TYPES: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(SamplingParams)}
+
+
+def _convert(params: SamplingParams) -> None:
+    """Make each field the type that it says: integers where numbers are asked for, lists for tuples. Raises
+    `InvalidParameter` for what is neither."""
+    for name, kind in _TYPES.items():
+        value = getattr(params, name)
+        try:
+            converted = msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            raise InvalidParameter(f"{name}: {error}", param=name) from error
+        except OverflowError as error:
+            raise InvalidParameter(f"{name} is {value}: give a smaller number", param=name) from error
+        if converted is not value:
+            msgspec.structs.force_setattr(params, name, converted)
 
 
 class _Checker:

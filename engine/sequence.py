@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lattice_serve.engine.messages import FinishReason, Submit, TokenLogprob
 from lattice_serve.engine.sampling import SamplingParams
+from lattice_serve.engine.shares import salted
 
 if TYPE_CHECKING:
     from lattice_serve.engine.detokenizer import Detokenizer
@@ -54,12 +55,15 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """Where they are asked for: those of the prompt tokens that have run, and have not been sent yet."""
     window: int | None = None
-    """Weight of outputs that it may yet send; None: any."""
+    """Size of outputs that it may yet send; None: any."""
     paused: bool = False
     """Whether it waits until outputs are taken."""
     pooled: Pooled | None = None
     """Of its prompt's hidden states, where they are asked for."""
     cache_salt: str = ""
+    """As `engine.shares.salted` makes it."""
+    tenant: str = ""
+    """Whose share of rows it takes from."""
     marks: list[int] = field(default_factory=list)
     """Places in the prompt where its state is to be kept: no piece goes beyond the next one."""
     leader: Sequence | None = None
@@ -98,7 +102,8 @@ class Sequence:
             detokenizer=detokenizer,
             prompt_logprobs=scored,
             pooled=pooled,
-            cache_salt=request.cache_salt,
+            cache_salt=salted(request.tenant, request.cache_salt),
+            tenant=request.tenant,
             window=request.window,
         )
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lattice_serve.engine.scarcity import HEADROOM, check_room
+
 _BLOCK_BYTES = 32 << 20
 """Memory is asked for in such pieces. What of one has not been touched yet is not resident."""
 
@@ -37,8 +39,9 @@ class Slab:
         return len(self._free)
 
     def prepare(self, nbytes: int) -> None:
-        """Touch so many bytes of new memory, up to the end of a block."""
+        """Touch so many bytes of new memory, up to the end of a block. Raises as torch does where there is none."""
         if self._touched == self._block.numel():
+            check_room(HEADROOM + max(_BLOCK_BYTES, 4 * self._size))
             self._block = torch.empty(max(1, _BLOCK_BYTES // (4 * self._size)), self._size)
             self._touched = 0
         begin, end = self._touched, min(self._touched + -(-nbytes // 4), self._block.numel())

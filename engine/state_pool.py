@@ -1,7 +1,7 @@
 """Rows of state, one a running sequence, all allocated at the start.
 
-A row is everything that a sequence remembers, in all layers (`kernels.mixer.layout`). It is initialised when it is
-given out and scrubbed when it comes back, so that nothing of one request can reach the next.
+A row is everything that a sequence remembers, in all layers; only its model's family knows what lies where in it. It is
+initialised when it is given out and scrubbed when it comes back, so that nothing of one request can reach the next.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +16,7 @@ from torch import Tensor
 
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import ConfigError
-from lattice_serve.engine.models.lattice import LatticeForCausalLM
-from lattice_serve.kernels.lanes import aligned
-from lattice_serve.kernels.mixer import MixerState, StateLayout
-
-P = TypeVar("P", bound="StatePool")
+from lattice_serve.kernels.numba.lanes import aligned
 
 MAX_ROWS = 256
 """State rows when only their memory is bounded."""
@@ -45,15 +40,17 @@ class StatePool:
     lends = True
     """Whether `read` gives the row itself, not a copy."""
 
-    def __init__(self, layout: StateLayout, initial: Tensor, rows: int, device: str) -> None:
-        self.layout = layout
+    def __init__(self, initial: Tensor, rows: int, device: str) -> None:
+        """initial: [row_size] float32, the state before the first token. Raises `ConfigError` for want of memory."""
         self.rows = rows
+        self.row_bytes = initial.nbytes
+        """Of one row."""
         try:
-            self.memory = _zeros(rows, layout.row_size, device)
+            self.memory = _zeros(rows, len(initial), device)
         except (RuntimeError, MemoryError, ValueError) as error:  # NumPy has the last two
-            need = rows * layout.row_bytes
+            need = rows * self.row_bytes
             raise ConfigError(
-                f"no room for {rows} state rows of {layout.row_bytes:,} bytes ({need:,} in all): "
+                f"no room for {rows} state rows of {self.row_bytes:,} bytes ({need:,} in all): "
                 "lower max_rows or state_memory",
                 param="max_rows",
             ) from error
@@ -61,16 +58,6 @@ class StatePool:
         self._free = list(range(rows))
         self._unchecked: set[int] = set()
         """Rows freed since the last check."""
-
-    @classmethod
-    def of(cls: type[P], model: LatticeForCausalLM, rows: int, device: str, *others: Any) -> P:
-        """A pool for `model`, rows initialised to its learned memory; `others` are what a subclass asks for."""
-        layout = StateLayout(model.shape, len(model.layers))
-        initial = torch.zeros(layout.row_size)
-        for i, layer in enumerate(model.layers):
-            state = MixerState.initial(model.shape, layer.mixer.weights(), 1)
-            layout.store(initial, i, state.to("cpu"))
-        return cls(layout, initial, rows, device, *others)
 
     @property
     def used(self) -> int:

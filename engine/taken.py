@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from lattice_serve.engine.messages import FinishReason, TokenLogprob, TokenOutput, weight
+from lattice_serve.engine.messages import FinishReason, TokenLogprob, TokenOutput, output_size
 from lattice_serve.engine.sampler import Sampled
 from lattice_serve.engine.sequence import Sequence
 
@@ -26,9 +26,9 @@ class Taken:
     prompt_logprobs: list[TokenLogprob | None] | None = None
 
     @property
-    def weight(self) -> int:
+    def size(self) -> int:
         """That of the message."""
-        return weight(None if self.sampled is None else self.sampled.logprob, self.prompt_logprobs)
+        return output_size(None if self.sampled is None else self.sampled.logprob, self.prompt_logprobs)
 
     def output(self) -> TokenOutput:
         """The message. To be called once, in the order of the tokens."""
@@ -38,7 +38,10 @@ class Taken:
             assert token_id is not None
             text, _ = sequence.detokenizer.push(token_id)
         if self.finish_reason is not None and not isinstance(self.stop_reason, str):
-            text += sequence.detokenizer.flush()
+            rest, stop = sequence.detokenizer.flush()
+            text += rest
+            if stop is not None:  # complete with the character that is not
+                self.finish_reason, self.stop_reason = "stop", stop
         output = TokenOutput(
             request_id=sequence.request_id,
             token_id=token_id,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from lattice_serve.engine.radix_tree import Node
+from lattice_serve.engine.scarcity import is_out_of_memory
 from lattice_serve.engine.slab import Slab
+
+_STOPPED_SECONDS = 60.0
+"""For so long a tier that found no memory does not ask for any."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,15 +50,49 @@ class Tier:
         """Floats of a row, once one has come."""
         self._slabs: dict[int, Slab] = {}
         """Of host memory, by the size of what lies there; a GPU's is kept by torch."""
+        self._stopped_until = 0.0
+        """Monotonic seconds, until which no new memory is asked for."""
+        self._told = False
+
+    @property
+    def _stopped(self) -> bool:
+        return time.monotonic() < self._stopped_until
 
     def __contains__(self, snapshot: Snapshot) -> bool:
         return id(snapshot) in self.snapshots
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """`tensor`, from anywhere, in this tier's memory."""
-        if self.device == "cpu":
-            return self._slab(tensor.numel()).copy(tensor)
-        return tensor.to(self.device, copy=True)
+        """`tensor`, from anywhere, in this tier's memory. Raises `MemoryError` where there is no more."""
+        try:
+            if self.device != "cpu":
+                return tensor.to(self.device, copy=True)
+            slab = self._slab(tensor.numel())
+            if not slab.ready and self._stopped:
+                raise MemoryError
+            return slab.copy(tensor)
+        except (MemoryError, RuntimeError) as error:
+            self.stop_growing(error)
+            raise MemoryError from error
+
+    def stop_growing(self, error: Exception) -> None:
+        """For a while: what is optional does not take the last memory. Raises `error` where it is of another kind."""
+        if not is_out_of_memory(error):
+            raise error
+        if not self._stopped:
+            self._stopped_until = time.monotonic() + _STOPPED_SECONDS
+        if not self._told:
+            self._told = True
+            print(
+                f"engine: out of memory: the prefix cache on {self.device} does not grow beyond {self.used:,} bytes, "
+                f"though it may have {self.budget:,}",
+                file=sys.stderr,
+            )
+
+    def give_way(self) -> None:
+        """Give memory back to the system, once there is nothing in it, and take none for a while."""
+        assert not self.snapshots, "there are states in it"
+        self._slabs.clear()
+        self._stopped_until = time.monotonic() + _STOPPED_SECONDS
 
     def add(self, snapshot: Snapshot) -> None:
         """All it has lies in this tier's memory, but for its row if that is lent."""
@@ -61,7 +101,7 @@ class Tier:
         self._row_size = snapshot.row.numel()
 
     def settle(self, snapshot: Snapshot) -> None:
-        """Copy a row that is lent."""
+        """Copy a row that is lent. Raises `MemoryError` where there is no room for it."""
         snapshot.row, snapshot.lent = self.copy(snapshot.row), False
 
     def remove(self, snapshot: Snapshot) -> None:
@@ -73,7 +113,7 @@ class Tier:
                 self._slab(tensor.numel()).give_back(tensor)
 
     def move(self, snapshot: Snapshot, other: Tier) -> None:
-        """Give it to another tier, which has copies of what it has."""
+        """Give it to another tier, which has copies of what it has. Raises `MemoryError` where that has no room."""
         row, logits = other.copy(snapshot.row), None if snapshot.logits is None else other.copy(snapshot.logits)
         self.remove(snapshot)
         snapshot.row, snapshot.logits, snapshot.lent = row, logits, False
@@ -81,7 +121,7 @@ class Tier:
 
     def ready(self, rows: int) -> bool:
         """Whether there is touched memory for so many rows more, as far as is known and the budget goes."""
-        if self.device != "cpu" or self._row_size is None:
+        if self.device != "cpu" or self._row_size is None or self._stopped:
             return True
         slab = self._slab(self._row_size)
         return slab.ready >= min(rows, self.budget // (4 * self._row_size) - slab.places + slab.ready)
@@ -89,7 +129,10 @@ class Tier:
     def prepare(self, nbytes: int) -> None:
         """Touch so much memory for rows, where it is not `ready`."""
         assert self._row_size is not None, "there is nothing to get ready for"
-        self._slab(self._row_size).prepare(nbytes)
+        try:
+            self._slab(self._row_size).prepare(nbytes)
+        except (MemoryError, RuntimeError) as error:
+            self.stop_growing(error)
 
     def check(self) -> None:
         """Assert that it knows its bytes, and that they are nobody else's."""

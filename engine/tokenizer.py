@@ -60,18 +60,21 @@ class Tokenizer:
         try:
             serialized = path.read_bytes()
         except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}: give a folder that holds a Lattice model") from error
+            raise CheckpointError(f"{path}: {error.strerror}: give a folder that holds a model") from error
         processor = SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(serialized)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # it quotes pieces in its errors, which may be no UTF-8
             raise CheckpointError(f"{path}: not a sentencepiece model: copy the file again") from error
         if vocab_size is not None and processor.vocab_size() > vocab_size:
             raise CheckpointError(
                 f"{path}: has {processor.vocab_size()} pieces, the model a vocab_size of {vocab_size}: "
                 "give the tokenizer that the model was trained with"
             )
-        tokenizer = cls(processor, vocab_size)
+        try:
+            tokenizer = cls(processor, vocab_size)
+        except ValueError as error:  # a piece that is not UTF-8, or that names no byte
+            raise CheckpointError(f"{path}: a piece is damaged: {error}: copy the file again") from error
         if tokenizer.decode(tokenizer.encode(_PROBE)) != _PROBE:
             raise CheckpointError(
                 f"{path}: does not give a text back as it was: train it with byte_fallback, "

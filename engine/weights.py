@@ -20,9 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from lattice_serve.engine.config import DType, ModelConfig
+from lattice_serve.engine.config import DType
 from lattice_serve.engine.errors import CheckpointError, ConfigError
-from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.engine.models.base import ModelConfig
+from lattice_serve.engine.models.causal_lm import CausalLM
+from lattice_serve.engine.models.registry import load_config, model_class
 from lattice_serve.engine.tensor_parallel.share import WHOLE, Share
 
 SINGLE: Final = "model.safetensors"
@@ -32,8 +34,6 @@ _OURS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _STORED = ("F32", "BF16", "F16")
 _NAMES: Final[dict[torch.dtype, DType]] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_MATRICES = ("embedding", "head", "weight")
-"""Last parts of the names of the embedding, the head and the projections."""
 _LISTED = 8
 """Names of each kind of fault that a message lists; the rest are counted."""
 _BUNDLED = Path(__file__).parent / "bundled"
@@ -41,11 +41,11 @@ _BUNDLED = Path(__file__).parent / "bundled"
 
 def load_model(
     folder: Path, *, device: str = "cpu", dtype: torch.dtype, progress: bool = False, share: Share = WHOLE
-) -> LatticeForCausalLM:
+) -> CausalLM:
     """The model of `folder`, or a share of it, on `device`, in eval mode, its parameters without gradients.
 
-    The projections, the embedding and the head are `dtype` (float32 or bfloat16). The small tensors (norms,
-    convolution, gate biases, initial memory) are float32 always: they cost little, and the recurrence runs in float32.
+    The matrices that the family names (`ModelConfig.matrices`) are `dtype` (float32 or bfloat16). The small tensors are
+    float32 always: they cost little, and the recurrence runs in float32.
 
     Tensors that need no conversion and stay on the CPU are views of the memory-mapped file, so the processes of one
     machine share them; their peak memory is the model's and one tensor's. Such a file may be renamed or
@@ -55,7 +55,7 @@ def load_model(
     """
     _check_dtype(dtype)
     place = _device(device)
-    config = ModelConfig.load(folder)
+    config = load_config(folder)
     own = share.config(config)
     with ExitStack() as stack:
         stored = _open(folder, stack)
@@ -67,11 +67,11 @@ def load_model(
         model = _skeleton(config)
         _compare(folder, {name: tuple(p.shape) for name, p in model.state_dict().items()}, stored)
         tensors, bad = {}, []
-        size = sum(p.numel() * _dtype(name, dtype).itemsize for name, p in model.named_parameters())
+        size = sum(p.numel() * _dtype(name, config, dtype).itemsize for name, p in model.named_parameters())
         with tqdm(desc="load", total=size, unit="B", unit_scale=True, disable=None if progress else True) as bar:
             for name, file in stored.items():
                 try:
-                    tensor = share.take(name, file.get_tensor(name), config).to(place, _dtype(name, dtype))
+                    tensor = share.take(name, file.get_tensor(name), config).to(place, _dtype(name, config, dtype))
                 except (SafetensorError, OSError) as error:
                     raise CheckpointError(f"{folder}: {name}: {error}: get the weights again") from error
                 tensors[name] = tensor
@@ -85,9 +85,7 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
-def save_model(
-    model: LatticeForCausalLM, folder: Path, dtype: torch.dtype, *, max_shard_bytes: int | None = None
-) -> None:
+def save_model(model: CausalLM, folder: Path, dtype: torch.dtype, *, max_shard_bytes: int | None = None) -> None:
     """Write `config.json` and the weights, in shards of at most `max_shard_bytes` (or one tensor) if that is given.
 
     Matrices are stored in `dtype` (float32 or bfloat16), small tensors in float32. The files are complete on disk
@@ -100,19 +98,19 @@ def save_model(
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes is {max_shard_bytes}: give at least 1, or None", param="max_shard_bytes")
     tensors: dict[str, Tensor] = model.state_dict()
-    converted = ((name, tensor.to(_dtype(name, dtype))) for name, tensor in tensors.items())
+    config = model.config.model_copy(update={"torch_dtype": _NAMES[dtype]})
+    converted = ((name, tensor.to(_dtype(name, config, dtype))) for name, tensor in tensors.items())
     bad = [name for name, tensor in converted if not _is_finite(tensor)]
     _fail(folder, {"with values that are not finite": bad}, "a model that diverged is not saved")
-    sizes = {name: tensor.numel() * _dtype(name, dtype).itemsize for name, tensor in tensors.items()}
+    sizes = {name: tensor.numel() * _dtype(name, config, dtype).itemsize for name, tensor in tensors.items()}
     shards = _shards(sizes, max_shard_bytes)
-    config = model.config.model_copy(update={"torch_dtype": _NAMES[dtype]})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as inside:
             temporary = Path(inside)
             (temporary / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
             for file, names in shards.items():
-                shard = {name: tensors[name].to("cpu", _dtype(name, dtype)).contiguous() for name in names}
+                shard = {name: tensors[name].to("cpu", _dtype(name, config, dtype)).contiguous() for name in names}
                 save_file(shard, temporary / file, metadata={"format": "pt"})
                 # Some versions of safetensors let only the owner read what they write.
                 (temporary / file).chmod((temporary / "config.json").stat().st_mode)
@@ -150,7 +148,7 @@ def resolve_model(name: str | Path | None) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{name}: no such folder: give a model folder; models are not downloaded", param="model")
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{name}: holds no config.json: give a folder that holds a Lattice model", param="model")
+        raise CheckpointError(f"{name}: holds no config.json: give a folder that holds a model", param="model")
     return folder
 
 
@@ -166,8 +164,8 @@ def pick_dtype(name: Literal["auto", "float32", "bfloat16"], config: ModelConfig
     raise ConfigError(f"dtype {name!r} is not known: give auto, float32 or bfloat16", param="dtype")
 
 
-def _dtype(name: str, matrices: torch.dtype) -> torch.dtype:
-    return matrices if name.rpartition(".")[2] in _MATRICES else torch.float32
+def _dtype(name: str, config: ModelConfig, matrices: torch.dtype) -> torch.dtype:
+    return matrices if name.rpartition(".")[2] in config.matrices else torch.float32
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -183,11 +181,11 @@ def _device(name: str) -> torch.device:
         raise ConfigError(f"device {name!r}: {error}: give cpu, or cuda with a GPU", param="device") from error
 
 
-def _skeleton(config: ModelConfig) -> LatticeForCausalLM:
+def _skeleton(config: ModelConfig) -> CausalLM:
     """The model on the meta device, where parameters have shapes and no memory."""
     try:
         with torch.device("meta"):
-            return LatticeForCausalLM(config)
+            return model_class(config)(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise CheckpointError("config.json: these sizes are more than a tensor can have: lower them") from error
 
@@ -204,7 +202,7 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
                 f"{folder}: {_some(pickles)} may run code when read, so pickles are not: "
                 f"convert them to {SINGLE} with safetensors.torch.save_file, where you trust them"
             )
-        raise CheckpointError(f"{folder}: holds no {SINGLE} and no {INDEX}: give a folder that holds a Lattice model")
+        raise CheckpointError(f"{folder}: holds no {SINGLE} and no {INDEX}: give a folder that holds a model")
     index = _read_index(folder / INDEX)
     names = sorted(set(index.values()))
     _fail(folder, {"shards missing": [n for n in names if not (folder / n).is_file()]}, "get the weights again")
@@ -255,7 +253,7 @@ def _compare(folder: Path, shapes: Mapping[str, tuple[int, ...]], stored: Mappin
             f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in _STORED
         ],
     }
-    _fail(folder, faults, "use the config.json and the weights of one Lattice model")
+    _fail(folder, faults, "use the config.json and the weights of one model")
 
 
 def _fail(path: Path, faults: Mapping[str, list[str]], remedy: str) -> None:

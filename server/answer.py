@@ -19,6 +19,7 @@ from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.server import memory
 from lattice_serve.server.engine_client import Generation
+from lattice_serve.server.event_json import event_json
 from lattice_serve.server.joined import AnswerSize
 from lattice_serve.server.schemas.generation import GenerationRequest, Usage
 from lattice_serve.server.services import Services
@@ -64,7 +65,7 @@ class Answer(ABC, Generic[R, C]):
 
     @classmethod
     @abstractmethod
-    async def prepare(cls, services: Services, request: R) -> Answer[R, C]:
+    async def prepare(cls, services: Services, request: R, tenant: str) -> Answer[R, C]:
         """Raises the error that says why the request cannot be served, or not now."""
 
     @abstractmethod
@@ -84,26 +85,26 @@ class Answer(ABC, Generic[R, C]):
         """The field that makes an answer long."""
         return "n" if len(self._sequences) > 1 else "max_tokens"
 
-    async def whole(self, salt: str) -> bytes:
-        """The answer as JSON. salt: whose cached states it may use."""
+    async def whole(self, tenant: str) -> bytes:
+        """The answer as JSON. tenant: whose shares it takes from, and whose cached states it may use."""
         size = AnswerSize(self.longest_param)
-        async with aclosing(self.each(salt)) as outputs:
+        async with aclosing(self.each(tenant)) as outputs:
             async for index, choices in outputs:
                 size.add(sum(self.keep(index, choice) for choice in choices))
         return _encode(self.whole_type(**self._head, choices=self.joined(), usage=self.usage()))
 
-    async def each(self, salt: str) -> AsyncGenerator[tuple[int, list[C]], None]:
+    async def each(self, tenant: str) -> AsyncGenerator[tuple[int, list[C]], None]:
         """What every output of the engine adds, and to which sequence."""
-        with self._start(salt) as generation:
+        with self._start(tenant) as generation:
             async for index, output in generation:
                 yield index, self._count(index, output)
 
-    async def chunks(self, salt: str) -> AsyncGenerator[bytes, None]:
+    async def chunks(self, tenant: str) -> AsyncGenerator[bytes, None]:
         """The answer as JSON chunks, at least one a token, then one with the usage if that is asked for."""
         options = self._request.stream_options
         with_usage = options is not None and bool(options.include_usage)
         with_running_usage = with_usage and options is not None and bool(options.continuous_usage_stats)
-        async with aclosing(self.each(salt)) as outputs:
+        async with aclosing(self.each(tenant)) as outputs:
             async for _, choices in outputs:
                 for part in choices:
                     if with_usage:
@@ -113,11 +114,13 @@ class Answer(ABC, Generic[R, C]):
         if with_usage:
             yield self._chunk([], usage=self.usage())
 
-    def _start(self, salt: str) -> Generation:
-        self._services.admit(len(self._sequences))  # Again: others may have come in while the prompts were tokenized.
-        priority, salt = self._request.priority or 0, f"{salt}{self._request.cache_salt or ''}"
+    def _start(self, tenant: str) -> Generation:
+        self._services.admit(
+            tenant, len(self._sequences)
+        )  # Again: others may have come in while the prompts were tokenized.
+        priority, salt = self._request.priority or 0, self._request.cache_salt or ""
         sequences = [msgspec.structs.replace(each, priority=priority, cache_salt=salt) for each in self._sequences]
-        return self._services.router.generate(sequences, timeout=self._request.timeout)
+        return self._services.generate(tenant, sequences, timeout=self._request.timeout)
 
     def _count(self, index: int, output: TokenOutput) -> list[C]:
         self._completion_tokens += output.token_id is not None
@@ -138,7 +141,7 @@ class Answer(ABC, Generic[R, C]):
         )
 
     def _chunk(self, choices: list[C], usage: Usage | msgspec.UnsetType | None = msgspec.UNSET) -> bytes:
-        return _encode(self.chunk_type(**self._head, choices=choices, usage=usage))
+        return event_json(self.chunk_type(**self._head, choices=choices, usage=usage))
 
 
 def check(services: Services, request: GenerationRequest) -> None:
@@ -151,19 +154,19 @@ def check(services: Services, request: GenerationRequest) -> None:
 
 async def respond(kind: type[Answer[R, C]], services: Services, request: R, http: Request) -> Response:
     """The answer to a request for a `kind`: whole, or as server-sent events."""
-    salt: str = http.state.cache_salt
+    tenant: str = http.state.tenant
     if request.stream:
-        return EventStream(_stream(kind, services, request, salt), **services.settings.stream_seconds)
-    whole = await until_disconnect(http.receive, _whole(kind, services, request, salt))
+        return EventStream(_stream(kind, services, request, tenant), **services.settings.stream_seconds)
+    whole = await until_disconnect(http.receive, _whole(kind, services, request, tenant))
     return PacedResponse(whole, stall_seconds=services.settings.request_seconds)
 
 
-async def _whole(kind: type[Answer[R, C]], services: Services, request: R, salt: str) -> bytes:
-    return await (await kind.prepare(services, request)).whole(salt)
+async def _whole(kind: type[Answer[R, C]], services: Services, request: R, tenant: str) -> bytes:
+    return await (await kind.prepare(services, request, tenant)).whole(tenant)
 
 
-async def _stream(kind: type[Answer[R, C]], services: Services, request: R, salt: str) -> AsyncGenerator[bytes, None]:
-    answer = await kind.prepare(services, request)
-    async with aclosing(answer.chunks(salt)) as chunks:
+async def _stream(kind: type[Answer[R, C]], services: Services, request: R, tenant: str) -> AsyncGenerator[bytes, None]:
+    answer = await kind.prepare(services, request, tenant)
+    async with aclosing(answer.chunks(tenant)) as chunks:
         async for chunk in chunks:
             yield chunk

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-import resource
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from types import FrameType
 
 import msgspec
@@ -20,13 +19,14 @@ from rich.markup import escape
 from rich.table import Table
 from starlette.middleware.cors import CORSMiddleware
 
-from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.errors import ConfigError, Draining
 from lattice_serve.engine.messages import Ready
-from lattice_serve.engine.tokenizer import Tokenizer
+from lattice_serve.engine.models.registry import load_config
 from lattice_serve.server import logs
 from lattice_serve.server.access import AccessLog
+from lattice_serve.server.connections import connection_limit
 from lattice_serve.server.errors import install_handlers
+from lattice_serve.server.head import HeadAsGet
 from lattice_serve.server.limits import Limits
 from lattice_serve.server.memory import MemoryBudget
 from lattice_serve.server.metrics import ServerMetrics
@@ -42,9 +42,6 @@ log = structlog.get_logger(__name__)
 
 _FLUSH_SECONDS = 2
 _BACKLOG = 2048
-_OPEN_FILES = 1 << 16
-_IDLE_CONNECTION_SECONDS = 75
-"""Longer than common clients keep an idle connection, so that they do not send into one that just closed."""
 
 
 def create_app(services: Services) -> FastAPI:
@@ -64,6 +61,7 @@ def create_app(services: Services) -> FastAPI:
         app.include_router(module.router)
     install_handlers(app)
     settings = services.settings
+    app.add_middleware(HeadAsGet)
     # The one added last is outermost. Errors of the limits, too, must be readable for pages of allowed origins.
     app.add_middleware(
         Limits,
@@ -92,17 +90,19 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
     engine does not start.
     """
     logs.configure(settings.log_level)
-    _raise_file_limit()
-    tokenizer = Tokenizer.load(settings.model, ModelConfig.load(settings.model).vocab_size)
+    model = load_config(settings.model)
+    tokenizer = model.tokenizer.load(settings.model, model.vocab_size)
     metrics = ServerMetrics(settings.model_name, settings.replicas)
     replicas = [
-        Replica(config, each, engine_command, settings.watchdog_seconds, cache_file)
-        for config, each, cache_file in zip(
-            settings.engine_configs(), metrics.engines, settings.cache_files(), strict=True
+        Replica(config, each, engine_command, settings.watchdog_seconds, cache_options)
+        for config, each, cache_options in zip(
+            settings.engine_configs(), metrics.engines, settings.cache_options(), strict=True
         )
     ]
     router = Router(replicas, max_waiting=settings.max_waiting)
-    services = Services(settings, router, tokenizer, ChatTemplate(settings.model, tokenizer.names), metrics)
+    metrics.active_keys.set_function(lambda: len(router.tenants))
+    template = ChatTemplate(settings.model, tokenizer.names)
+    services = Services(settings, router, tokenizer, template, metrics, model.hidden_size)
     with _listen(settings) as listener:
         address = _url(listener)
         for replica in replicas:
@@ -124,13 +124,13 @@ class _Server(uvicorn.Server):
         config = uvicorn.Config(
             create_app(services),
             loop="uvloop",
-            http=bounded(services.settings.request_seconds),
+            http=bounded(services.settings.request_seconds, connection_limit(services.settings.replicas)),
             ws="none",
             lifespan="on",
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_keep_alive=_IDLE_CONNECTION_SECONDS,
+            timeout_keep_alive=services.settings.idle_connection_seconds,  # type: ignore[arg-type]  # a delay
             timeout_graceful_shutdown=_FLUSH_SECONDS,
         )
         super().__init__(config)
@@ -160,23 +160,16 @@ class _Server(uvicorn.Server):
 
 def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    both = settings.host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=_BACKLOG)
+        return socket.create_server(
+            (settings.host, settings.port), family=family, backlog=_BACKLOG, dualstack_ipv6=both
+        )
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {settings.host} port {settings.port}: {error.strerror}: choose another host or port",
             param="port",
         ) from error
-
-
-def _raise_file_limit() -> None:
-    """Each connection is an open file, and beyond the limit libuv closes new ones without a word. What most systems
-    begin with, 1024, is for programs with `select`, and is less than may run and wait here."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):  # as it was, then
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _url(listener: socket.socket) -> str:

@@ -49,7 +49,7 @@ class ChatAnswer(Answer[ChatRequest, ChunkChoice]):
         ]
 
     @classmethod
-    async def prepare(cls, services: Services, request: ChatRequest) -> ChatAnswer:
+    async def prepare(cls, services: Services, request: ChatRequest, tenant: str) -> ChatAnswer:
         check(services, request)
         if request.offered_tools and not (request.must_call or services.template.knows_tools):
             raise InvalidParameter(
@@ -57,7 +57,7 @@ class ChatAnswer(Answer[ChatRequest, ChunkChoice]):
                 "leave tools out, or set tool_choice to none, required or a function",
                 param="tools",
             )
-        services.admit(request.choices)
+        services.admit(tenant, request.choices)
         return cls(services, request, await prompt_ids(services, request))
 
     def parts(self, index: int, output: TokenOutput) -> list[ChunkChoice]:
@@ -95,7 +95,10 @@ async def prompt_ids(services: Services, request: ChatPrompt) -> array[int]:
             raise InvalidParameter(
                 "continue_final_message: the chat template leaves the last message out", param="continue_final_message"
             )
-    ids = await services.encode_marked(text)
+    try:
+        ids = await services.encode_marked(text)
+    except InvalidParameter as error:
+        raise InvalidParameter(f"messages: what the chat template makes of them: {error}", param="messages") from error
     if not ids:
         raise InvalidParameter("messages: the chat template makes no text of them", param="messages")
     return ids
@@ -118,7 +121,7 @@ class _Choice:
         self._parser: ToolCallParser | None = None
         # OpenAI's finish reason says whether the model chose to call, which a named function leaves it no choice of.
         self._chooses = not isinstance(request.tool_choice, NamedTool)
-        self._content, self._blank = JsonText(), True
+        self._content = JsonText()
         self._scores = JsonList()
         self._calls: list[tuple[AnswerCall, JsonText]] = []
         """And the arguments of each."""
@@ -136,7 +139,9 @@ class _Choice:
             parts[0].logprobs = ChatLogprobs([self._score(output.logprob)])
         if not self._begun:
             self._begun = True
-            parts.insert(0, ChunkChoice(self._index, Delta(role="assistant", content="")))
+            # As OpenAI has it: no content where a call comes, or may still.
+            content = None if self._parser is not None and not parts[0].delta.content else ""
+            parts.insert(0, ChunkChoice(self._index, Delta(role="assistant", content=content)))
         if output.finish_reason is not None:
             parts.append(ChunkChoice(self._index, Delta(), None, self._finish_reason(output), output.stop_reason))
         return parts
@@ -144,9 +149,7 @@ class _Choice:
     def keep(self, part: ChunkChoice) -> int:
         """Hold a part of a whole answer; how many bytes it takes."""
         self._last = part
-        content = part.delta.content or ""
-        self._blank = self._blank and not content.strip()
-        size = self._content.add(content)
+        size = self._content.add(part.delta.content or "")
         if part.logprobs is not None:
             size += self._scores.add(part.logprobs.content)
         for call in part.delta.tool_calls or ():
@@ -162,7 +165,7 @@ class _Choice:
         for call, arguments in self._calls:
             call.function = msgspec.structs.replace(call.function, arguments=arguments.json)
             calls.append(call)
-        content = None if calls and self._blank else self._content.json
+        content = None if calls and not self._content else self._content.json
         return ChatChoice(
             self._last.index,
             msgspec.structs.replace(AnswerMessage(None, calls or msgspec.UNSET), content=content),
@@ -187,7 +190,7 @@ class _Choice:
         deltas = self._parser.feed(text)
         if last:
             deltas += self._parser.finish()
-        return deltas or [Delta(content="")]
+        return deltas or [Delta()]
 
     def _finish_reason(self, output: TokenOutput) -> ChatFinishReason | None:
         called = self._parser is not None and self._parser.calls > 0

@@ -15,7 +15,7 @@ from lattice_serve.server import memory
 from lattice_serve.server.answer import LOWEST_LOGPROB, Answer, check
 from lattice_serve.server.joined import AnswerSize, JsonList, JsonText
 from lattice_serve.server.schemas.completions import Choice, Completion, CompletionRequest, Logprobs, PromptLogprob
-from lattice_serve.server.services import Services
+from lattice_serve.server.services import Services, one_by_one
 
 _SCORE_BYTES, _PROMPT_SCORE_BYTES = 8, 40
 """That a log-probability takes in an answer, at least."""
@@ -34,10 +34,11 @@ class CompletionAnswer(Answer[CompletionRequest, Choice]):
         ]
 
     @classmethod
-    async def prepare(cls, services: Services, request: CompletionRequest) -> CompletionAnswer:
+    async def prepare(cls, services: Services, request: CompletionRequest, tenant: str) -> CompletionAnswer:
         check(services, request)
-        services.admit(len(request.prompts) * request.candidates)
-        return cls(services, request, [await _read(services, request, prompt) for prompt in request.prompts])
+        services.admit(tenant, len(request.prompts) * request.candidates)
+        prompts = [await _read(services, request, prompt) async for prompt in one_by_one(request.prompts)]
+        return cls(services, request, prompts)
 
     def parts(self, index: int, output: TokenOutput) -> list[Choice]:
         candidate = self._candidates[index]

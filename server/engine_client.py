@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from array import array
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,27 +22,26 @@ from lattice_serve.engine.messages import (
     Abort,
     Credit,
     FromEngine,
+    Ping,
     Ready,
     RequestFailed,
     Submit,
     ToEngine,
     TokenOutput,
     encode,
-    weight,
+    output_size,
 )
 from lattice_serve.server.errors import TimedOut
 from lattice_serve.server.metrics import Metrics, SequenceMeter
+from lattice_serve.server.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
 
 WINDOW = 1 << 18
-"""Weight of a sequence's outputs, about their bytes, that may wait for its client: then the engine pauses it."""
+"""Size of a sequence's outputs, about their bytes, that may wait for its client: then the engine pauses it."""
 _CREDIT = WINDOW // 4
 """Of outputs that were taken, the engine is told by the lump."""
 _CONNECT_SECONDS = 0.05
-_LOOKS = 10
-"""For a word from the engine, in `watchdog_seconds`. They are counted, not the time: where the server itself was
-stopped, what the engine said meanwhile has still to be read."""
 
 
 class EngineClient:
@@ -51,19 +51,27 @@ class EngineClient:
     """
 
     def __init__(self, metrics: Metrics, watchdog_seconds: float) -> None:
-        """watchdog_seconds: in which an engine that has work, or was just told something, has to say something."""
-        self.ready: Ready | None = None
-        """What the engine said of itself; None while there is none."""
+        """watchdog_seconds: after which an engine that neither answers nor computes counts as hanging."""
         self.ever_ready = False
+        self.worked = False
+        """Whether an engine has generated anything since this was last set to False."""
         self.on_ready: Callable[[Ready], None] = lambda ready: None
         self._metrics = metrics
-        self._watchdog_seconds = watchdog_seconds
+        self._watchdog = Watchdog(watchdog_seconds)
+        self._watch: asyncio.Task[str] | None = None
+        """Of the engine that is connected, from the moment when it was ready."""
+        self._ready: Ready | None = None
         self._live: dict[str, _Live] = {}
+        self.tenants: Counter[str] = Counter()
+        """Of them, those of each tenant."""
         self._writer: asyncio.StreamWriter | None = None
         self._sent_prompt: array[int] | None = None
         """That of the message sent last, if it had one."""
-        self._heard = self._waits = False
-        """Whether the engine has said something since the last look, and whether it has to."""
+
+    @property
+    def ready(self) -> Ready | None:
+        """What the engine said of itself; None while there is none that answers."""
+        return self._ready if self._watchdog.responsive else None
 
     @property
     def live(self) -> int:
@@ -74,7 +82,9 @@ class EngineClient:
         """Have the engine, which is ready, work on sequence `index` of `generation`, under an id of its own."""
         request_id = uuid.uuid4().hex
         generation.open[request_id] = self
-        self._live[request_id] = _Live(index, generation, self._metrics.sequence(len(request.prompt_ids)))
+        meter = self._metrics.sequence(len(request.prompt_ids))
+        self._live[request_id] = _Live(index, generation, meter, request.tenant)
+        self.tenants[request.tenant] += 1
         same = request.prompt_ids is self._sent_prompt
         ids = array("i") if same else request.prompt_ids
         changes = {"request_id": request_id, "window": WINDOW, "prompt_ids": ids, "same_prompt": same}
@@ -85,10 +95,9 @@ class EngineClient:
         """Have the engine make more of a sequence, if it has not ended: this output is on its way to its client."""
         live = self._live.get(output.request_id)
         if live is not None:
-            live.taken += weight(output.logprob, output.prompt_logprobs)
+            live.taken += output_size(output.logprob, output.prompt_logprobs)
             if live.taken >= _CREDIT:
                 self._send(Credit(output.request_id, live.taken))
-                live.sent -= live.taken
                 live.taken = 0
 
     def abort(self, request_id: str) -> None:
@@ -104,25 +113,23 @@ class EngineClient:
     async def run(self, socket: Path) -> None:
         """Connect to `socket` as soon as an engine listens there, and carry messages until it is gone.
 
-        Raises TimeoutError when it is silent for `watchdog_seconds` though it has work: it will not end by itself.
+        Raises TimeoutError, which says why, when it hangs: it will not end by itself.
         """
         reader, self._writer = await _connect(socket)
-        watch = asyncio.create_task(self._watch(self._writer.transport))
         try:
             while True:
                 size = int.from_bytes(await reader.readexactly(4), "big")
                 self._receive(FROM_ENGINE.decode(await reader.readexactly(size)))
         except (OSError, asyncio.IncompleteReadError) as error:
-            if watch.done():
-                raise TimeoutError(f"nothing came from it for {self._watchdog_seconds:g} s") from error
+            if self._watch is not None and self._watch.done():
+                raise TimeoutError(self._watch.result()) from error
             log.warning("engine connection closed")
         except msgspec.DecodeError as error:
             log.error("engine sent a message that cannot be read", error=str(error))
         finally:
-            watch.cancel()
-            self.ready = None
-            self._waits = False
-            self._sent_prompt = None
+            if self._watch is not None:
+                self._watch.cancel()
+            self._ready = self._watch = self._sent_prompt = None
             writer, self._writer = self._writer, None
             self._metrics.engine_started(rows=0)
             self.fail_all(lambda: EngineDied("the engine stopped while it worked on this request: send it again"))
@@ -130,36 +137,30 @@ class EngineClient:
             with suppress(OSError):
                 await writer.wait_closed()
 
-    async def _watch(self, transport: asyncio.WriteTransport) -> None:
-        """End the connection when nothing comes over it that has to."""
-        silent = 0
-        while silent < _LOOKS:
-            self._heard = False
-            await asyncio.sleep(self._watchdog_seconds / _LOOKS)
-            silent = silent + 1 if self._waits and not self._heard else 0
-        transport.abort()
-
     def _receive(self, message: FromEngine) -> None:
-        self._heard = True
+        self._watchdog.heard()
         if isinstance(message, Ready):
             self._metrics.engine_started(message.rows, again=self.ever_ready)
-            self.ready = message
+            self._ready = message
             self.ever_ready = True
+            self._watch = asyncio.create_task(self._watchdog.watch(message.pid, lambda: self._send(Ping())))
+            assert self._writer is not None
+            transport = self._writer.transport
+            self._watch.add_done_callback(lambda _: transport.abort())
             self.on_ready(message)
             return
         self._metrics.step(message.stats)
+        self.worked = self.worked or bool(message.outputs)
         for output in message.outputs:
             self._deliver(output)
         for failure in message.failures:
             self._fail(failure.request_id, _as_error(failure))
-        self._waits = any(live.sent < WINDOW for live in self._live.values())
 
     def _deliver(self, output: TokenOutput) -> None:
         live = self._live.get(output.request_id)
         if live is None:
             return  # Aborted while the token was on its way.
         live.meter.output(output)
-        live.sent += weight(output.logprob, output.prompt_logprobs)
         if output.finish_reason is not None:
             self._take(output.request_id)
         live.generation.put((live.index, output))
@@ -173,13 +174,15 @@ class EngineClient:
     def _take(self, request_id: str) -> _Live:
         live = self._live.pop(request_id)
         del live.generation.open[request_id]
+        self.tenants[live.tenant] -= 1
+        if not self.tenants[live.tenant]:
+            del self.tenants[live.tenant]
         return live
 
     def _send(self, message: ToEngine) -> None:
         # A connection that is lost is closed a moment before `run` hears of it, and ends what was submitted.
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(encode(message))
-            self._waits = True
         self._sent_prompt = None
 
 
@@ -188,10 +191,9 @@ class _Live:
     index: int
     generation: Generation
     meter: SequenceMeter
-    sent: int = 0
-    """Weight of outputs that the engine has sent and not been told that they were taken."""
+    tenant: str
     taken: int = 0
-    """Of those, the weight of what was."""
+    """Size of the outputs that were taken, and that the engine has not been told of."""
 
 
 class Generation:

@@ -7,6 +7,8 @@ RequestError (engine.errors)
 ├── BodyTooLarge    413  the body is larger than the server takes
 ├── Encoded         415  the body is compressed
 └── HeaderTooLarge  431  the request line and headers are
+Overloaded (engine.errors)
+└── KeyQuota        429  the waiting queue is full, and the API key has its share of it
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lattice_serve.engine.errors import InvalidParameter, LatticeError, RequestError
+from lattice_serve.engine.errors import InvalidParameter, LatticeError, Overloaded, RequestError
+from lattice_serve.server.event_json import event_json
 
 STATUSES = {
     400: "The request cannot be served as it is: `param` names the field at fault.",
@@ -33,7 +36,7 @@ STATUSES = {
     429: "Too many requests wait: come back after `Retry-After` seconds.",
     431: "Path and headers are too large.",
     500: "The engine failed at this request.",
-    503: "The engine is starting, or the server is shutting down: come back after `Retry-After` seconds.",
+    503: "The engine is starting or out of memory, or the server shuts down: come back after `Retry-After` seconds.",
 }
 """What the statuses of errors mean to a client."""
 
@@ -70,6 +73,10 @@ class HeaderTooLarge(RequestError):
     status = 431
 
 
+class KeyQuota(Overloaded):
+    pass
+
+
 class Fault(msgspec.Struct):
     message: str
     type: str
@@ -84,9 +91,13 @@ class Failure(msgspec.Struct):
     error: Fault
 
 
+def error_type(status: int) -> str:
+    """OpenAI's name of the kind of error."""
+    return _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+
+
 def error_json(message: str, status: int, param: str | None = None) -> bytes:
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return msgspec.json.encode(Failure(Fault(message, kind, param, status)))
+    return event_json(Failure(Fault(message, error_type(status), param, status)))
 
 
 def error_response(error: Exception) -> Response:

@@ -24,6 +24,9 @@ class JsonText:
         self._data += data[1:-1]
         return len(data)
 
+    def __bool__(self) -> bool:
+        return bool(self._data)
+
     @property
     def json(self) -> msgspec.Raw:
         return msgspec.Raw(b'"' + self._data + b'"')

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lattice_serve.engine.errors import LatticeError
+from lattice_serve.server.connections import PROVEN
 from lattice_serve.server.errors import (
     BodyTimedOut,
     BodyTooLarge,
@@ -21,6 +21,7 @@ from lattice_serve.server.errors import (
     Unauthorized,
     error_response,
 )
+from lattice_serve.server.keys import tenant_of
 from lattice_serve.server.memory import MemoryBudget
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
@@ -57,11 +58,13 @@ class Limits:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        scope.setdefault("state", {})["cache_salt"] = ""
+        scope.setdefault("state", {})["tenant"] = ""
         try:
             self._check_head(scope)
             if scope["path"] not in OPEN_PATHS:
-                scope["state"]["cache_salt"] = self._check_key(headers)
+                scope["state"]["tenant"] = self._check_key(headers)
+                if PROVEN in scope.get("extensions", ()):
+                    scope["extensions"][PROVEN]["call"]()
             self._check_size(int(headers.get("content-length", 0)))
             encoding = headers.get("content-encoding", "identity")
             if encoding.lower() != "identity":
@@ -98,7 +101,7 @@ class Limits:
             raise HeaderTooLarge(f"path and headers have more than {self._max_header_bytes} bytes: send fewer of them")
 
     def _check_key(self, headers: Headers) -> str:
-        """What parts the cached states of this key from those of others."""
+        """The tenant whose key it is."""
         if not self._api_keys:
             return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -107,7 +110,7 @@ class Limits:
         matches = [hmac.compare_digest(given, known) for known in self._api_keys]
         if scheme.lower() != "bearer" or not any(matches):
             raise Unauthorized("give a valid API key in the header `Authorization: Bearer KEY`")
-        return hashlib.sha256(given).hexdigest()
+        return tenant_of(given)
 
     def _check_size(self, size: int) -> None:
         if size > self._max_body_bytes:

@@ -22,7 +22,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a series for each 
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TOKENS = tuple(float(2**power) for power in range(21))
-_REJECTIONS = ("queue_full", "draining", "engine_unavailable")
+_REJECTIONS = ("queue_full", "key_quota", "draining", "engine_unavailable")
 _MISSES = ("new", "no_snapshot", "bypass")
 _LABELS = ("model_name", "engine")
 
@@ -139,6 +139,12 @@ class ServerMetrics(Collector):
             ("model_name", "reason"),
             registry=self._registry,
         )
+        self.active_keys = Gauge(
+            "lattice:active_keys",
+            "API keys that have sequences which run or wait; 1 for all requests where no key is asked for.",
+            ("model_name",),
+            registry=self._registry,
+        ).labels(model_name)
         self._rejections = {reason: rejections.labels(model_name, reason) for reason in _REJECTIONS}
 
     def rejected(self, reason: str) -> None:

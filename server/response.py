@@ -10,14 +10,17 @@ from typing import Any
 
 import msgspec
 
-from lattice_serve.engine.errors import InvalidParameter
+from lattice_serve.engine.errors import InvalidParameter, LatticeError
 from lattice_serve.server.chat import ChatAnswer
+from lattice_serve.server.errors import error_type
+from lattice_serve.server.event_json import event_json
 from lattice_serve.server.joined import AnswerSize
-from lattice_serve.server.schemas.chat import ChunkChoice
+from lattice_serve.server.schemas.chat import ChunkChoice, TokenScore
 from lattice_serve.server.schemas.responses import (
     OutputCall,
     OutputMessage,
     OutputText,
+    ResponseError,
     ResponseObject,
     ResponseRequest,
     ResponseUsage,
@@ -37,29 +40,53 @@ _NAMES = {
 """Fields of a chat that have another name here."""
 
 
-async def respond(services: Services, request: ResponseRequest, salt: str) -> bytes:
+async def respond(services: Services, request: ResponseRequest, tenant: str) -> bytes:
     """The whole response as JSON."""
     body = b""
-    async with aclosing(_events(services, request, salt)) as events:
+    async with aclosing(_events(services, request, tenant)) as events:
         async for event in events:
             body = _encode(event.get("response"))
     return body
 
 
-async def stream(services: Services, request: ResponseRequest, salt: str) -> AsyncGenerator[bytes, None]:
-    """Its events, as they are sent."""
-    number = 0
-    async with aclosing(_events(services, request, salt)) as events:
-        async for event in events:
-            data = _encode({**event, "sequence_number": number})
-            number += 1
-            yield b"event: " + event["type"].encode() + b"\ndata: " + data
+class ResponseStream:
+    """The events of a response as they are sent, and those that tell of its failure."""
+
+    def __init__(self, services: Services, request: ResponseRequest, tenant: str) -> None:
+        self._events = _events(services, request, tenant)
+        self._response: ResponseObject | None = None
+        """As it is now, once it has begun."""
+        self._number = 0
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        async with aclosing(self._events) as events:
+            async for event in events:
+                self._response = event.get("response", self._response)
+                yield self._written(event)
+
+    def failed(self, error: LatticeError) -> bytes:
+        """What ends the stream: OpenAI's `error` event, and `response.failed` where it has begun."""
+        fault = ResponseError.of(error)
+        told = {"code": fault.code, "message": error.message, "param": error.param}
+        # Of two clients, one looks for these in the event, as it is documented, and the other in its `error`.
+        events: list[dict[str, Any]] = [{"type": "error", **told, "error": {"type": error_type(error.status), **told}}]
+        if self._response is not None:
+            self._response.status, self._response.error = "failed", fault
+            for item in self._response.output:
+                item.status = "incomplete" if item.status == "in_progress" else item.status
+            events.append({"type": "response.failed", "response": self._response})
+        return b"".join(self._written(event) + b"\n\n" for event in events)
+
+    def _written(self, event: dict[str, Any]) -> bytes:
+        data = event_json({**event, "sequence_number": self._number})
+        self._number += 1
+        return b"event: %b\ndata: %b" % (event["type"].encode(), data)
 
 
-async def _events(services: Services, request: ResponseRequest, salt: str) -> AsyncGenerator[dict[str, Any], None]:
+async def _events(services: Services, request: ResponseRequest, tenant: str) -> AsyncGenerator[dict[str, Any], None]:
     """The last one has the whole response. Raises the error that says why it cannot be made, or not now."""
     try:
-        async with aclosing(_told(services, request, salt)) as events:
+        async with aclosing(_told(services, request, tenant)) as events:
             async for event in events:
                 yield event
     except InvalidParameter as error:
@@ -69,13 +96,13 @@ async def _events(services: Services, request: ResponseRequest, salt: str) -> As
         raise InvalidParameter(error.message.replace(param, _NAMES[param], 1), param=_NAMES[param]) from error
 
 
-async def _told(services: Services, request: ResponseRequest, salt: str) -> AsyncGenerator[dict[str, Any], None]:
+async def _told(services: Services, request: ResponseRequest, tenant: str) -> AsyncGenerator[dict[str, Any], None]:
     """The same, but that errors name the fields of a chat."""
     before: list[dict[str, Any]] = []
     if request.previous_response_id is not None:
-        stored = services.responses.get(salt, request.previous_response_id, "previous_response_id")
+        stored = services.responses.get(tenant, request.previous_response_id, "previous_response_id")
         before = msgspec.json.decode(stored.messages)
-    answer = await ChatAnswer.prepare(services, request.chat(before))
+    answer = await ChatAnswer.prepare(services, request.chat(before), tenant)
     response_id = f"resp_{uuid.uuid4().hex}"
     response = ResponseObject.of(
         request, id=response_id, created_at=int(time.time()), model=services.settings.model_name
@@ -83,7 +110,7 @@ async def _told(services: Services, request: ResponseRequest, salt: str) -> Asyn
     writer = _Writer(response)
     reason, begun = None, False
     size = AnswerSize(answer.longest_param, "ask for less in one request")
-    async with aclosing(answer.each(salt)) as outputs:
+    async with aclosing(answer.each(tenant)) as outputs:
         async for _, choices in outputs:
             if not begun:  # not earlier: what fails before the first token is no response
                 begun = True
@@ -95,7 +122,7 @@ async def _told(services: Services, request: ResponseRequest, salt: str) -> Asyn
                 for event in writer.add(choice):
                     yield event
     complete = reason != "length"
-    for event in writer.close("completed" if complete else "incomplete"):
+    for event in writer.end("completed" if complete else "incomplete"):
         yield event
     usage = answer.usage()
     response.usage = ResponseUsage(
@@ -104,7 +131,7 @@ async def _told(services: Services, request: ResponseRequest, salt: str) -> Asyn
     response.status = "completed" if complete else "incomplete"
     response.incomplete_details = None if complete else {"reason": "max_output_tokens"}
     if response.store:
-        services.responses.put(salt, response_id, _encode(response), [*before, *request.messages, writer.message()])
+        services.responses.put(tenant, response_id, _encode(response), [*before, *request.messages, writer.message()])
     yield {"type": f"response.{response.status}", "response": response}
 
 
@@ -123,19 +150,18 @@ class _Writer:
         self._output = response.output = []
         self._open = False
         """Whether the last item is being written."""
+        self._scores: list[TokenScore] = []
+        """Of tokens whose text is held back: it may become a message, or a call, which has no place for them."""
 
     def add(self, choice: ChunkChoice) -> Iterator[dict[str, Any]]:
         """The events of the next choice of a chunk."""
         delta = choice.delta
+        if choice.logprobs:
+            self._scores += choice.logprobs.content
         if delta.content:
-            if not (self._open and isinstance(self._output[-1], OutputMessage)):
-                yield from self._begin(OutputMessage(f"msg_{uuid.uuid4().hex}"))
-            scores = choice.logprobs.content if choice.logprobs else []
-            part = self._text
-            part.text += delta.content
-            part.logprobs += scores
-            yield self._event("output_text.delta", content_index=0, delta=delta.content, logprobs=scores)
+            yield from self._write(delta.content)
         for call in delta.tool_calls or ():
+            self._scores = []
             if call.id:
                 name = call.function.name or ""
                 yield from self._begin(OutputCall(f"fc_{uuid.uuid4().hex}", call.id, name))
@@ -145,7 +171,24 @@ class _Writer:
             if call.function.arguments:
                 yield self._event("function_call_arguments.delta", delta=call.function.arguments)
 
-    def close(self, status: str = "completed") -> Iterator[dict[str, Any]]:
+    def end(self, status: str) -> Iterator[dict[str, Any]]:
+        """End the answer. One without a text and calls is an empty message."""
+        if not self._output or (self._scores and isinstance(self._output[-1], OutputMessage)):
+            yield from self._write("")
+        yield from self._close(status)
+
+    def _write(self, text: str) -> Iterator[dict[str, Any]]:
+        """Add to the message, the scores held back with it."""
+        if not (self._open and isinstance(self._output[-1], OutputMessage)):
+            yield from self._begin(OutputMessage(f"msg_{uuid.uuid4().hex}"))
+        scores, self._scores = self._scores, []
+        part = self._text
+        part.text += text
+        part.logprobs += scores
+        if text or scores:
+            yield self._event("output_text.delta", content_index=0, delta=text, logprobs=scores)
+
+    def _close(self, status: str = "completed") -> Iterator[dict[str, Any]]:
         """End the item that is being written, if one is."""
         if not self._open:
             return
@@ -177,7 +220,7 @@ class _Writer:
         return item.content[0]
 
     def _begin(self, item: OutputMessage | OutputCall) -> Iterator[dict[str, Any]]:
-        yield from self.close()
+        yield from self._close()
         self._output.append(item)
         self._open = True
         yield self._item_event("output_item.added")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Literal, TypeAlias
 
@@ -13,13 +13,18 @@ import structlog
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import EngineUnavailable, LatticeError
 from lattice_serve.engine.messages import Ready, Submit
-from lattice_serve.server.engine_client import EngineClient, Generation
+from lattice_serve.engine.shares import salted
+from lattice_serve.server.engine_client import EngineClient
+from lattice_serve.server.feed import Feed
 from lattice_serve.server.metrics import Metrics
 from lattice_serve.server.seen import Seen, beginnings
 from lattice_serve.server.supervisor import Supervisor
 
 _SLACK = 8
 """An engine may have so much more to do than another, a part of its rows, for the sake of what it has read."""
+
+_WINDOW = 2
+"""Of the sequences of one request, so many a row may run or wait at once."""
 
 ReplicaState: TypeAlias = Literal["starting", "ready", "restarting"]
 
@@ -33,10 +38,10 @@ class Replica:
         metrics: Metrics,
         command: Sequence[str],
         watchdog_seconds: float,
-        cache_file: Path | None = None,
+        cache_options: Sequence[str] = (),
     ) -> None:
         self.client = EngineClient(metrics, watchdog_seconds)
-        self.supervisor = Supervisor(config, self.client, command, cache_file)
+        self.supervisor = Supervisor(config, self.client, command, cache_options)
 
     @property
     def state(self) -> ReplicaState:
@@ -51,6 +56,8 @@ class Router:
     def __init__(self, replicas: Sequence[Replica], *, max_waiting: int) -> None:
         self.replicas = replicas
         self._max_waiting = max_waiting
+        self._feeds: set[Feed] = set()
+        """Those that have more to submit, or had."""
         self._seen: Seen[EngineClient] = Seen()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -78,9 +85,25 @@ class Router:
         return sum(replica.client.live for replica in self.replicas)
 
     @property
+    def tenants(self) -> Counter[str]:
+        """Places of sequences that are not free, of each tenant that has any: those of its live sequences, and of those
+        that follow them."""
+        taken = sum((replica.client.tenants for replica in self.replicas), Counter[str]())
+        for feed in self._feeds:
+            if feed.unused:
+                taken[feed.tenant] += feed.unused
+        return taken
+
+    @property
     def capacity(self) -> int:
         """Sequences that the engines which take requests can run or let wait."""
         return sum(self._capacity(replica.client) for replica in self.replicas)
+
+    @property
+    def window(self) -> int:
+        """Sequences of one request that may run or wait at once: enough to keep all rows at work, and no more, for
+        others are to be let in beside a long list."""
+        return max(1, min(self.capacity, _WINDOW * sum(ready.rows for ready in self.ready)))
 
     def _capacity(self, client: EngineClient) -> int:
         return 0 if client.ready is None else client.ready.rows + self._max_waiting
@@ -96,20 +119,28 @@ class Router:
         failures += [task.exception() for task in self._tasks if task.done() and not task.cancelled()]
         return next((failure for failure in failures if failure is not None), None)
 
-    def generate(self, requests: Sequence[Submit], *, timeout: float | None = None) -> Generation:
-        """Submit `requests`, those with one prompt to one engine, which then runs it once.
+    def generate(self, requests: Sequence[Submit], *, timeout: float | None = None) -> Feed:
+        """Have the engines work on `requests`, on at most `window` of them at once.
 
         What has not ended after `timeout` seconds fails with `TimedOut`. Raises `EngineUnavailable` when no engine is
         ready.
         """
-        generation = Generation(timeout)
-        client: EngineClient | None = None
-        for index, request in enumerate(requests):
-            same = index > 0 and request.prompt_ids is requests[index - 1].prompt_ids
-            if client is None or not same or client.live >= self._capacity(client):
-                client = self.route(request)
-            client.submit(generation, index, request)
-        return generation
+        feed = Feed(self, requests, min(len(requests), self.window), timeout)
+        try:
+            feed.fill()
+        except EngineUnavailable as error:
+            feed.__exit__(type(error), error, None)
+            raise
+        if feed.has_more:
+            self._feeds.add(feed)
+        return feed
+
+    def forget(self, feed: Feed) -> None:
+        """It has ended, or was left."""
+        self._feeds.discard(feed)
+
+    def has_place(self, client: EngineClient) -> bool:
+        return client.live < self._capacity(client)
 
     def route(self, request: Submit) -> EngineClient:
         """The engine for the next sequence: of those that are ready the one that has read the beginning of its prompt,
@@ -123,7 +154,7 @@ class Router:
         least = min(clients, key=lambda client: client.live)
         if len(self.replicas) == 1:
             return least
-        keys = beginnings(request.cache_salt, request.prompt_ids)
+        keys = beginnings(salted(request.tenant, request.cache_salt), request.prompt_ids)
         known = self._seen.find(keys)
         client = known if known in clients and self._has_time(known, least.live) else least
         self._seen.note(keys, client)

@@ -6,17 +6,22 @@ import asyncio
 import codecs
 import time
 from array import array
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
+import msgspec
 from fastapi import Depends, Request
 
-from lattice_serve.engine.errors import Draining, EngineUnavailable, InvalidParameter, ModelNotFound, Overloaded
-from lattice_serve.engine.messages import Ready
+from lattice_serve.engine.errors import Draining, EngineUnavailable, ModelNotFound, Overloaded
+from lattice_serve.engine.messages import Ready, Submit
+from lattice_serve.engine.shares import Shares
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.server import body
 from lattice_serve.server.body import Turns
+from lattice_serve.server.engine_client import Generation
+from lattice_serve.server.errors import KeyQuota
+from lattice_serve.server.keys import tenant_of
 from lattice_serve.server.metrics import ServerMetrics
 from lattice_serve.server.response_store import ResponseStore
 from lattice_serve.server.router import Router
@@ -30,6 +35,7 @@ _INLINE_LENGTH = 4096
 """Longer texts are tokenized in a thread, so that other requests go on; so many token ids become text at a time."""
 
 B = TypeVar("B", bound=RequestModel)
+T = TypeVar("T")
 
 
 @dataclass
@@ -39,12 +45,21 @@ class Services:
     tokenizer: Tokenizer
     template: ChatTemplate
     metrics: ServerMetrics
-    responses: ResponseStore = field(default_factory=ResponseStore)
+    embedding_size: int
+    """Numbers in the vector of a text."""
+    shares: Shares = field(default_factory=Shares)
+    """What is fair between API keys."""
+    responses: ResponseStore = field(init=False)
     turns: Turns = field(default_factory=Turns)
     """Of large bodies and texts."""
     draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
     """Unix time."""
+
+    def __post_init__(self) -> None:
+        for key, weight in self.settings.key_weights.items():
+            self.shares.weigh(tenant_of(key), weight)
+        self.responses = ResponseStore(shares=self.shares)
 
     def check_ready(self) -> list[Ready]:
         """What the engines that are ready said of themselves.
@@ -57,21 +72,31 @@ class Services:
             raise EngineUnavailable("the engine is starting: try again in a few seconds")
         return self.router.ready
 
-    def admit(self, sequences: int, param: str = "n") -> None:
-        """Let a request with that many sequences in, or raise the error that says why not, and count it."""
+    def admit(self, tenant: str, sequences: int) -> None:
+        """Let a request with that many sequences in, or raise the error that says why not, and count it.
+
+        Of many sequences some alone have to find a place now: the others follow them, see `Feed`. Where all places are
+        taken, there are more for a tenant that has less than its fair share of them.
+        """
         try:
             self.check_ready()
-            capacity = self.router.capacity
-            if sequences > capacity:
-                raise InvalidParameter(
-                    f"{param}: {sequences} sequences are asked for: ask for at most {capacity} in one request",
-                    param=param,
-                )
-            if self.router.live + sequences > capacity:
-                raise Overloaded(f"{self.router.live} sequences run or wait, of at most {capacity}: try again later")
+            taken, capacity = self.router.tenants, self.router.capacity
+            if not self.shares.allows(tenant, min(sequences, self.router.window), taken, capacity):
+                if taken.keys() - {tenant}:
+                    raise KeyQuota(
+                        f"all {capacity} places are taken, and this key has its share of them, {taken[tenant]}: "
+                        "try again later"
+                    )
+                raise Overloaded(f"{taken.total()} sequences run or wait, of at most {capacity}: try again later")
         except (Draining, EngineUnavailable, Overloaded) as error:
             self.metrics.rejected(_REASONS[type(error)])
             raise
+
+    def generate(self, tenant: str, requests: Sequence[Submit], *, timeout: float | None = None) -> Generation:
+        """Submit the sequences of a request that is let in. See `Router.generate`."""
+        weight = self.shares.weight(tenant)
+        owned = [msgspec.structs.replace(request, tenant=tenant, weight=weight) for request in requests]
+        return self.router.generate(owned, timeout=timeout)
 
     def check_model(self, name: str | None) -> None:
         """Raises `ModelNotFound` unless `name` is the served model's, or absent."""
@@ -112,7 +137,20 @@ class Services:
         yield decoder.decode(b"", final=True)
 
 
-_REASONS = {Draining: "draining", EngineUnavailable: "engine_unavailable", Overloaded: "queue_full"}
+_REASONS = {
+    Draining: "draining",
+    EngineUnavailable: "engine_unavailable",
+    Overloaded: "queue_full",
+    KeyQuota: "key_quota",
+}
+
+
+async def one_by_one(items: Iterable[T]) -> AsyncIterator[T]:
+    """`items`, with room for other requests between them: work on each of many short texts is long work."""
+    for index, item in enumerate(items):
+        if index:
+            await asyncio.sleep(0)
+        yield item
 
 
 # Not a plain function: fastapi would call that in a thread, for every request.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -132,13 +132,17 @@ class EventStream(Response):
             except LatticeError as error:
                 if not body.started:
                     raise
-                last = _failed(error.message, error.status, error.param)
+                last = self._failed(error)
             except Exception:
                 if not body.started:
                     raise
                 log.exception("stream failed")
-                last = _failed("internal error: see the server's log", 500)
+                last = self._failed(LatticeError("internal error: see the server's log"))
             await body.end(last)
+
+    def _failed(self, error: LatticeError) -> bytes:
+        """The end of a stream that `error` ends."""
+        return b"data: " + error_json(error.message, error.status, error.param) + b"\n\n"
 
 
 class NamedEventStream(EventStream):
@@ -147,9 +151,20 @@ class NamedEventStream(EventStream):
     _prefix = b""
     _done = b""
 
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        failed: Callable[[LatticeError], bytes],
+        *,
+        keep_alive_seconds: float,
+        stall_seconds: float,
+    ) -> None:
+        """failed: makes the events that end the stream when an error does."""
+        super().__init__(events, keep_alive_seconds=keep_alive_seconds, stall_seconds=stall_seconds)
+        self._make_failed = failed
 
-def _failed(message: str, status: int, param: str | None = None) -> bytes:
-    return b"data: " + error_json(message, status, param) + b"\n\n"
+    def _failed(self, error: LatticeError) -> bytes:
+        return self._make_failed(error)
 
 
 class _Body:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
 
+from lattice_serve.engine import child_process
 from lattice_serve.engine.config import SAVE_SECONDS, EngineConfig
 from lattice_serve.engine.errors import ConfigError
+from lattice_serve.engine.own_folder import OwnFolder
 from lattice_serve.server.engine_client import EngineClient
 
 log = structlog.get_logger(__name__)
@@ -25,7 +25,8 @@ ENGINE_COMMAND = (sys.executable, "-m", "lattice_serve.engine.process")
 _FIRST_DELAY_SECONDS = 0.1
 _LONGEST_DELAY_SECONDS = 10.0
 _STABLE_SECONDS = 60.0
-"""An engine that lived that long is restarted without the delays that earlier deaths have added."""
+"""An engine that lived that long, or has generated something, is restarted without the delays that earlier deaths have
+added."""
 _LAST_SECONDS = 1.0
 _STOP_SECONDS = 3.0
 _STDERR = 2
@@ -45,22 +46,23 @@ class Supervisor:
         config: EngineConfig,
         client: EngineClient,
         command: Sequence[str] = ENGINE_COMMAND,
-        cache_file: Path | None = None,
+        cache_options: Sequence[str] = (),
     ) -> None:
-        """cache_file: where what an engine has cached outlives it; writing it may take a while at the end."""
+        """cache_options: where what an engine has cached outlives it; writing it may take a while at the end."""
         self.restarts = 0
         self.failure: ConfigError | None = None
         """Set when the engine cannot be started, or ended before it was ever ready: trying again would not help."""
         self._config = config
         self._client = client
-        self._command = [*command, *(() if cache_file is None else ("--cache-file", str(cache_file)))]
-        self._stop_seconds = _STOP_SECONDS if cache_file is None else SAVE_SECONDS
+        self._command = [*command, *cache_options]
+        self._stop_seconds = SAVE_SECONDS if cache_options else _STOP_SECONDS
 
     async def run(self) -> None:
         """Until cancelled, or until there is a `failure`."""
         deaths = 0
         while True:
             started = time.monotonic()
+            self._client.worked = False
             try:
                 status = await self._live_once()
                 failure = ConfigError(_why(status))
@@ -70,7 +72,8 @@ class Supervisor:
             if not self._client.ever_ready:
                 self.failure = failure
                 return
-            deaths = 0 if time.monotonic() - started > _STABLE_SECONDS else deaths
+            if self._client.worked or time.monotonic() - started > _STABLE_SECONDS:
+                deaths = 0
             delay = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**deaths)
             log.error("engine died, starting it again", exit_status=status, delay_seconds=delay)
             deaths += 1
@@ -82,13 +85,13 @@ class Supervisor:
         for it, or no process."""
         # One for each engine: who clears up temporary files may take it away, and then the next one has its own.
         try:
-            temporary = tempfile.TemporaryDirectory(prefix="lattice-", ignore_cleanup_errors=True)
+            own = OwnFolder()
         except OSError as error:  # where the whole file system is read-only, for one
             raise ConfigError(
                 f"no folder for the engine's socket: {error.strerror}: set TMPDIR to one that can be written to"
             ) from error
-        with temporary as folder:
-            return await self._run_process(Path(folder, "engine.sock"))
+        with own as folder:
+            return await self._run_process(folder / "engine.sock")
 
     async def _run_process(self, socket: Path) -> int:
         """The same, in its folder."""
@@ -97,7 +100,9 @@ class Supervisor:
                 *self._command,
                 *("--socket", str(socket), "--config", self._config.model_dump_json()),
                 # Threads that spin while they wait slow each other down.
-                env={"OMP_WAIT_POLICY": "passive"} | os.environ,
+                env={"OMP_WAIT_POLICY": "passive"}
+                | child_process.environment()
+                | {"TMPDIR": str(socket.parent.parent)},
                 stdin=subprocess.PIPE,
                 stdout=_STDERR,
                 start_new_session=True,

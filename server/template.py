@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +13,7 @@ from typing import Any
 
 import structlog
 
+from lattice_serve.engine import child_process
 from lattice_serve.engine.errors import CheckpointError, EngineUnavailable, InvalidParameter, Overloaded
 
 log = structlog.get_logger(__name__)
@@ -109,7 +109,7 @@ class ChatTemplate:
                     ) from error
                 raise
         if "refused" in rendered:
-            raise InvalidParameter(f"messages: {rendered['refused']}", param="messages")
+            raise InvalidParameter(f"{rendered['param']}: {rendered['refused']}", param=rendered["param"])
         if "error" in rendered:
             raise InvalidParameter(
                 f"messages: the chat template does not take them: {rendered['error']}", param="messages"
@@ -145,7 +145,7 @@ class ChatTemplate:
             self._process = await asyncio.create_subprocess_exec(
                 *_WORKER,
                 # No keys, for a template that would find a way out of its sandbox.
-                env={name: value for name, value in os.environ.items() if not name.startswith("LATTICE_")},
+                env=child_process.environment(),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 start_new_session=True,

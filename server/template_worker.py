@@ -14,16 +14,19 @@ import json
 import resource
 import signal
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, NoReturn
 
 from jinja2 import Template, nodes
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import do_items
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lattice_serve.server.chat_variables import Refused, chat_variables
+from lattice_serve.engine import child_process
+from lattice_serve.server.chat_variables import Refused, TextArguments, chat_variables
 
 MEMORY_BYTES = 1 << 30
 MAX_CHARACTERS = 1 << 24
@@ -53,11 +56,16 @@ def _to_json(value: object, indent: int | None = None, ensure_ascii: bool = Fals
     return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **options)
 
 
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    return iter(value.items() if isinstance(value, TextArguments) else do_items(value))
+
+
 def _compile(source: str) -> Template:
     """The template, with the functions that chat templates count on."""
     extensions = [loopcontrols, _Generation]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _to_json
+    environment.filters["items"] = _items
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(source)
@@ -84,10 +92,9 @@ def _answer(template: Template, frame: dict[str, Any], setup: dict[str, Any]) ->
     if frame["request"] is not None:
         names, developers = setup["names"], setup["developers"]
         try:
-            given = chat_variables(frame["request"], names, developers=developers, end=frame["end"])
+            variables |= chat_variables(frame["request"], names, developers=developers, end=frame["end"])
         except Refused as error:
-            return {"refused": str(error)}
-        variables |= given
+            return {"refused": str(error), "param": error.param}
     return _render(template, variables)
 
 
@@ -104,6 +111,7 @@ def _write(answer: dict[str, str]) -> None:
 
 
 def main() -> None:
+    child_process.wake_at_parents_end()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     # The default action is the system's, and ends the process whatever the interpreter is at.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

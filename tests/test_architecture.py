@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,40 @@ def test_no_module_is_imported_by_its_folder_name() -> None:
     assert not wrong
 
 
+FAMILY_WORDS = re.compile(
+    r"\b(LatticeForCausalLM|LatticeConfig|num_slots|head_dim|chunk_size|MixerShape|StateLayout)\b"
+)
+
+
+def test_the_registry_alone_knows_a_model_family() -> None:
+    """Engine, server and clients name nothing of Lattice's own but in its module and the registry's line."""
+    own = ROOT / "engine" / "models"
+    allowed = {own / "registry.py", *(own / "lattice").rglob("*.py")}
+    wrong = []
+    for path in _modules("engine", "server", "clients"):
+        if path in allowed:
+            continue
+        family = (
+            f"{NAMESPACE}.engine.models.lattice",
+            f"{NAMESPACE}.kernels.mixers.lattice",
+            f"{NAMESPACE}.kernels.decoder",
+        )
+        wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in _imports(path) if name.startswith(family)]
+        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        wrong += [f"{path.relative_to(ROOT)}:{i}: {line.strip()}" for i, line in lines if FAMILY_WORDS.search(line)]
+    assert not wrong
+
+
+def test_reading_a_config_imports_no_torch() -> None:
+    """The server, which reads it, never computes."""
+    bundled = ROOT / "engine" / "bundled"
+    code = (
+        f"import sys; from pathlib import Path; from {NAMESPACE}.engine.models.registry import load_config; "
+        f"load_config(Path({str(bundled)!r})); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize("module", ["engine/scheduler.py", "engine/sequence.py"])
 def test_scheduling_knows_no_torch(module: str) -> None:
     assert "torch" not in {name.split(".")[0] for name in _imports(ROOT / module)}
@@ -81,6 +116,34 @@ def test_pyproject_lists_every_package_folder() -> None:
     assert setuptools["packages"] == sorted(".".join((NAMESPACE, *folder.parts)) for folder in folders)
     assert setuptools["package-dir"] == {f"{NAMESPACE}.{layer}": layer for layer in sorted(MAY_IMPORT)}
     assert [str(folder) for folder in sorted(folders) if not (ROOT / folder / "__init__.py").is_file()] == []
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    project = _pyproject()["project"]
+    required = {_package(each) for each in project["dependencies"]}
+    extras = {_package(each) for name in ("gpu", "plot", "train") for each in project["optional-dependencies"][name]}
+    imported = {name.split(".")[0].replace("_", "-") for path in _modules(*MAY_IMPORT) for name in _imports(path)}
+    imported -= {name.replace("_", "-") for name in sys.stdlib_module_names} | {NAMESPACE.replace("_", "-")}
+    assert imported - required - extras == set()
+    assert required - imported == {"uvloop"}, "uvicorn's, by name"
+
+
+def _package(requirement: str) -> str:
+    return re.split(r"[\[<>=~!;@ ]", requirement)[0]
+
+
+def test_triton_is_for_gpus_alone() -> None:
+    """Without it all but its kernels can be imported, and a model runs on the CPU."""
+    modules = [
+        ".".join((NAMESPACE, *path.relative_to(ROOT).with_suffix("").parts))
+        for path in _modules(*MAY_IMPORT)
+        if "triton" not in {name.split(".")[0] for name in _imports(path)} and "triton" not in path.as_posix()
+    ]
+    script = (
+        f"import sys; sys.modules['triton'] = None; import importlib; [importlib.import_module(m) for m in {modules}]"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_layer_is_typed_and_guarded_from_bare_import() -> None:

@@ -78,7 +78,7 @@ def test_limits_are_the_defaults() -> None:
     defaults = {name: field.default for name, field in Settings.model_fields.items()}
     units = {"MiB": 1 << 20, "KiB": 1 << 10, "s": 1}
     stated = re.findall(r"\| (\d+) (MiB|KiB|s) \(`LATTICE_(\w+)`\)", text)
-    assert len(stated) == 5
+    assert len(stated) == 6
     assert {name.lower(): int(n) * units[unit] for n, unit, name in stated}.items() <= defaults.items()
     assert f"{MAX_CHOICES} / {MAX_LOGPROBS} / {MAX_STOP_STRINGS} of {MAX_STOP_LENGTH} characters" in text
     assert f"{MAX_MESSAGES:,} / {MAX_TOOLS}" in text

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lattice_serve.engine.config import ModelConfig
+from lattice_serve.engine.models.lattice.config import LatticeConfig
 from lattice_serve.engine.weights import bundled_model, init_model
 
 VOCAB_SIZE = 4096
@@ -28,6 +28,6 @@ def init_tiny_model(folder: Path, **changes: Any) -> Path:
         "chunk_size": 4,
         "eos_token_id": 1,
     }
-    init_model(ModelConfig(**fields | changes), folder, seed=0, dtype=torch.bfloat16)
+    init_model(LatticeConfig(**fields | changes), folder, seed=0, dtype=torch.bfloat16)
     shutil.copyfile(bundled_model() / "tokenizer.model", folder / "tokenizer.model")
     return folder

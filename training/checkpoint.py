@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lattice_serve.engine.errors import CheckpointError
-from lattice_serve.engine.models.lattice import LatticeForCausalLM, ModelState
-from lattice_serve.kernels.mixer import MixerState
+from lattice_serve.engine.models.lattice.model import LatticeForCausalLM, ModelState
+from lattice_serve.kernels.mixers.lattice import MixerState
 
 _KEPT = 2
 

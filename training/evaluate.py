@@ -10,7 +10,7 @@ import math
 import torch
 from tqdm import tqdm
 
-from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
 from lattice_serve.training.data import Books
 from lattice_serve.training.forward import total_nll
 

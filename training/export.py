@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.errors import CheckpointError, LatticeError
-from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.engine.models.lattice.config import LatticeConfig
+from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
 from lattice_serve.engine.weights import save_model
 
 
@@ -29,7 +29,7 @@ def export_model(model: LatticeForCausalLM, tokenizer: Path, out: Path) -> None:
 
 def load_parameters(checkpoint: Path, config: Path) -> LatticeForCausalLM:
     """The model of a checkpoint folder of a run. Raises `CheckpointError` when they do not fit."""
-    model = LatticeForCausalLM(ModelConfig.model_validate_json(config.read_text(encoding="utf-8")))
+    model = LatticeForCausalLM(LatticeConfig.model_validate_json(config.read_text(encoding="utf-8")))
     try:
         model.load_state_dict(load_file(checkpoint / "parameters.safetensors"))
     except (OSError, RuntimeError) as error:

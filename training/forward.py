@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lattice_serve import kernels
-from lattice_serve.engine.models.lattice import DenseOps, LatticeForCausalLM, ModelState
-from lattice_serve.kernels.cpu_features import has_bf16
-from lattice_serve.kernels.lattice import chunk
-from lattice_serve.kernels.mixer import reference as mixer
+from lattice_serve.engine.models.lattice.model import DenseOps, LatticeForCausalLM, ModelState
+from lattice_serve.kernels.mixers.lattice import chunk
+from lattice_serve.kernels.mixers.lattice import reference as mixer
+from lattice_serve.kernels.numba.features import has_bf16
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 

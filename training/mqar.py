@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lattice_serve.engine.config import ModelConfig
-from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.engine.models.lattice.config import LatticeConfig
+from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
 from lattice_serve.training.forward import IGNORED, total_nll
 from lattice_serve.training.optimizer import build_optimizers
 
@@ -35,7 +35,7 @@ def recall_set(sequences: int, pairs: int, vocab_size: int, *, seed: int = 0) ->
 
 
 def train_single_layer(
-    config: ModelConfig, tokens: Tensor, targets: Tensor, *, steps: int, lr: float = 1e-2, seed: int = 0
+    config: LatticeConfig, tokens: Tensor, targets: Tensor, *, steps: int, lr: float = 1e-2, seed: int = 0
 ) -> list[float]:
     """Fit a model of one layer to the whole set at every step; returns the mean loss in nats of each step."""
     if config.num_hidden_layers != 1:

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
 
 OptimizerName: TypeAlias = Literal["adamw", "muon"]
 

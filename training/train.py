@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.errors import ConfigError, LatticeError
-from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.engine.models.lattice.config import LatticeConfig
+from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
 from lattice_serve.training.data import Books, Streams, encode_files, training_files, validation_files
 from lattice_serve.training.evaluate import bits_per_byte
 from lattice_serve.training.export import export_model
@@ -81,7 +81,7 @@ def train(arguments: argparse.Namespace) -> float:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     tokenizer = load_tokenizer(arguments.tokenizer)
-    config = ModelConfig.model_validate_json(arguments.config.read_text(encoding="utf-8"))
+    config = LatticeConfig.model_validate_json(arguments.config.read_text(encoding="utf-8"))
     if config.vocab_size != tokenizer.vocab_size():
         raise ConfigError(
             f"vocab_size {config.vocab_size}: the tokenizer has {tokenizer.vocab_size()} pieces: give that",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lattice_serve.engine.errors import ConfigError
-from lattice_serve.engine.models.lattice import LatticeForCausalLM, ModelState
+from lattice_serve.engine.models.lattice.model import LatticeForCausalLM, ModelState
 from lattice_serve.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from lattice_serve.training.data import Books, Segment, Streams
 from lattice_serve.training.evaluate import bits_per_byte

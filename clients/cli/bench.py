@@ -53,13 +53,14 @@ def offline(
     """
     from lattice_serve.clients import plot as plots
     from lattice_serve.clients.bench_offline import GATE_PROMPTS, OfflineBench, check_far
-    from lattice_serve.clients.ceilings import BITS, Ceilings, Work
+    from lattice_serve.clients.ceilings import BITS, Ceilings
     from lattice_serve.clients.cli import report
-    from lattice_serve.engine.config import EngineConfig, ModelConfig
+    from lattice_serve.engine.config import EngineConfig
     from lattice_serve.engine.llm import LLM
+    from lattice_serve.engine.models.registry import load_config
     from lattice_serve.engine.processors import available_cpus
     from lattice_serve.engine.weights import resolve_model
-    from lattice_serve.kernels.cpu_features import available_products
+    from lattice_serve.kernels.numba.features import available_products
 
     if plot is not None:
         plots.check()
@@ -73,8 +74,7 @@ def offline(
         task = progress.add_task("load", total=len(batches) + 4 + (position is not None))
         llm = LLM(model, max_rows=rows, max_step_tokens=step_tokens, prefix_cache_memory=0, **settings)
         progress.update(task, advance=1, description="the machine's limits")
-        config = ModelConfig.load(resolve_model(model))
-        work = Work.of(config, BITS[llm.info.dtype])
+        work = load_config(resolve_model(model)).work(BITS[llm.info.dtype])
         products = available_products(llm.info.dtype)[0]
         ceilings = Ceilings.measure(threads or available_cpus(), products, work.weight_bytes)
         runner = OfflineBench(llm, repeats=repeats, work=work, ceilings=ceilings)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from lattice_serve.engine.config import ModelConfig
+    from lattice_serve.engine.models.base import ModelConfig
 
 
 class StoredDtype(str, Enum):
@@ -35,7 +35,6 @@ def init(
     `lattice init config.json ./random-117m --tokenizer ./my-model`
     """
     from lattice_serve.engine.errors import ConfigError
-    from lattice_serve.engine.tokenizer import Tokenizer
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists: name a folder that is new or empty", param="out")
@@ -46,7 +45,7 @@ def init(
     from lattice_serve.engine.weights import bundled_model, init_model
 
     source = tokenizer or bundled_model()
-    Tokenizer.load(source, settings.vocab_size)
+    settings.tokenizer.load(source, settings.vocab_size)
     if dtype is not None:
         settings = settings.model_copy(update={"torch_dtype": dtype.value})
     init_model(settings, out, seed=seed, dtype=getattr(torch, settings.torch_dtype))
@@ -55,18 +54,13 @@ def init(
 
 
 def _read_config(path: Path) -> ModelConfig:
-    """Raises `ConfigError` naming `path` and what is wrong with it."""
-    from pydantic import ValidationError
-
-    from lattice_serve.engine.config import ModelConfig
+    """Raises `CheckpointError`, or `ConfigError`, naming `path` and what is wrong with it."""
     from lattice_serve.engine.errors import ConfigError
+    from lattice_serve.engine.models.registry import load_config, parse_config
 
     if path.is_dir():
-        return ModelConfig.load(path)
+        return load_config(path)
     try:
-        return ModelConfig.model_validate_json(path.read_bytes())
+        return parse_config(path.read_bytes(), path)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", param="config") from error
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"{path}: {faults}", param="config") from error

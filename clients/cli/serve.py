@@ -64,11 +64,21 @@ def serve(
     prefix_cache_file: Annotated[
         Path | None, typer.Option(help="Where such states outlive the server.", show_default="nowhere")
     ] = None,
+    prefix_cache_key_file: Annotated[
+        Path | None, typer.Option(help="Key of that file, made if there is none.", show_default="beside it, .key")
+    ] = None,
+    prefix_cache_save_seconds: Annotated[
+        float | None, typer.Option(help="Between two saves of that file; 0: at the end alone.", show_default="300")
+    ] = None,
     prefix_cache_device_memory: Annotated[
         str | None, typer.Option(help="On a GPU: its memory, for those used last.", show_default="256M")
     ] = None,
     speculative_tokens: Annotated[
         int | None, typer.Option(help="Tokens to guess ahead where a text repeats itself.", show_default="0, none")
+    ] = None,
+    priority_scope: Annotated[
+        str | None,
+        typer.Option(help="Where `priority` acts: within a `key`, or the whole `server`.", show_default="key"),
     ] = None,
     max_step_tokens: Annotated[
         int | None, typer.Option(help="Tokens a step, prompts and answers together.", show_default="512; on a GPU 2048")
@@ -85,7 +95,9 @@ def serve(
     ] = None,
     watchdog_seconds: Annotated[
         float | None,
-        typer.Option(help="Silence of an engine that has work after which it is started again.", show_default="120"),
+        typer.Option(
+            help="After which an engine that neither answers nor computes is started again.", show_default="12"
+        ),
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.", show_default="info")] = None,
 ) -> None:
@@ -120,9 +132,12 @@ def serve(
             speculative_tokens=speculative_tokens,
             prefix_cache_memory=None if prefix_cache_memory is None else parse_size(prefix_cache_memory),
             prefix_cache_file=prefix_cache_file,
+            prefix_cache_key_file=prefix_cache_key_file,
+            prefix_cache_save_seconds=prefix_cache_save_seconds,
             prefix_cache_device_memory=(
                 None if prefix_cache_device_memory is None else parse_size(prefix_cache_device_memory)
             ),
+            priority_scope=priority_scope,
             max_step_tokens=max_step_tokens,
             step_seconds=step_seconds,
             max_waiting=max_waiting,

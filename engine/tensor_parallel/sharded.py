@@ -11,7 +11,7 @@ from lattice_serve.engine.state_pool import StatePool
 from lattice_serve.engine.tensor_parallel.commands import CheckScrubbed, Initialise, Read, Run, Scrub, Write
 from lattice_serve.engine.tensor_parallel.group import Group
 from lattice_serve.engine.tensor_parallel.workers import Workers
-from lattice_serve.kernels.mixer import Segments, StateLayout
+from lattice_serve.kernels.mixers.segments import Segments
 
 
 class ShardedPool(StatePool):
@@ -20,10 +20,8 @@ class ShardedPool(StatePool):
 
     lends = False
 
-    def __init__(
-        self, layout: StateLayout, initial: Tensor, rows: int, device: str, workers: Workers, group: Group
-    ) -> None:
-        super().__init__(layout, initial, rows, device)
+    def __init__(self, initial: Tensor, rows: int, device: str, workers: Workers, group: Group) -> None:
+        super().__init__(initial, rows, device)
         self._workers, self._group = workers, group
 
     def initialise(self, row: int) -> None:

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import torch
 
+from lattice_serve.engine import child_process
 from lattice_serve.engine.backend import Backend, make_backend
-from lattice_serve.engine.config import EngineConfig, ModelConfig
+from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import LatticeError
+from lattice_serve.engine.models.registry import load_config
 from lattice_serve.engine.state_pool import StatePool
 from lattice_serve.engine.tensor_parallel.commands import (
     READY,
@@ -38,7 +40,7 @@ from lattice_serve.engine.tensor_parallel.commands import (
 from lattice_serve.engine.tensor_parallel.group import Group, devices
 from lattice_serve.engine.tensor_parallel.share import Share
 from lattice_serve.engine.weights import load_model, pick_dtype
-from lattice_serve.kernels.mixer import Segments
+from lattice_serve.kernels.mixers.segments import Segments
 
 Inbox = queue.SimpleQueue[Command]
 
@@ -69,7 +71,7 @@ def serve(link: socket.socket, inbox: Inbox) -> None:
     share = Share(start.rank, config.tensor_parallel_size)
     torch.set_num_threads(1)
     device = devices(config.device, share.size)[share.rank]
-    dtype = pick_dtype(config.dtype, ModelConfig.load(config.model))
+    dtype = pick_dtype(config.dtype, load_config(config.model))
     model = load_model(config.model, device=device, dtype=dtype, share=share)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
@@ -77,10 +79,9 @@ def serve(link: socket.socket, inbox: Inbox) -> None:
     group = Group(share, device, Path(start.folder))
     reserve = inbox.get()
     assert isinstance(reserve, Reserve)
-    pool = StatePool.of(model, reserve.rows, device)
+    pool = StatePool(model.initial_row(), reserve.rows, device)
     backend = make_backend(
         model,
-        pool.layout,
         pool.memory,
         max_tokens=config.max_step_tokens,
         threads=1,
@@ -113,6 +114,7 @@ def carry_out(command: Command, pool: StatePool, backend: Backend, group: Group)
 
 def main() -> int:
     """Returns the exit status where the share could not be loaded; otherwise it ends with the leader."""
+    child_process.wake_at_parents_end()
     inbox: Inbox = queue.SimpleQueue()
     link = socket.socket(fileno=int(sys.argv[1]))
     threading.Thread(target=_read, args=(link, inbox), daemon=True).start()

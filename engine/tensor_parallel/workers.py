@@ -6,20 +6,22 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from lattice_serve.engine import child_process
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.errors import ConfigError, EngineDied
+from lattice_serve.engine.own_folder import OwnFolder
 from lattice_serve.engine.tensor_parallel.commands import READY, Command, Start, send
 from lattice_serve.engine.tensor_parallel.group import Group, check_free
 from lattice_serve.engine.tensor_parallel.share import Share
 
-COMMAND = (sys.executable, "-m", "lattice_serve.engine.tensor_parallel.worker")
+_QUIET = "ignore:compiled kernels are not kept"  # the leader says so
+COMMAND = (sys.executable, "-W", _QUIET, "-m", "lattice_serve.engine.tensor_parallel.worker")
 _STOP_SECONDS = 3.0
 
 
@@ -31,14 +33,18 @@ class Workers:
         """Start them: they load while this process does. Raises `ConfigError` where this one has a group already."""
         check_free()
         self._size = config.tensor_parallel_size
-        self._folder = Path(tempfile.mkdtemp(prefix="lattice-"))
+        try:
+            own = OwnFolder()
+        except OSError as error:
+            raise ConfigError(
+                f"no folder for the processes of this model: {error.strerror}: set TMPDIR to one that can be written to"
+            ) from error
+        self._folder = own.path
         self._links: list[socket.socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._groups: list[Group] = []
         self._closing = threading.Event()
-        self.close = weakref.finalize(
-            self, _end, self._closing, self._links, self._processes, self._groups, self._folder
-        )
+        self.close = weakref.finalize(self, _end, self._closing, self._links, self._processes, self._groups, own)
         """Ends them. Again: does nothing."""
         for rank in range(1, self._size):
             ours, theirs = socket.socketpair()
@@ -48,6 +54,7 @@ class Workers:
                     subprocess.Popen(
                         [*COMMAND, str(theirs.fileno())],
                         pass_fds=[theirs.fileno()],
+                        env=child_process.environment(),
                         stdin=subprocess.DEVNULL,
                         start_new_session=True,  # out of reach of the terminal's Ctrl-C
                     )
@@ -107,7 +114,7 @@ def _end(
     links: list[socket.socket],
     processes: list[subprocess.Popen[bytes]],
     groups: list[Group],
-    folder: Path,
+    folder: OwnFolder,
 ) -> None:
     closing.set()
     for link in links:
@@ -122,4 +129,4 @@ def _end(
             process.wait()
     for group in groups:
         group.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.close()

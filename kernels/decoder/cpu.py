@@ -19,9 +19,7 @@ from numba import njit
 from torch import Tensor
 from torch.nn import functional as F
 
-from lattice_serve.kernels.cpu.team import Team, enter, finish, leave, take, wait_for
-from lattice_serve.kernels.cpu_features import Products, Stored, available_products, vectors
-from lattice_serve.kernels.decoder.prompt import (
+from lattice_serve.kernels.decoder.cpu_rows import (
     BLOCK_ROWS,
     HEAD_ROWS,
     block_rows,
@@ -31,15 +29,16 @@ from lattice_serve.kernels.decoder.prompt import (
     output_and_mlp,
 )
 from lattice_serve.kernels.decoder.weights import DecoderWeights, Packer
-from lattice_serve.kernels.lanes import LANES, aligned, padded, spread
 from lattice_serve.kernels.linear.activations import activations, has_to_settle, settle
 from lattice_serve.kernels.linear.cpu import PANEL, linear, panel_count, scratch_size
-from lattice_serve.kernels.mixer.block import MixerBlock
-from lattice_serve.kernels.mixer.cpu import mix_head
-from lattice_serve.kernels.mixer.layout import StateLayout
-from lattice_serve.kernels.mixer.segments import Segments
-from lattice_serve.kernels.norm.cpu import rms_norm
-from lattice_serve.kernels.swiglu.cpu import swiglu
+from lattice_serve.kernels.mixers.lattice.cpu.mix import mix_head
+from lattice_serve.kernels.mixers.lattice.cpu.weights import MixerBlock
+from lattice_serve.kernels.mixers.lattice.layout import StateLayout
+from lattice_serve.kernels.mixers.segments import Segments
+from lattice_serve.kernels.numba.features import Products, Stored, available_products, vectors
+from lattice_serve.kernels.numba.lanes import LANES, aligned, padded, spread
+from lattice_serve.kernels.numba.thread_team import Team, enter, finish, leave, take, wait_for
+from lattice_serve.kernels.pointwise.cpu import rms_norm, swiglu
 
 _ROWS = 8
 """Rows of an item that works row by row."""

@@ -13,14 +13,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lattice_serve.kernels.decoder.triton_graph import Graph
 from lattice_serve.kernels.decoder.triton_network import TritonNetwork
 from lattice_serve.kernels.decoder.triton_prompts import PromptStep
 from lattice_serve.kernels.decoder.weights import DecoderWeights
-from lattice_serve.kernels.mixer.layout import StateLayout
-from lattice_serve.kernels.mixer.segments import Segments
-from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments
-from lattice_serve.kernels.upload import pinned, upload
+from lattice_serve.kernels.mixers.lattice.layout import StateLayout
+from lattice_serve.kernels.mixers.lattice.triton.chunks import DeviceSegments
+from lattice_serve.kernels.mixers.segments import Segments
+from lattice_serve.kernels.triton.graph import Graph
+from lattice_serve.kernels.triton.upload import pinned, upload
 
 _LEAST_CAPTURED, _MOST_CAPTURED = 64, 8192
 """Tokens of prompts that graphs are captured for: for more, the device takes longer than the host for the launches."""

@@ -19,12 +19,12 @@ from lattice_serve.kernels.decoder.weights import DecoderWeights
 from lattice_serve.kernels.linear.quantize import quantize
 from lattice_serve.kernels.linear.tiles import Phase
 from lattice_serve.kernels.linear.triton import gated_linear, linear, parts
-from lattice_serve.kernels.mixer.layout import StateLayout
-from lattice_serve.kernels.mixer.shape import MixerWeights
-from lattice_serve.kernels.mixer.triton_decode import mix_decode
-from lattice_serve.kernels.mixer.triton_prefill import mix_prefill
-from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments
-from lattice_serve.kernels.norm.triton import add_rms_norm
+from lattice_serve.kernels.mixers.lattice.layout import StateLayout
+from lattice_serve.kernels.mixers.lattice.shape import MixerWeights
+from lattice_serve.kernels.mixers.lattice.triton.chunks import DeviceSegments
+from lattice_serve.kernels.mixers.lattice.triton.decode import mix_decode
+from lattice_serve.kernels.mixers.lattice.triton.prefill import mix_prefill
+from lattice_serve.kernels.pointwise.triton import add_rms_norm
 
 
 @dataclass(frozen=True, slots=True)

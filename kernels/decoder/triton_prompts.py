@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lattice_serve.kernels.decoder.triton_graph import Graph
 from lattice_serve.kernels.decoder.triton_network import TritonNetwork
-from lattice_serve.kernels.mixer.segments import Segments
-from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments, list_segments, tile_tokens
-from lattice_serve.kernels.upload import pinned
+from lattice_serve.kernels.mixers.lattice.triton.chunks import DeviceSegments, list_segments, tile_tokens
+from lattice_serve.kernels.mixers.segments import Segments
+from lattice_serve.kernels.triton.graph import Graph
+from lattice_serve.kernels.triton.upload import pinned
 
 _NONE = Segments(np.empty(0, np.int64), np.empty(0, np.int64), np.zeros(1, np.int64))
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from lattice_serve.kernels.lanes import aligned, padded
 from lattice_serve.kernels.linear.cpu import PackedWeight
-from lattice_serve.kernels.mixer.shape import MixerWeights
+from lattice_serve.kernels.mixers.lattice.shape import MixerWeights
+from lattice_serve.kernels.numba.lanes import aligned, padded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,10 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from lattice_serve.kernels.cpu.amx import BYTE_TILE_K, TILE, TILE_K
-from lattice_serve.kernels.cpu.vector import (
+from lattice_serve.kernels.numba.amx import BYTE_TILE_K, TILE, TILE_K
+from lattice_serve.kernels.numba.features import Products
+from lattice_serve.kernels.numba.lanes import LANES, aligned, padded
+from lattice_serve.kernels.numba.vector import (
     floor,
     fma,
     larger,
@@ -34,8 +36,6 @@ from lattice_serve.kernels.cpu.vector import (
     store_int8,
     total,
 )
-from lattice_serve.kernels.cpu_features import Products
-from lattice_serve.kernels.lanes import LANES, aligned, padded
 
 _STEPS = 32639
 """The largest whole number whose higher byte, 256 times as much, is not beyond 127 when the lower is -128 to 127."""

@@ -1,7 +1,7 @@
 """Panels of a packed bfloat16 weight by tiles of the matrix unit.
 
 For few rows weights are read once, from memory; for many they are kept in a cache, part by part. An output is added up
-in the same order by either (`kernels.cpu.amx`).
+in the same order by either (`kernels.numba.amx`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 from numba import njit
 from numba.extending import register_jitable
 
-from lattice_serve.kernels.cpu.amx import (
+from lattice_serve.kernels.linear.overlap import take_turns
+from lattice_serve.kernels.numba.amx import (
     TILE,
     TILE_BYTES,
     ask,
@@ -23,8 +24,7 @@ from lattice_serve.kernels.cpu.amx import (
     multiply,
     release,
 )
-from lattice_serve.kernels.lanes import LANES
-from lattice_serve.kernels.linear.aside import take_turns
+from lattice_serve.kernels.numba.lanes import LANES
 
 STRIPS = 4
 """Of a whole panel."""

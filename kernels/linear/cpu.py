@@ -7,7 +7,7 @@ are multiplied at the speed of memory, many at that of the processor's multiplie
 What multiplies follows from how the activations lie (`kernels.linear.activations`): float32 by fused multiply-adds
 with weights that are widened on the way; bfloat16 by VDPBF16PS, in pairs of k, or by AMX, 32 of k at once; whole
 numbers with weights of int8 by AMX or by vectors of bytes (`kernels.linear.int8`). A single row of bfloat16 is not left
-to AMX, but to vectors that add up as it does (`kernels.cpu.pairs`).
+to AMX, but to vectors that add up as it does (`kernels.numba.bf16_row`).
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from numba import njit, types
 from numba.extending import overload, register_jitable
 from torch import Tensor
 
-from lattice_serve.kernels.cpu.amx import (
+from lattice_serve.kernels.linear.activations import ByteTiles, activations, fill
+from lattice_serve.kernels.linear.bf16 import STRIPS, by_tiles_of_halves, stream_steps
+from lattice_serve.kernels.linear.int8 import FEW, LARGEST_K, by_tiles_of_bytes, by_vectors_of_bytes
+from lattice_serve.kernels.linear.overlap import nothing, take_turns
+from lattice_serve.kernels.linear.quantize import quantize
+from lattice_serve.kernels.numba.amx import (
     BYTE_TILE_K,
     TILE,
     TILE_K,
 )
-from lattice_serve.kernels.cpu.pairs import flush_denormals, line, restore_denormals
-from lattice_serve.kernels.cpu.products import tile
-from lattice_serve.kernels.cpu.vector import load, splat, store
-from lattice_serve.kernels.cpu_features import Products, Stored, available_products
-from lattice_serve.kernels.lanes import LANES, aligned, padded
-from lattice_serve.kernels.linear.activations import ByteTiles, activations, fill
-from lattice_serve.kernels.linear.aside import nothing, take_turns
-from lattice_serve.kernels.linear.bf16 import STRIPS, by_tiles_of_halves, stream_steps
-from lattice_serve.kernels.linear.int8 import FEW, LARGEST_K, by_tiles_of_bytes, by_vectors_of_bytes
-from lattice_serve.kernels.linear.quantize import quantize
+from lattice_serve.kernels.numba.bf16_row import flush_denormals, line, restore_denormals
+from lattice_serve.kernels.numba.dots import tile
+from lattice_serve.kernels.numba.features import Products, Stored, available_products
+from lattice_serve.kernels.numba.lanes import LANES, aligned, padded
+from lattice_serve.kernels.numba.vector import load, splat, store
 
 PANEL = STRIPS * LANES
 """Outputs that a thread takes at once: four strips."""

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from lattice_serve.kernels.cpu.amx import (
+from lattice_serve.kernels.linear.bf16 import MANY, STRIPS, next_part, part_depth
+from lattice_serve.kernels.numba.amx import (
     TILE,
     TILE_BYTES,
     ask,
@@ -26,10 +27,9 @@ from lattice_serve.kernels.cpu.amx import (
     multiply,
     release,
 )
-from lattice_serve.kernels.cpu.vector import fma, load, splat, store, widened
-from lattice_serve.kernels.cpu.vnni import dots
-from lattice_serve.kernels.lanes import LANES
-from lattice_serve.kernels.linear.bf16 import MANY, STRIPS, next_part, part_depth
+from lattice_serve.kernels.numba.lanes import LANES
+from lattice_serve.kernels.numba.vector import fma, load, splat, store, widened
+from lattice_serve.kernels.numba.vnni import dots
 
 LARGEST_K = 65536
 """Of more products of bytes a sum might not fit int32."""

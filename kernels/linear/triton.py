@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lattice_serve.kernels.dependent import after_last, dependent
 from lattice_serve.kernels.linear.tiles import Phase, Tiles, architecture, part
-from lattice_serve.kernels.swiglu.triton import silu
+from lattice_serve.kernels.pointwise.triton import silu
+from lattice_serve.kernels.triton.dependent_launch import after_last, dependent
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -18,5 +18,5 @@ router = APIRouter()
 async def create_embeddings(request: Request, services: Injected) -> Response:
     """A vector for each text."""
     asked = await services.read(EmbeddingRequest, request)
-    answer = await until_disconnect(request.receive, embed(services, asked))
+    answer = await until_disconnect(request.receive, embed(services, asked, request.state.tenant))
     return PacedResponse(msgspec.json.encode(answer), stall_seconds=services.settings.request_seconds)

@@ -16,7 +16,6 @@ from lattice_serve.server.services import Injected
 router = APIRouter()
 
 
-@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(services: Injected) -> dict[str, Any]:
     """200 while this process lives; the body says how the engines are, together and each."""
@@ -32,7 +31,6 @@ async def health(services: Injected) -> dict[str, Any]:
     return {"status": "ok", "engine": engine, "restarts": router.restarts, "engines": engines}
 
 
-@router.head("/ready", include_in_schema=False)
 @router.get("/ready", responses=failures(503))
 async def ready(services: Injected) -> dict[str, Any]:
     """200 while requests are taken, by one engine at least, else 503."""
@@ -43,7 +41,6 @@ async def ready(services: Injected) -> dict[str, Any]:
     return {"status": "ready", "rows": sum(engine["rows"] for engine in engines), "engines": engines}
 
 
-@router.head("/ping", include_in_schema=False)
 @router.get("/ping", response_class=Response)
 async def ping() -> Response:
     """200, as /health."""

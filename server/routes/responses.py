@@ -21,22 +21,23 @@ router = APIRouter()
 async def create_response(request: Request, services: Injected) -> Response:
     """Answer an input, after the conversation of an earlier response if one is named, whole or as events."""
     asked = await services.read(ResponseRequest, request)
-    salt: str = request.state.cache_salt
+    tenant: str = request.state.tenant
     if asked.stream:
-        return NamedEventStream(response.stream(services, asked, salt), **services.settings.stream_seconds)
-    whole = await until_disconnect(request.receive, response.respond(services, asked, salt))
+        told = response.ResponseStream(services, asked, tenant)
+        return NamedEventStream(told.events(), told.failed, **services.settings.stream_seconds)
+    whole = await until_disconnect(request.receive, response.respond(services, asked, tenant))
     return PacedResponse(whole, stall_seconds=services.settings.request_seconds)
 
 
 @router.get("/v1/responses/{response_id}", responses=failures(404))
 async def get_response(response_id: str, request: Request, services: Injected) -> Response:
     """A stored response."""
-    stored = services.responses.get(request.state.cache_salt, response_id, "response_id")
+    stored = services.responses.get(request.state.tenant, response_id, "response_id")
     return PacedResponse(stored.body, stall_seconds=services.settings.request_seconds)
 
 
 @router.delete("/v1/responses/{response_id}", responses=failures(404))
 async def delete_response(response_id: str, request: Request, services: Injected) -> dict[str, Any]:
     """Forget a stored response."""
-    services.responses.delete(request.state.cache_salt, response_id)
+    services.responses.delete(request.state.tenant, response_id)
     return {"id": response_id, "object": "response", "deleted": True}

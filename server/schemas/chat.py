@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.engine.messages import FinishReason
 from lattice_serve.engine.sampling import MAX_LOGPROBS, Grammar
-from lattice_serve.server.schemas.base import RequestModel
+from lattice_serve.server.schemas.base import Off, RequestModel
 from lattice_serve.server.schemas.generation import NOT_SUPPORTED, GenerationRequest, Usage
 from lattice_serve.server.schemas.tools import Call, NamedTool, Tool, ToolChoice, calls
 
@@ -27,8 +27,8 @@ def _joined(content: object) -> object:
     texts = []
     for place, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("text") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(text, str):
+        text = part.get(kind) if kind in ("text", "refusal") else None
+        if not isinstance(text, str):
             raise ValueError(f"part {place} is not served: give parts of type text, with a string as text")
         texts.append(text)
     return "\n".join(texts)
@@ -37,9 +37,14 @@ def _joined(content: object) -> object:
 _TEXT_PARTS = {
     "type": "array",
     "items": {
-        "type": "object",
-        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-        "required": ["type", "text"],
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {"type": {"const": kind}, kind: {"type": "string"}},
+                "required": ["type", kind],
+            }
+            for kind in ("text", "refusal")
+        ]
     },
 }
 Content = Annotated[
@@ -52,6 +57,8 @@ Content = Annotated[
 class Message(RequestModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
+    refusal: str | None = None
+    """Of an assistant: what it said in place of content."""
     name: str | None = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
@@ -130,22 +137,22 @@ class ChatRequest(GenerationRequest, ChatPrompt):
     parallel_tool_calls: bool | None = None
 
     audio: None = None
-    echo: Literal[False] | None = None
+    echo: Off | None = None
     function_call: None = None
     functions: None = None
     modalities: list[Literal["text"]] | None = None
     moderation: None = None
     prompt_logprobs: None = None
     reasoning_effort: Literal["none"] | None = None
-    store: Literal[False] | None = None
+    store: Off | None = None
     verbosity: Literal["medium"] | None = None
     web_search_options: None = None
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
         if self.token_limit == 0:
-            raise InvalidParameter("max_tokens is 0: give at least 1", param="max_tokens")
-        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidParameter(f"{self.limit_name} is 0: give at least 1", param=self.limit_name)
+        if self.top_logprobs and not self.logprobs:
             raise InvalidParameter("top_logprobs: give it only with logprobs: true", param="top_logprobs")
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
@@ -215,7 +222,7 @@ class CallDelta(msgspec.Struct):
 
 class Delta(msgspec.Struct):
     role: Literal["assistant"] | msgspec.UnsetType = msgspec.UNSET
-    content: str | msgspec.UnsetType = msgspec.UNSET
+    content: str | msgspec.UnsetType | None = msgspec.UNSET
     tool_calls: list[CallDelta] | msgspec.UnsetType = msgspec.UNSET
 
 

@@ -13,6 +13,9 @@ from lattice_serve.engine.messages import FinishReason
 from lattice_serve.server.schemas.base import TEXTS, Count, Texts, each
 from lattice_serve.server.schemas.generation import MAX_CHOICES, NOT_SUPPORTED, GenerationRequest, Usage
 
+MAX_SEQUENCES = 2048
+"""Prompts of a request, each as often as answers to it are asked for."""
+
 
 class CompletionRequest(GenerationRequest):
     remedies: ClassVar[dict[str, str]] = GenerationRequest.remedies | {
@@ -42,7 +45,8 @@ class CompletionRequest(GenerationRequest):
             raise InvalidParameter("prompt_logprobs: not with stream: true", param="prompt_logprobs")
         if self.token_limit == 0 and not (self.echo or self.prompt_logprobs is not None or self.cache_points):
             raise InvalidParameter(
-                "max_tokens is 0: give at least 1, or echo: true, prompt_logprobs or cache_points", param="max_tokens"
+                f"{self.limit_name} is 0: give at least 1, or echo: true, prompt_logprobs or cache_points",
+                param=self.limit_name,
             )
         return self
 
@@ -53,8 +57,16 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def prompts(self) -> Sequence[str | list[int]]:
-        """Raises `InvalidParameter` when there is none, or one of them is empty."""
-        return each(self.prompt, "prompt")
+        """Raises `InvalidParameter` when there is none, one of them is empty, or there are too many."""
+        prompts = each(self.prompt, "prompt", MAX_SEQUENCES)
+        if len(prompts) * self.candidates > MAX_SEQUENCES:
+            name = "n" if self.best_of is None else "best_of"
+            raise InvalidParameter(
+                f"{name} is {self.candidates}, for {len(prompts)} prompts: ask for at most {MAX_SEQUENCES} answers in "
+                "one request",
+                param=name,
+            )
+        return prompts
 
     def _own_sampling(self) -> dict[str, Any]:
         scored = [count for count in (self.prompt_logprobs, self.logprobs if self.echo else None) if count is not None]

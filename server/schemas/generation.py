@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from pydantic import BeforeValidator, Field, model_validator
 
 from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.engine.sampling import MAX_LOGIT_BIAS, SamplingParams
-from lattice_serve.server.schemas.base import Count, RequestModel, Strings, TokenIds
+from lattice_serve.server.schemas.base import Count, Off, RequestModel, Strings, TokenIds
 from lattice_serve.server.schemas.structured import StructuredRequest
 
 MAX_CHOICES = 128
@@ -71,7 +71,7 @@ class GenerationRequest(StructuredRequest):
     """Numbers of prompt tokens after which the state is worth keeping. With max_tokens 0, that is all that is done."""
     cache_salt: Annotated[str, Field(max_length=MAX_SALT_LENGTH)] | None = None
     """Only requests with the same one, and the same API key, share cached states."""
-    use_beam_search: Literal[False] | None = None
+    use_beam_search: Off | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationRequest:
@@ -94,7 +94,13 @@ class GenerationRequest(StructuredRequest):
 
     @property
     def token_limit(self) -> int | None:
-        return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
+        """The newer name wins, as in vLLM."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def limit_name(self) -> str:
+        """The field that `token_limit` is of."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     def sampling(self, choice: int) -> SamplingParams:
         """Parameters of the `choice`-th answer to a prompt. Raises `InvalidParameter` as `SamplingParams` does."""

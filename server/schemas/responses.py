@@ -7,14 +7,18 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 import msgspec
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from lattice_serve.engine.errors import InvalidParameter
-from lattice_serve.server.schemas.base import Count, RequestModel
+from lattice_serve.engine.errors import InvalidParameter, LatticeError, Overloaded
+from lattice_serve.server.schemas.base import Count, Off, RequestModel
 from lattice_serve.server.schemas.chat import MAX_MESSAGES, MAX_TOOLS, ChatRequest, TokenScore
 from lattice_serve.server.schemas.generation import MAX_SALT_LENGTH, MAX_TIMEOUT_SECONDS, NOT_SUPPORTED
 from lattice_serve.server.schemas.tools import FunctionName
 
 MAX_METADATA = 16
 LOGPROBS = "message.output_text.logprobs"
+
+
+_TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
+"""Types of content parts, and where each has its text."""
 
 
 def _joined(content: object) -> object:
@@ -24,8 +28,8 @@ def _joined(content: object) -> object:
     texts = []
     for place, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("text") if isinstance(part, dict) else None
-        if kind not in ("input_text", "output_text", "text") or not isinstance(text, str):
+        text = part.get(_TEXTS[kind]) if isinstance(kind, str) and kind in _TEXTS else None
+        if not isinstance(text, str):
             raise ValueError(f"part {place} is not served: give parts of type input_text or output_text, with text")
         texts.append(text)
     return "\n".join(texts)
@@ -159,7 +163,7 @@ class ResponseRequest(RequestModel):
     truncation: Literal["disabled", "auto"] | None = None
 
     access_programs: None = None
-    background: Literal[False] | None = None
+    background: Off | None = None
     background_options: None = None
     context_management: None = None
     conversation: None = None
@@ -176,7 +180,7 @@ class ResponseRequest(RequestModel):
 
     @model_validator(mode="after")
     def _check(self) -> ResponseRequest:
-        if self.top_logprobs is not None and not self.with_logprobs:
+        if self.top_logprobs and not self.with_logprobs:
             raise InvalidParameter(f'top_logprobs: give it only with include: ["{LOGPROBS}"]', param="top_logprobs")
         return self
 
@@ -286,17 +290,30 @@ _SHOWN = {
 """Fields of the request that a response gives back."""
 
 
+class ResponseError(msgspec.Struct):
+    """Why a response failed, with one of the codes that OpenAI's clients know."""
+
+    code: Literal["server_error", "rate_limit_exceeded", "invalid_prompt"]
+    message: str
+
+    @classmethod
+    def of(cls, error: LatticeError) -> ResponseError:
+        if isinstance(error, Overloaded):
+            return cls("rate_limit_exceeded", error.message)
+        return cls("invalid_prompt" if isinstance(error, InvalidParameter) else "server_error", error.message)
+
+
 class ResponseObject(msgspec.Struct, kw_only=True):
     """A response as it is now."""
 
     id: str
     created_at: int
     model: str
-    status: Literal["in_progress", "completed", "incomplete"] = "in_progress"
+    status: Literal["in_progress", "completed", "incomplete", "failed"] = "in_progress"
     output: list[OutputMessage | OutputCall] = []
     usage: ResponseUsage | None = None
     incomplete_details: dict[str, str] | None = None
-    error: None = None
+    error: ResponseError | None = None
     instructions: str | None = None
     max_output_tokens: int | None = None
     metadata: dict[str, str] = {}

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.engine.sampling import Grammar
-from lattice_serve.server.schemas.base import RequestModel, Strings
+from lattice_serve.server.schemas.base import Off, RequestModel, Strings
 
 JsonSchema: TypeAlias = dict[str, Any] | str
 """An object, or its text."""
@@ -27,7 +27,7 @@ class NamedSchema(RequestModel):
     name: str | None = None
     description: str | None = None
     strict: bool | None = None
-    """Answers keep to the schema either way."""
+    """Answers keep to the schema either way; with it, a format that they cannot be kept to is refused, not ignored."""
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
 
 
@@ -49,8 +49,8 @@ class StructuredOutputs(RequestModel):
     grammar: str | None = None
     structural_tag: None = None
     whitespace_pattern: None = None
-    disable_any_whitespace: Literal[False] | None = None
-    disable_additional_properties: Literal[False] | None = None
+    disable_any_whitespace: Off | None = None
+    disable_additional_properties: Off | None = None
 
 
 class StructuredRequest(RequestModel):
@@ -82,7 +82,8 @@ class StructuredRequest(RequestModel):
     def _of_response_format(self) -> list[Grammar]:
         name = "response_format"
         if isinstance(self.response_format, JsonSchemaFormat):
-            return [Grammar.json_schema(self.response_format.json_schema.schema_, name)]
+            given = self.response_format.json_schema
+            return [Grammar.json_schema(given.schema_, name, strict=given.strict is True)]
         return [Grammar.json(name)] if isinstance(self.response_format, JsonObjectFormat) else []
 
     def _of_structured_outputs(self) -> list[Grammar]:

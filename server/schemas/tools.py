@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from lattice_serve.engine.errors import InvalidParameter
-from lattice_serve.engine.sampling import Grammar
+from lattice_serve.engine.sampling import CallableFunction, Grammar
 from lattice_serve.server.schemas.base import RequestModel
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -32,7 +31,8 @@ class Function(RequestModel):
     parameters: dict[str, Any] | None = None
     """A JSON schema."""
     strict: bool | None = None
-    """Arguments keep to the schema where a call must be made, and are the model's own where it may be."""
+    """Arguments keep to the schema where a call must be made, and are the model's own where it may be. What cannot be
+    enforced of the schema is then refused instead of ignored."""
 
     @model_validator(mode="after")
     def _check(self) -> Function:
@@ -59,32 +59,8 @@ ToolChoice: TypeAlias = Literal["none", "auto", "required"] | NamedTool
 
 
 def calls(functions: Sequence[Function], *, one: bool) -> Grammar:
-    """A JSON list of calls of `functions`, of a single one with `one`, whose arguments keep to their schemas.
-
-    Raises `InvalidParameter` where two functions give one name to different definitions.
-    """
-    kinds = []
-    shared: dict[str, dict[str, Any]] = {}
-    for function in functions:
-        parameters: dict[str, Any] = {"type": "object"} | (function.parameters or {})
-        # References are from the root of the schema.
-        for place in ("$defs", "definitions"):
-            if not isinstance(parameters.get(place), dict):
-                continue
-            for name, definition in parameters.pop(place).items():
-                if shared.setdefault(place, {}).setdefault(name, definition) != definition:
-                    raise InvalidParameter(
-                        f"tools: two functions have different {place} of the name {name[:100]!r}: rename one",
-                        param="tools",
-                    )
-        properties = {"name": {"const": function.name}, "arguments": parameters}
-        kinds.append(
-            {
-                "type": "object",
-                "properties": properties,
-                "required": list(properties),
-                "additionalProperties": False,
-            }
-        )
-    limits = {"minItems": 1, "maxItems": 1} if one else {"minItems": 1}
-    return Grammar.json_schema({"type": "array", "items": {"anyOf": kinds}, **limits, **shared}, "tools")
+    """A JSON list of calls of `functions`, of a single one with `one`, whose arguments keep to their schemas."""
+    callables = [
+        CallableFunction(function.name, function.parameters or {}, function.strict is True) for function in functions
+    ]
+    return Grammar.tool_calls(callables, one=one, param="tools")

@@ -9,14 +9,15 @@ from typing import Any, cast
 import pytest
 
 from lattice_serve.clients.bench_offline import OfflineBench
-from lattice_serve.clients.ceilings import BITS, Ceilings, Work
+from lattice_serve.clients.ceilings import BITS, Ceilings
 from lattice_serve.clients.errors import ClientError
-from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.llm import LLM
-from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.engine.models.base import Work
+from lattice_serve.engine.models.lattice.config import LatticeConfig
+from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
 from lattice_serve.engine.sampling import SamplingParams
-from lattice_serve.kernels.cpu_features import Products, available_products
-from lattice_serve.kernels.mixer import StateLayout
+from lattice_serve.kernels.mixers.lattice import StateLayout
+from lattice_serve.kernels.numba.features import Products, available_products
 from tests.tiny import init_tiny_model
 
 
@@ -69,14 +70,14 @@ def test_the_gate() -> None:
         _bench(PlayedEngine(short=True)).decode(1, 2)
 
 
-CONFIG = ModelConfig(
+CONFIG = LatticeConfig(
     vocab_size=100, hidden_size=16, num_hidden_layers=2, num_heads=2, head_dim=4, num_slots=8, intermediate_size=32,
     chunk_size=4,
 )  # fmt: skip
 
 
 def test_work_is_that_of_the_matrices() -> None:
-    work = Work.of(CONFIG, BITS["int8"])
+    work = CONFIG.work(BITS["int8"])
     model = LatticeForCausalLM(CONFIG)
     matrices = [p.numel() for name, p in model.named_parameters() if name.endswith("_proj.weight")]
     head = CONFIG.vocab_size * CONFIG.hidden_size

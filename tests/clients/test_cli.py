@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from lattice_serve.clients.cli import main
 from lattice_serve.clients.cli.serve import parse_size
 from lattice_serve.clients.types import ChatCompletion
-from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.errors import CheckpointError, EngineDied
+from lattice_serve.engine.models.registry import load_config
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.server.settings import BUNDLED_MODEL, Settings
@@ -230,6 +230,10 @@ def test_serve_passes_every_option_on(served: list[Settings], tmp_path: Path) ->
             "3M",
             "--prefix-cache-file",
             str(tmp_path / "states"),
+            "--prefix-cache-key-file",
+            str(tmp_path / "key"),
+            "--prefix-cache-save-seconds",
+            "7",
         ],
         *["--max-step-tokens", "64", "--max-waiting", "5", "--grace-period", "1.5", "--log-level", "debug"],
         *["--watchdog-seconds", "9"],
@@ -248,6 +252,8 @@ def test_serve_passes_every_option_on(served: list[Settings], tmp_path: Path) ->
         "state_memory": 2 << 20,
         "prefix_cache_memory": 3 << 20,
         "prefix_cache_file": tmp_path / "states",
+        "prefix_cache_key_file": tmp_path / "key",
+        "prefix_cache_save_seconds": 7,
         "speculative_tokens": 5,
         "max_step_tokens": 64,
         "max_waiting": 5,
@@ -288,8 +294,8 @@ class TestInit:
         out = tmp_path / "out"
         result = _run("init", str(tmp_path / name), str(out), "--seed", "5", "--dtype", "float32")
         assert result.exit_code == 0, result.output
-        config = ModelConfig.load(out)
-        assert (config.num_slots, config.torch_dtype) == (2, "float32")
+        config = load_config(out)
+        assert (config.model_dump()["num_slots"], config.torch_dtype) == (2, "float32")
         assert (out / "tokenizer.model").read_bytes() == (BUNDLED_MODEL / "tokenizer.model").read_bytes()
 
     def test_the_seed_decides_the_weights(self, tmp_path: Path) -> None:
@@ -303,7 +309,7 @@ class TestInit:
 
     def test_the_dtype_of_the_config(self, tmp_path: Path) -> None:
         assert _run("init", str(self._config(tmp_path)), str(tmp_path / "out")).exit_code == 0
-        assert ModelConfig.load(tmp_path / "out").torch_dtype == "bfloat16"
+        assert load_config(tmp_path / "out").torch_dtype == "bfloat16"
 
     @pytest.mark.parametrize(
         ("fields", "message"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -279,3 +280,48 @@ def test_events_may_be_cut_anywhere(size: int) -> None:
 def test_a_stream_without_its_end_is_broken() -> None:
     with pytest.raises(ConnectionFailed, match="broke off"):
         wire.ChunkDecoder(Completion).finish()
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "http://127.0.0.1:9", "nothing"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_no_proxy_stands_before_a_server_of_this_machine(
+    ask: Callable[..., Any], played: PlayedServer, proxy: str, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _set_proxy(monkeypatch, proxy)
+    assert ask(played.url.replace("127.0.0.1", host), "health")
+    assert ask(played.url, "completions", "Once").text == TEXT
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize(
+    ("proxy", "message"), [("socks5://127.0.0.1:9", r"SOCKS proxy .*install httpx\[socks\]"), ("x://y", "that is none")]
+)
+def test_a_proxy_that_cannot_be_used_is_told(
+    kind: Callable[..., Any], proxy: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)  # as where it is not installed
+    _set_proxy(monkeypatch, proxy)
+    with pytest.raises(ConnectionFailed, match=message):
+        kind("http://server.example")
+    monkeypatch.setenv("NO_PROXY", "server.example")
+    kind("http://server.example")
+
+
+def test_others_are_reached_through_the_proxy(played: PlayedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    _set_proxy(monkeypatch, played.url)
+    with Client("http://server.example") as client:
+        assert client.models()
+
+
+def _set_proxy(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    for name in ("NO_PROXY", "no_proxy", "HTTP_PROXY", "http_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ALL_PROXY", proxy)
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.9.0.1", True), ("::1", True), ("a.localhost", True), ("0.0.0.0", True), ("10.0.0.1", False), ("x", False)],
+)
+def test_addresses_of_this_machine(host: str, loopback: bool) -> None:
+    assert wire.is_direct(host) == loopback

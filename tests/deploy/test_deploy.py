@@ -118,6 +118,51 @@ def test_an_image_has_all_packages_and_no_root(name: str) -> None:
     assert not re.search(r"^ADD ", text, re.MULTILINE)
 
 
+def pinned(name: str) -> dict[str, set[str]]:
+    """Name of each requirement of a file, and its lines `name==version`."""
+    found: dict[str, set[str]] = {}
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"([a-z0-9-]+)==([^ ;]+)", line):
+            found.setdefault(match[1], set()).add(match[2])
+    return found
+
+
+def test_the_images_install_the_pinned_versions_of_all_that_is_declared_with_hashes() -> None:
+    project = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    versions, listed = pinned("constraints.txt"), pinned("deploy/requirements.txt")
+    listed_gpu = pinned("deploy/requirements-gpu.txt")
+    names = {re.split(r"[<>=; ]", each)[0] for each in project["dependencies"]}
+    assert names - listed.keys() == {"torch"}
+    assert listed_gpu.keys() == {"triton"}
+    assert {name: got for name, got in (listed | listed_gpu).items() if not got <= versions.get(name, set())} == {}
+    for name in ("requirements.txt", "requirements-gpu.txt", "requirements-sbom.txt"):
+        text = (DEPLOY / name).read_text(encoding="utf-8")
+        requirements = re.split(r"\n(?=[a-z])", text.partition("\n")[2])
+        assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", requirement) for requirement in requirements)
+        assert "://" not in text
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_pip_checks_hashes_of_all_but_torch(name: str) -> None:
+    text = (DEPLOY / name).read_text(encoding="utf-8").replace("\\\n", " ")
+    installs = re.findall(r"pip install ([^\n&]+)", text)
+    unchecked = [each for each in installs if "--require-hashes" not in each and "--no-index" not in each]
+    assert all("torch" in each.split()[-1] for each in unchecked)
+    assert "cyclonedx-py environment" in text
+    assert re.search(r"^COPY --from=sbom \S+ /usr/share/doc/", text, re.MULTILINE)
+
+
+def test_containers_are_confined() -> None:
+    for name, service in load("compose.yaml")["services"].items():
+        assert service["read_only"], name
+        assert service["tmpfs"] == ["/tmp"], name
+        assert service["mem_limit"], name
+        assert service["pids_limit"] <= 512, name
+        assert (service["cap_drop"], service["security_opt"]) == (["ALL"], ["no-new-privileges:true"]), name
+    mounted = {volume.rpartition(":")[2] for volume in load("compose.yaml")["services"]["server"]["volumes"]}
+    assert "/var/cache/lattice/numba" in mounted
+
+
 @pytest.mark.parametrize("name", DOCKERFILES)
 def test_pip_has_certificates_in_every_stage_that_runs_it(name: str) -> None:
     # Debian 13's does not start without, whatever it is to do; its slim image has none.

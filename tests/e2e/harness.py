@@ -6,6 +6,7 @@ import json
 import random
 import string
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,20 @@ class RealServer(ServerProcess):
     start_seconds = 120.0
     """The first engine on a machine compiles its kernels."""
 
-    def __init__(self, folder: Path, model: Path, **settings: Any):
-        super().__init__(folder)
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        *,
+        prefix: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
+        **settings: Any,
+    ):
+        super().__init__(folder, environment=environment)
         # The name is what `metrics` leaves out.
         options = {"port": 0, "max_rows": 8, "threads": 1, "served_model_name": "lattice"} | settings
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
-        self._command = [LATTICE, "serve", str(model), *flags]
+        self._command = [*prefix, LATTICE, "serve", str(model), *flags]
 
     def logged(self, event: str) -> dict[str, Any]:
         """The last such line of the log."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,23 @@ def test_states_outlive_the_server(start_server: Callable[..., RealServer], tmp_
     server.process.terminate()
     assert server.process.wait(20) == 0
     path.write_bytes(path.read_bytes()[:-100])
+    path.with_name(".states.unfinished").write_bytes(bytes(1000))  # as one has left that was killed while it wrote
     server = start_server(prefix_cache_file=path)
     assert cached(ask(server, prompt=prompt)) == 0
     assert "the cache begins empty" in server.log_path.read_text()
+    assert sorted(each.name for each in tmp_path.iterdir() if "states" in each.name) == ["states", "states.key"]
+
+
+def test_what_was_saved_in_time_outlives_an_engine_that_is_killed(
+    start_server: Callable[..., RealServer], tmp_path: Path
+) -> None:
+    path, prompt = tmp_path / "states", list(range(700, 760))
+    server = start_server(prefix_cache_file=path, prefix_cache_save_seconds=0.2)
+    first = ask(server, prompt=prompt, logprobs=3)
+    wait_for(path.exists)
+    wait_for(lambda: "cached states to" in server.log_path.read_text())
+    pid = server.engine_pid
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: server.engine_pid != pid and server.http.get("/ready").status_code == 200, 60)
+    again = ask(server, prompt=prompt, logprobs=3)
+    assert (cached(again), again["choices"]) == (60, first["choices"])

@@ -17,6 +17,17 @@ def test_vectors_are_the_models(server: RealServer) -> None:
     assert all(math.isclose(math.hypot(*vector), 1.0, rel_tol=1e-6) for vector in vectors)
 
 
+def test_a_long_list_is_as_each_alone(server: RealServer) -> None:
+    """Of texts, and of prompts: many more than there are rows."""
+    texts = [f"Text {index % 40}" for index in range(200)]
+    data = server.http.post("/v1/embeddings", json={"input": texts}).raise_for_status().json()["data"]
+    assert [entry["index"] for entry in data] == list(range(200))
+    assert [entry["embedding"] for entry in data[:40]] * 5 == [entry["embedding"] for entry in data]
+    choices = server.complete(texts[:60], max_tokens=3, seed=1)["choices"]
+    alone = [server.complete(text, max_tokens=3, seed=1)["choices"][0]["text"] for text in texts[:60:7]]
+    assert [choice["text"] for choice in choices[::7]] == alone
+
+
 def test_like_texts_are_nearer() -> None:
     """The bundled model has learned something of what texts are about."""
     a, b, c = LLM(bundled_model()).embed(

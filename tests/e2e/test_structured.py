@@ -9,6 +9,7 @@ import time
 from itertools import pairwise
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 
@@ -48,6 +49,69 @@ def test_a_schema_by_the_openai_client(server: RealServer, fields: dict[str, Any
         assert value.keys() == {"sure", "word"}
         assert isinstance(value["sure"], bool)
         assert value["word"] in ("left", "right")
+
+
+def arguments(server: RealServer, *schemas: dict[str, Any], seed: int) -> list[tuple[str, Any]]:
+    """The calls, of which one at least is made, of functions f0, f1, ... that have these schemas."""
+    functions = [{"name": f"f{i}", "parameters": schema} for i, schema in enumerate(schemas)]
+    body = {
+        "messages": [{"role": "user", "content": "x"}],
+        "tools": [{"type": "function", "function": function} for function in functions],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "max_tokens": 400,
+        "seed": seed,
+    }
+    response = server.http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    (choice,) = response.json()["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    calls = [call["function"] for call in choice["message"]["tool_calls"]]
+    return [(call["name"], json.loads(call["arguments"])) for call in calls]
+
+
+KIDS = {
+    "type": "object",
+    "properties": {
+        "v": {"type": "string", "maxLength": 3},
+        "kids": {"type": "array", "items": {"$ref": "#"}, "minItems": 1, "maxItems": 1},
+    },
+    "required": ["v"],
+    "additionalProperties": False,
+}
+SPAN = {
+    "type": "object",
+    "properties": {"start": {"type": "integer", "minimum": 0, "maximum": 9}, "end": {"$ref": "#/properties/start"}},
+    "required": ["start", "end"],
+    "additionalProperties": False,
+}
+
+
+def item(definition: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {"item": {"$ref": "#/$defs/Item"}},
+        "required": ["item"],
+        "additionalProperties": False,
+        "$defs": {"Item": definition},
+    }
+
+
+@pytest.mark.parametrize(
+    "schemas",
+    [(KIDS,), (SPAN,), (item({"type": "boolean"}), item({"enum": ["a", "b"]})), (KIDS, SPAN, item({"type": "null"}))],
+    ids=["the root", "a pointer", "definitions of one name", "several"],
+)
+def test_a_tools_schema_is_a_document_of_its_own(server: RealServer, schemas: tuple[dict[str, Any], ...]) -> None:
+    for seed in range(3):
+        for name, value in arguments(server, *schemas, seed=seed):
+            jsonschema.validate(value, schemas[int(name[1:])])
+
+
+def test_annotations_do_not_count(server: RealServer) -> None:
+    described = {**SPAN, "description": "x" * 66_000}
+    assert arguments(server, described, seed=0)
+    assert arguments(server, *[{**SPAN, "title": "x" * 600}] * 128, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -19,15 +19,21 @@ def worker(server: RealServer) -> int:
 
 
 def test_it_answers_comes_back_and_goes(start_server: Callable[..., RealServer]) -> None:
-    server = start_server(tensor_parallel_size=2, dtype="float32")
+    server = start_server(tensor_parallel_size=2, dtype="float32", watchdog_seconds=4)
     answer = choices(server.chunks(QUESTION))
     killed = worker(server)
     os.kill(killed, signal.SIGKILL)
     wait_for(lambda: server.http.get("/health").json()["restarts"] == 1, seconds=10)
     wait_for(lambda: server.http.get("/ready").status_code == 200, seconds=60)
     assert choices(server.chunks(QUESTION)) == answer
+    stopped = worker(server)
+    assert stopped != killed
+    os.kill(stopped, signal.SIGSTOP)
+    server.post(**QUESTION)
+    wait_for(lambda: server.http.get("/health").json()["restarts"] == 2, seconds=10)
+    assert not alive(stopped)
+    wait_for(lambda: server.http.get("/ready").status_code == 200, seconds=60)
     last = worker(server)
-    assert last != killed
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(10) == 0
     assert not alive(last)

@@ -59,8 +59,9 @@ def drive(
     results: dict[str, Completion | RequestFailed] = {}
     last = max(visit.comes for visit in visits)
     work = sum(len(visit.request.prompt_ids) + visit.request.params.max_tokens for visit in visits)
+    waited = 0
     for number in itertools.count():
-        assert number <= last + work, "steps are run that run no token"
+        assert number <= last + work + waited, "steps are run that run no token"
         meddle(number)
         for visit in visits:
             request_id = visit.request.request_id
@@ -74,6 +75,7 @@ def drive(
             break
         step = engine.step()
         assert step.stats.step_tokens <= engine.config.max_step_tokens
+        waited += not step.stats.step_tokens and bool(engine.grammar_steps._pending)
         assert step.stats.rows_used == step.stats.running <= engine.pool.rows
         assert step.stats.running + step.stats.waiting == len(engine.scheduler)
         take_in(step, running, results)

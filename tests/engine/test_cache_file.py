@@ -1,22 +1,31 @@
 from __future__ import annotations
 
+import random
+import re
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lattice_serve.engine import cache_file
+from lattice_serve.engine import cache_file, replacement
+from lattice_serve.engine.cache_contents import Contents
+from lattice_serve.engine.cache_file import INDEX, MAGIC, STATE, CacheFile, Entry, Index, StateShape
+from lattice_serve.engine.cache_key import CacheKey
 from lattice_serve.engine.errors import CacheFileError
 from lattice_serve.engine.prefix_cache import PrefixCache
 from tests.engine.harness import complete, make_engine, submit
 
 ROW, V = 5, 3
+SHAPE = StateShape(ROW, V)
 Kept = tuple[str, tuple[int, ...], bool]
 kept: st.SearchStrategy[Kept] = st.tuples(
     st.sampled_from(["", "salt"]), st.lists(st.integers(0, 2), min_size=1, max_size=8).map(tuple), st.booleans()
@@ -28,6 +37,14 @@ def filled(cache: PrefixCache, states: Sequence[Kept]) -> PrefixCache:
         row = torch.full((ROW,), sum(id + 1 << 2 * place for place, id in enumerate(ids)) + len(salt) / 8)
         cache.put(salt, ids, row, -row[:V] if has_logits else None)
     return cache
+
+
+def file(path: Path, identity: str = "same", shape: StateShape = SHAPE) -> CacheFile:
+    return CacheFile(path, identity, shape)
+
+
+def save(path: Path, cache: PrefixCache) -> int:
+    return file(path).save(Contents(cache))
 
 
 def content(cache: PrefixCache) -> list[tuple[str, tuple[int, ...], list[float], list[float] | None]]:
@@ -52,19 +69,19 @@ def test_what_was_cached_comes_back(
     path = tmp_path_factory.mktemp("cache") / "states"
     for budgets in ([("cpu", 1 << 20)], [("cpu", 200), ("cpu", 1 << 20)]):
         cache = filled(PrefixCache(budgets), states)
-        assert cache_file.save(path, cache, "same") == len(cache)
+        assert save(path, cache) == len(cache)
         again = PrefixCache([("cpu", 1 << 20)])
-        assert cache_file.load(path, again, "same") == len(cache)
+        assert file(path).load(again) == len(cache)
         again.check()
         assert content(again) == content(cache)
         small = PrefixCache([("cpu", room)])
-        count = cache_file.load(path, small, "same")
+        count = file(path).load(small)
         small.check()
         assert content(small) == content(cache)[len(cache) - count :], "not those that were used last"
     cache = filled(PrefixCache([("cpu", 1 << 20)]), states)
-    cache_file.save(path, cache, "same")
+    save(path, cache)
     again = PrefixCache([("cpu", 1 << 20)])
-    cache_file.load(path, again, "same")
+    file(path).load(again)
     assert content(filled(again, more)) == content(filled(cache, more)), "what came back does not take more"
 
 
@@ -74,9 +91,10 @@ def test_an_engine_goes_on_where_another_has_ended(tiny_model: Path, tmp_path: P
     first = make_engine(tiny_model, prefix_cache_memory=1 << 20)
     answer = complete(first, request)
     longer = submit("l", [*prompt, *answer.token_ids, 9], max_tokens=5, temperature=0, ignore_eos=True, logprobs=2)
-    assert cache_file.save(path, first.cache, "same") == 2
+    shape = StateShape(first.pool.memory.shape[1], first.info.vocab_size)
+    assert file(path, shape=shape).save(Contents(first.cache)) == 2
     second = make_engine(tiny_model, prefix_cache_memory=1 << 20)
-    assert cache_file.load(path, second.cache, "same") == 2
+    assert file(path, shape=shape).load(second.cache) == 2
     for asked, cached in ((request, 40), (longer, 44)):
         expected, answer = complete(first, asked), complete(second, asked)
         assert answer == expected
@@ -84,16 +102,28 @@ def test_an_engine_goes_on_where_another_has_ended(tiny_model: Path, tmp_path: P
     second.memory.check_idle()
 
 
+KEPT: list[Kept] = [("", (1, 2), True), ("s", (1, 2, 0), False), ("s", (1,), False)]
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    cache = filled(PrefixCache([("cpu", 1 << 20)]), [("", (1, 2), True), ("s", (1, 2, 3), False), ("s", (1,), False)])
-    cache_file.save(tmp_path / "states", cache, "same")
+    save(tmp_path / "states", filled(PrefixCache([("cpu", 1 << 20)]), KEPT))
     return tmp_path / "states"
 
 
+def refused(path: Path, identity: str = "same", shape: StateShape = SHAPE) -> str:
+    """Why a file is."""
+    cache = PrefixCache([("cpu", 1 << 20)])
+    with pytest.raises(CacheFileError) as caught:
+        file(path, identity, shape).load(cache)
+    assert len(cache) == 0
+    cache.check()
+    return caught.value.message
+
+
 def damages(data: bytes) -> Iterator[bytes]:
-    for place in range(0, len(data), 7):
-        yield data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+    for place in range(len(data)):
+        yield data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
         yield data[:place]
     yield data + b"\0"
 
@@ -101,39 +131,135 @@ def damages(data: bytes) -> Iterator[bytes]:
 def test_a_damaged_file_is_left_alone(path: Path) -> None:
     for data in damages(path.read_bytes()):
         path.write_bytes(data)
-        cache = PrefixCache([("cpu", 1 << 20)])
-        with pytest.raises(CacheFileError, match="states"):
-            cache_file.load(path, cache, "same")
-        assert len(cache) == 0
+        assert "states" in refused(path)
+
+
+def test_so_is_one_that_was_written_with_another_key(path: Path) -> None:
+    key = path.with_name("states.key")
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    mine = key.read_bytes()
+    key.write_bytes(mine[::-1])
+    assert "another key" in refused(path)
+    key.write_bytes(mine[:31])
+    assert "give at least 32" in refused(path)
+    key.write_bytes(mine)
+    key.chmod(0o644)
+    assert "set it to 0600" in refused(path)
+    key.unlink()
+    assert "key" in refused(path)
+
+
+def test_a_key_can_be_given_and_is_left_as_it_is(tmp_path: Path) -> None:
+    key, cache = tmp_path / "key", filled(PrefixCache([("cpu", 1 << 20)]), KEPT)
+    key.write_text("k" * 32)
+    key.chmod(0o400)
+    for name in ("one", "two"):
+        CacheFile(tmp_path / name, "same", SHAPE, key).save(Contents(cache))
+    (tmp_path / "one").replace(tmp_path / "two")
+    assert CacheFile(tmp_path / "two", "same", SHAPE, key).load(PrefixCache([("cpu", 1 << 20)])) == len(cache)
+    assert (key.read_text(), sorted(each.name for each in tmp_path.iterdir())) == ("k" * 32, ["key", "two"])
+
+
+def forge(path: Path, states: bytes, index: bytes) -> None:
+    """A file with a right code of its index, whatever that is."""
+    key = CacheKey.read(path.with_name(f"{path.name}.key"))
+    path.write_bytes(MAGIC + states + index + len(index).to_bytes(8, "little") + key.code(INDEX, index))
+
+
+def forged_entry(path: Path, number: int = 0, values: Sequence[float] = (1.0,) * ROW, **changes: Any) -> None:
+    """Two states with right codes, but for what `changes` says of one, and the `values` that it has."""
+    key, rows, entries = CacheKey.read(path.with_name(f"{path.name}.key")), [(1.0,) * ROW] * 2, []
+    rows[number] = tuple(values)
+    data = [np.array(row, np.float32).tobytes() for row in rows]
+    for place in range(2):
+        ids = np.array([place + 1], np.int32).tobytes()
+        entries.append(Entry(0, place - 1, ids, place, False, key.code(STATE, data[place])))
+    entries[number] = msgspec.structs.replace(entries[number], **changes)
+    forge(path, b"".join(data), msgspec.msgpack.encode(Index("same", ROW, V, [""], entries)))
 
 
 @pytest.mark.parametrize(
-    "change", [{"after": 1}, {"after": -2}, {"salt": 2}, {"ids": b"123"}, {"ids": b""}, {"has_logits": True}]
+    "change",
+    [
+        {"after": 1},
+        {"after": -2},
+        {"salt": 2},
+        {"salt": -1},
+        {"ids": b"123"},
+        {"ids": b""},
+        {"ids": b"\xff\xff\xff\xff"},
+        {"ids": bytes([V, 0, 0, 0])},
+        {"has_logits": True},
+        {"code": b""},
+        {"code": b"short"},
+        {"values": (float("nan"),) * ROW},
+        {"values": (*(0.0,) * (ROW - 1), float("inf"))},
+        {"values": (-float("inf"), *(0.0,) * (ROW - 1))},
+        {"values": (1.0,) * (ROW - 1)},
+        {"values": ()},
+    ],
 )
-def test_so_is_one_that_cannot_be(path: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    class Changed(cache_file._Entry, frozen=True, array_like=True):
-        def __post_init__(self) -> None:
-            if self.after < 0 and not self.has_logits:
-                for name, value in change.items():
-                    msgspec.structs.force_setattr(self, name, value)
+@pytest.mark.parametrize("number", [0, 1])
+def test_so_is_one_that_cannot_be_though_its_codes_are_right(path: Path, change: dict[str, Any], number: int) -> None:
+    forged_entry(path)
+    assert file(path).load(PrefixCache([("cpu", 1 << 20)])) == 2
+    forged_entry(path, number, **change)
+    assert re.search("not fit together|not finite|damaged", refused(path))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(cache_file, "_Entry", Changed)
-        cache = filled(PrefixCache([("cpu", 1 << 20)]), [("", (1, 2), True), ("s", (1, 2, 3), False)])
-        cache_file.save(path, cache, "same")
-    empty = PrefixCache([("cpu", 1 << 20)])
-    with pytest.raises(CacheFileError, match="do not fit together"):
-        cache_file.load(path, empty, "same")
-    assert len(empty) == 0
+
+@pytest.mark.parametrize("shape", [(0, V), (ROW, 0), (ROW + 1, V), (-ROW, V), (1 << 40, 1 << 40)])
+def test_so_is_one_with_states_of_another_shape(path: Path, shape: tuple[int, int]) -> None:
+    for entries in ([], [Entry(0, -1, bytes(4), 0, False, bytes(32))]):
+        forge(path, b"", msgspec.msgpack.encode(Index("same", *shape, [""], entries)))
+        assert "not fit together" in refused(path)
+
+
+@pytest.mark.parametrize("index", [b"", b"\xc1", b"\x80", b"\xff" * 9, b"\xdb\xff\xff\xff\xff", b"\x91" * 100_000])
+def test_so_is_one_whose_index_is_none(path: Path, index: bytes) -> None:
+    forge(path, b"", index)
+    assert "another version" in refused(path)
+
+
+def test_so_is_one_with_text_that_is_no_utf_8(path: Path) -> None:
+    index = msgspec.msgpack.encode(Index("same", ROW, V, ["salt"], []))
+    for text in (b"same", b"salt", b"salts"):
+        forge(path, b"", index.replace(text, b"\xff" + text[1:]))
+        assert "another version" in refused(path)
+
+
+def test_mutations_with_right_codes_are_refused_or_whole(path: Path) -> None:
+    """Whatever the index says, it is refused, or what is loaded is sound."""
+    states = path.read_bytes()
+    size = int.from_bytes(states[-40:-32], "little")
+    states, index = states[len(MAGIC) : -40 - size], states[-40 - size : -40]
+    draw, taken = random.Random(5), 0
+    for _ in range(2000):
+        mutated = bytearray(index)
+        for _ in range(draw.choice([1, 1, 2, 8])):
+            mutated[draw.randrange(len(mutated))] = draw.choice([0, 1, 0x7F, 0x80, 0xC0, 0xFF, draw.randrange(256)])
+        forge(path, states, bytes(mutated))
+        cache = PrefixCache([("cpu", 1 << 20)])
+        try:
+            taken += file(path).load(cache)
+        except CacheFileError:
+            assert len(cache) == 0
+        cache.check()
+        assert all(snapshot.row.isfinite().all() for snapshot in cache.snapshots())
+    assert taken > 0, "nothing was like what an engine writes"
 
 
 def test_so_is_one_of_another_engine_and_none_at_all(path: Path) -> None:
-    cache = PrefixCache([("cpu", 1 << 20)])
-    with pytest.raises(CacheFileError, match="another model, version or kind of processor"):
-        cache_file.load(path, cache, "other")
-    with pytest.raises(CacheFileError, match="cannot be read"):
-        cache_file.load(path.with_name("none"), cache, "same")
-    assert len(cache) == 0
+    assert "another model, version or kind of processor" in refused(path, "other")
+    path.unlink()
+    assert "cannot be read" in refused(path)
+
+
+def test_a_folder_in_its_place_is_said(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+    assert "cannot be read" in refused(path)
+    with pytest.raises(CacheFileError, match="cannot be written: Is a directory"):
+        save(path, PrefixCache([("cpu", 1 << 20)]))
 
 
 def test_it_is_for_its_owners_eyes_alone_and_replaced_when_it_is_whole(
@@ -147,8 +273,59 @@ def test_it_is_for_its_owners_eyes_alone_and_replaced_when_it_is_whole(
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(CacheFileError, match="No space left"):
-        cache_file.save(path, PrefixCache([("cpu", 1 << 20)]), "same")
-    assert [each.name for each in path.parent.iterdir()] == ["states"]
+        save(path, PrefixCache([("cpu", 1 << 20)]))
+    assert sorted(each.name for each in path.parent.iterdir()) == ["states", "states.key"]
+    assert path.read_bytes() == before
+
+
+def test_what_goes_while_it_is_written_is_left_out(tmp_path: Path) -> None:
+    """And what follows it is there all the same; memory that another state has by now is nobody's."""
+    path, cache = tmp_path / "states", PrefixCache([("cpu", 1 << 20)])
+    filled(cache, [("", (1,), False), ("", (1, 2), True), ("", (1, 2, 0), False)])
+    before = content(cache)
+    contents = Contents(cache)
+    written: list[bool] = []
+
+    def change() -> None:
+        if not written:
+            cache.discard("", [1, 2])
+            filled(cache, [("", (2,), True)])
+        written.append(True)
+
+    assert file(path).save(contents, after_each=change) == 2
+    again = PrefixCache([("cpu", 1 << 20)])
+    assert file(path).load(again) == 2
+    again.check()
+    assert content(again) == [before[0], before[2]]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from lattice_serve.engine.replacement import replacing
+with replacing(Path(sys.argv[1])) as file:
+    file.write(bytes(1 << 20))
+    file.flush()
+    print("written", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_writer_leaves_is_cleared_up_and_what_a_living_one_has_is_not(path: Path) -> None:
+    before = path.read_bytes()
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        assert replacement.clear_unfinished(path) == 0
+        with pytest.raises(CacheFileError, match="another process is writing it"):
+            save(path, PrefixCache([("cpu", 1 << 20)]))
+        assert len(list(path.parent.iterdir())) == 3
+        writer.kill()
+    assert replacement.clear_unfinished(path) == 1 << 20
+    assert replacement.clear_unfinished(path) == 0
+    assert sorted(each.name for each in path.parent.iterdir()) == ["states", "states.key"]
     assert path.read_bytes() == before
 
 

@@ -35,7 +35,7 @@ def run(tokens: list[bytes], *args: object) -> tuple[list[str], str | None, int]
         pieces.append(piece)
         if stop is not None:
             break
-    pieces.append(detokenizer.flush())
+    pieces.append(detokenizer.flush()[0])
     return pieces, stop, number
 
 
@@ -98,7 +98,7 @@ def test_nothing_is_taken_back_and_little_is_held(data: bytes, cuts: list[int], 
         sent += piece
         assert everything.startswith(sent)
         if found is not None:
-            assert detokenizer.flush() == ""
+            assert detokenizer.flush() == ("", None)
             break
         read = b"".join(tokens[: index + 1]).decode(errors="ignore")
         assert len(sent) + longest - 1 >= len(read.rstrip("\ufffd"))
@@ -107,13 +107,13 @@ def test_nothing_is_taken_back_and_little_is_held(data: bytes, cuts: list[int], 
 def test_half_a_character_waits_for_the_rest() -> None:
     detokenizer = Detokenizer(lambda byte: bytes([byte]))
     assert [detokenizer.push(byte)[0] for byte in "é👍".encode()] == ["", "é", "", "", "", "👍"]
-    assert detokenizer.flush() == ""
+    assert detokenizer.flush() == ("", None)
 
 
 def test_an_unfinished_character_ends_as_a_replacement() -> None:
     detokenizer = Detokenizer(lambda byte: bytes([byte]))
     assert [detokenizer.push(byte)[0] for byte in "👍".encode()[:3]] == ["", "", ""]
-    assert detokenizer.flush() == "\ufffd"
+    assert detokenizer.flush() == ("\ufffd", None)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.errors import CheckpointError, ConfigError, InvalidParameter, Overloaded
 from lattice_serve.engine.llm import Completion
 from lattice_serve.engine.messages import EngineStats, Pooling, RequestFailed
-from lattice_serve.engine.models.lattice import DenseOps, LatticeForCausalLM
+from lattice_serve.engine.models.lattice.model import DenseOps, LatticeForCausalLM
 from lattice_serve.engine.sequence import Sequence, Status
 from lattice_serve.engine.state_pool import MAX_ROWS
 from lattice_serve.engine.weights import load_model
@@ -47,9 +47,20 @@ def test_nothing_is_held_of_a_request_that_has_ended(engine: Engine) -> None:
     assert not held
 
 
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_may_end_with_a_character_that_is_never_complete(engine: Engine, include: bool) -> None:
+    (part,) = (i for i in range(engine.tokenizer.pieces) if engine.tokenizer.token_bytes(i) == b"\xe2")
+    params = {"logit_bias": only(part), "max_tokens": 1, "include_stop": include}
+    assert answer(engine, **params).finish_reason == "length"
+    stopped = answer(engine, **params, stop=("\ufffd",))
+    assert (stopped.finish_reason, stopped.stop_reason, stopped.text) == ("stop", "\ufffd", "\ufffd" * include)
+
+
 @pytest.fixture(scope="module")
 def reference(tiny_model: Path) -> LatticeForCausalLM:
-    return load_model(tiny_model, dtype=torch.float32).double()
+    model = load_model(tiny_model, dtype=torch.float32).double()
+    assert isinstance(model, LatticeForCausalLM)
+    return model
 
 
 @pytest.fixture(scope="module")

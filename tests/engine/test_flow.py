@@ -10,11 +10,19 @@ import pytest
 
 from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.llm import Completion
-from lattice_serve.engine.messages import EngineStats, StepOutputs, Submit, TokenLogprob, TokenOutput, encode, weight
+from lattice_serve.engine.messages import (
+    EngineStats,
+    StepOutputs,
+    Submit,
+    TokenLogprob,
+    TokenOutput,
+    encode,
+    output_size,
+)
 from tests.engine.harness import assert_idle, complete, live, make_engine, submit
 from tests.engine.test_process import served
 
-WINDOW = 4 * weight(None, None)
+WINDOW = 4 * output_size(None, None)
 SLOW = msgspec.structs.replace(submit("slow", [5, 6, 7], max_tokens=40, seed=3, ignore_eos=True), window=WINDOW)
 OTHER = submit("other", [8, 9], max_tokens=60, seed=4, ignore_eos=True)
 
@@ -34,8 +42,8 @@ def tokens(outputs: list[TokenOutput]) -> list[int | None]:
     return [output.token_id for output in outputs]
 
 
-def weighed(output: TokenOutput) -> int:
-    return weight(output.logprob, output.prompt_logprobs)
+def size_of(output: TokenOutput) -> int:
+    return output_size(output.logprob, output.prompt_logprobs)
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
@@ -123,9 +131,9 @@ def test_scores_of_a_prompt_leave_piece_by_piece(engine: Engine) -> None:
     assert most < 2 * len(encode(StepOutputs([last], [], EngineStats())))
 
 
-def test_weight_counts_log_probabilities() -> None:
+def test_size_counts_log_probabilities() -> None:
     entry = TokenLogprob(1, -0.5, ((1, -0.5), (2, -1.5)))
-    assert weight(None, None) < weight(entry, None) < weight(entry, [None, entry, entry])
+    assert output_size(None, None) < output_size(entry, None) < output_size(entry, [None, entry, entry])
 
 
 def test_a_prompt_is_sent_once_for_many_answers(engine: Engine) -> None:

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 
 from lattice_serve.engine import compiler, grammar
 from lattice_serve.engine.errors import EngineUnavailable, InvalidParameter, Overloaded
-from lattice_serve.engine.grammar import Grammars, Matcher, restrict
+from lattice_serve.engine.grammar import Compiled, Grammars, Matcher, restrict
 from lattice_serve.engine.sampler import SampleRow, sample
 from lattice_serve.engine.sampling import Grammar, SamplingParams
+from lattice_serve.engine.shares import ANYBODY, salted
 from lattice_serve.engine.tokenizer import Tokenizer
 from lattice_serve.engine.weights import bundled_model
 
@@ -29,10 +31,16 @@ HOSTILE = {
     "a huge number": Grammar.regex("a{1000000000}"),
     "parentheses": Grammar.regex("(" * 20_000 + "a" + ")" * 20_000),
     "alternatives": Grammar.regex("|".join(rf"\w{{{i}}}" for i in range(1, 5000))),
-    "a deep schema": Grammar.json_schema('{"items":' * 5000 + "{}" + "}" * 5000),
+    "a deep schema": Grammar(kind="json_schema", text='{"items":' * 5000 + "{}" + "}" * 5000),
     "references in a circle": Grammar.json_schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}),
     "a large product": Grammar.json_schema(
         {"allOf": [{"anyOf": [{"properties": {f"p{i}{j}": {"type": "null"}}} for j in range(4)]} for i in range(12)]}
+    ),
+    "names of a slow pattern": Grammar.json_schema(
+        {"type": "object", "properties": {"a" * 40 + "!": {}}, "propertyNames": {"pattern": "^(a+)+$"}}
+    ),
+    "many patterns of names": Grammar.json_schema(
+        {"type": "object", "patternProperties": {f"^x{i}[a-z]{{1,50}}$": {} for i in range(600)}}
     ),
     "a multiple": Grammar.json_schema({"type": "integer", "multipleOf": 1_000_003, "minimum": 1}),
     "a rule of itself": Grammar.ebnf("root ::= root"),
@@ -41,6 +49,32 @@ HOSTILE = {
         "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1} r{i + 1}\n" for i in range(60)) + 'r60 ::= "a"'
     ),
     "ambiguity": Grammar.ebnf("root ::= s\ns ::= s s s s | s s s | s s | [a-z] | [a-z] [a-z] |"),
+}
+
+
+def closed(properties: dict[str, Any]) -> dict[str, Any]:
+    """As strict mode has it."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def nested(levels: int, width: int) -> dict[str, Any]:
+    properties: dict[str, Any] = {f"level {levels} property {i}": {"type": "boolean"} for i in range(width)}
+    if levels > 1:
+        properties["deeper"] = nested(levels - 1, width)
+    return closed(properties)
+
+
+LARGE = {
+    "properties": closed({f"property {i:014}": {"type": "string"} for i in range(5000)}),
+    "levels": nested(10, 499),
+    "values": closed({"a": {"enum": [f"{i:0118}" for i in range(1000)]}}),
+    "long names": closed({f"{i:01000}": {"type": "integer"} for i in range(120)}),
+    "a description": closed({"a": {"type": "string", "description": "x" * 1_000_000}}),
 }
 
 
@@ -197,6 +231,16 @@ class TestGrammars:
         assert len(caught.value.message) < 400
         assert not grammars.compile(Grammar.choice(["fine"])).result(20).error
 
+    @pytest.mark.parametrize("name", LARGE)
+    def test_what_openai_takes_is_taken(self, grammars: Grammars, name: str) -> None:
+        """5,000 properties, 10 levels, 1,000 values of enums, 120,000 characters of names and values."""
+        compiled = grammars.compile(Grammar.json_schema(LARGE[name])).result(60)
+        assert not compiled.error
+        matcher = grammars.matcher(compiled, (EOS,), "grammar")
+        for _ in range(500):
+            if not matcher.complete:
+                matcher.push(max(allowed_ids(matcher) - {EOS}))
+
     def test_the_same_grammar_is_compiled_once(self, grammars: Grammars) -> None:
         first = grammars.compile(Grammar.regex("[a-f]+"))
         assert grammars.compile(Grammar.regex("[a-f]+", "guided_regex")) is first
@@ -225,13 +269,54 @@ class TestGrammars:
     def test_no_more_than_so_many_wait(self, grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(grammar, "MAX_PENDING", 2)
         release = threading.Event()
-        grammars._thread.submit(release.wait)
+        grammars._thread.submit("", lambda: Compiled(error=str(release.wait())))
         futures = [grammars.compile(Grammar.regex(f"wait{i}")) for i in range(2)]
         with pytest.raises(Overloaded):
             grammars.compile(Grammar.regex("wait2"))
         assert grammars.compile(Grammar.regex("wait1")) is futures[1]
         release.set()
         assert [future.result(20).error for future in futures] == ["", ""]
+
+    def test_each_salt_has_its_own(self, grammars: Grammars) -> None:
+        """Else the time that it takes would tell what others have used."""
+        mine = grammars.compile(Grammar.regex("[k-o]+"), salted("a", ""))
+        assert not mine.result(60).error
+        for salt in (salted("b", ""), salted("a", "x"), ANYBODY):
+            other = grammars.compile(Grammar.regex("[k-o]+"), salt)
+            assert other is not mine
+            assert other.result(60).root is not mine.result().root
+        assert grammars.compile(Grammar.regex("[k-o]+"), salted("a", "")) is mine
+
+    def test_one_tenant_pushes_out_its_own(self, grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(grammar, "MAX_CACHED", 4)
+        grammars._cache.clear()
+        polite = [grammars.compile(Grammar.regex(f"p{i}"), "polite/") for i in range(2)]
+        for i in range(6):
+            grammars.compile(Grammar.regex(f"g{i}"), "greedy/").result(60)
+        assert [grammars.compile(Grammar.regex(f"p{i}"), "polite/") for i in range(2)] == polite
+
+    def test_one_tenant_does_not_fill_the_places_of_another(
+        self, grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(grammar, "MAX_PENDING", 4)
+        release, order = threading.Event(), list[str]()
+
+        def compiled(wanted: Grammar) -> Compiled:
+            release.wait()
+            order.append(wanted.text)
+            return Compiled(error="none")
+
+        monkeypatch.setattr(grammars, "_compile", compiled)
+        futures = [grammars.compile(Grammar.regex(f"slow{i}"), "greedy/") for i in range(4)]
+        with pytest.raises(Overloaded):
+            grammars.compile(Grammar.regex("slow4"), "greedy/")
+        futures += [grammars.compile(Grammar.regex(f"quick{i}"), "polite/") for i in range(2)]
+        with pytest.raises(Overloaded):
+            grammars.compile(Grammar.regex("quick2"), "polite/")
+        release.set()
+        for future in futures:
+            future.result(20)
+        assert order.index("quick0") <= 2
 
     def test_a_process_that_dies_is_started_again(self, grammars: Grammars) -> None:
         grammars.compile(Grammar.regex("before")).result(60)
@@ -267,9 +352,9 @@ class TestGrammars:
         (Grammar.regex("(?=a)b"), "look-ahead"),
         (Grammar.ebnf("root ::= root"), "it admits no text"),
         (Grammar.regex("[^\\s\\S]"), "it admits no text"),
-        (Grammar.json_schema("{"), "EOF"),
+        (Grammar(kind="json_schema", text="{"), "Expecting property name"),
         (Grammar.json_schema({"type": "strin"}), "Invalid type: strin"),
-        (Grammar.json_schema({"not": {}}), "Unimplemented keys"),
+        (Grammar.json_schema({"not": {}}), "it admits no text"),
         (Grammar.json_schema({"$ref": "https://example.com/a"}), "https://example.com/a"),
         (Grammar.json_schema({"enum": []}), "Unsatisfiable"),
         (Grammar.ebnf("root ::= x"), "there is no rule 'x'"),

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lattice_serve.engine.config import ModelConfig
-from lattice_serve.engine.models.lattice import LatticeForCausalLM, ModelState
+from lattice_serve.engine.models.lattice.config import LatticeConfig
+from lattice_serve.engine.models.lattice.model import LatticeForCausalLM, ModelState
 
-CONFIG = ModelConfig(
+CONFIG = LatticeConfig(
     vocab_size=40,
     hidden_size=24,
     num_hidden_layers=2,

@@ -13,9 +13,10 @@ from torch import Tensor
 from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.errors import InvalidParameter
-from lattice_serve.engine.messages import Submit
+from lattice_serve.engine.messages import RequestFailed, Submit
 from lattice_serve.engine.prefix_cache import PrefixCache, cache_budgets, intervals
 from lattice_serve.engine.sampling import SamplingParams
+from lattice_serve.engine.shares import Shares
 from tests.engine.harness import Visit, assert_idle, complete, drive, make_engine, submit
 
 ROW = 40
@@ -120,6 +121,39 @@ def test_memory_of_what_went_is_used_again() -> None:
         assert snapshot.row.data_ptr() == place
         assert snapshot.row.tolist() == row(token).tolist()
         assert (found(cache, [token, 0]), found(cache, [token - 1, 0])) == (1, None)
+
+
+@pytest.mark.parametrize("tiers", [[1000], [400, 600]])
+def test_a_tenant_pushes_out_its_own(tiers: list[int]) -> None:
+    """Whatever one puts in, and under however many salts: another keeps its share, and uses what is free."""
+    cache = PrefixCache([("cpu", budget) for budget in tiers])
+    for i in range(9):
+        cache.put("polite/", [1, i], row(i))
+    for i in range(300):
+        cache.put(f"greedy/{i % 7}", [2, i, i + 1], row(i))
+        cache.check()
+    # 44 bytes each, and more for the greedy one's tokens: half of 1000 bytes.
+    assert [found(cache, [1, i, 9], "polite/") for i in range(9)] == [2] * 9
+    assert len(cache) > 17
+    for i in range(300):
+        cache.put("polite/", [1, i], row(i))
+    assert sum(found(cache, [1, i, 9], "polite/") == 2 for i in range(300)) in range(10, 13)
+    cache.clear()
+    for i in range(300):
+        cache.put("greedy/", [2, i], row(i))
+    assert len(cache) > 20, "alone it may have everything"
+    cache.check()
+
+
+def test_weights_part_the_cache() -> None:
+    shares = Shares()
+    shares.weigh("heavy", 3)
+    cache = PrefixCache([("cpu", 1000)], shares=shares)
+    for i in range(100):
+        for tenant in ("heavy", "light"):
+            cache.put(f"{tenant}/", [1, i], row(i))
+    kept = [sum(found(cache, [1, i, 9], f"{t}/") == 2 for i in range(100)) for t in ("heavy", "light")]
+    assert kept[0] == pytest.approx(3 * kept[1], abs=2)
 
 
 def test_salts_part() -> None:
@@ -348,3 +382,68 @@ def test_a_request_for_no_tokens_warms_the_cache(cached: Engine) -> None:
 )
 def test_a_gpu_keeps_the_states_used_last(settings: dict[str, Any], budgets: list[tuple[str, int]]) -> None:
     assert cache_budgets(EngineConfig(model=Path("m"), **settings)) == budgets
+
+
+def test_all_that_tokens_begin_with_is_discarded() -> None:
+    cache = PrefixCache([("cpu", 1000)])
+    for ids in ([1], [1, 2], [1, 2, 3], [1, 9], [1, 2, 3, 4]):
+        cache.put("", ids, row(1))
+    cache.put("salt", [1, 2], row(1))
+    cache.discard("", [1, 2, 3, 7])
+    assert [found(cache, [*ids, 0]) for ids in ([1, 2], [1, 2, 3], [1, 9], [1, 2, 3, 4])] == [None, None, 2, 4]
+    cache.discard("nobody's", [1])
+    cache.discard("salt", [1, 2])
+    assert len(cache) == 2
+    cache.check()
+
+
+def spoil(engine: Engine, part: str) -> None:
+    for snapshot in engine.cache.snapshots():
+        spoiled = getattr(snapshot, part)
+        if spoiled is not None:
+            spoiled.fill_(float("nan"))
+
+
+def test_a_cached_state_that_is_no_number_is_dropped_and_the_prompt_run(tiny_model: Path) -> None:
+    """The request that meets it does not fail, nor does the next one."""
+    engine = make_engine(tiny_model, prefix_cache_memory=1 << 20)
+    prompt = [3 + 7 * i % 100 for i in range(40)]
+    asked = submit("asked", prompt, max_tokens=5, temperature=0, ignore_eos=True, logprobs=2)
+    longer = submit("longer", [*prompt, 9, 8], max_tokens=5, seed=3, temperature=1.0, ignore_eos=True)
+    bystander = submit("bystander", [5, 6, 7], max_tokens=30, seed=4, temperature=1.0, ignore_eos=True)
+    expected = {each.request_id: complete(engine, each) for each in (asked, longer, bystander)}
+    for requests in ([asked], [asked, longer, bystander]):
+        spoil(engine, "logits")
+        results = drive(engine, [Visit(request) for request in requests])
+        assert results == {each.request_id: expected[each.request_id] for each in requests}
+    new = submit("new", [*prompt, 9, 8, 4], max_tokens=5, seed=3, temperature=1.0, ignore_eos=True)
+    spoil(engine, "row")
+    answer = complete(engine, new)
+    assert (answer, answer.cached_tokens) == (complete(make_engine(tiny_model), new), 0)
+    assert complete(engine, new).cached_tokens == 43
+
+
+def test_who_has_had_a_token_before_it_shows_fails_alone_and_once(tiny_model: Path, shared_engine: Engine) -> None:
+    engine = make_engine(tiny_model, prefix_cache_memory=1 << 20)
+    asked, bystander = submit("r", range(40), max_tokens=5, seed=1), submit("b", [5, 6], max_tokens=30, seed=4)
+    expected = [complete(engine, asked), complete(shared_engine, bystander)]
+    spoil(engine, "row")
+    results = drive(engine, [Visit(bystander), Visit(asked, comes=20)])
+    failed = results["r"]
+    assert isinstance(failed, RequestFailed)
+    assert failed.error == "NumericalError"
+    assert results["b"] == expected[1]
+    assert complete(engine, asked) == expected[0]
+
+
+def test_a_request_that_goes_wrong_by_itself_leaves_nothing_of_it_in_the_cache(tiny_model: Path) -> None:
+    engine = make_engine(tiny_model, prefix_cache_memory=1 << 20)
+    engine.submit(Submit("r", array("i", range(40)), SamplingParams(max_tokens=9), cache_points=(8, 20)))
+    while engine.has_work:
+        for sequence in engine.scheduler.running:
+            if sequence.row is not None and sequence.computed >= 8:
+                engine.pool.memory[sequence.row].fill_(float("nan"))
+        failures = engine.step().failures
+    assert [failed.error for failed in failures] == ["NumericalError"]
+    assert len(engine.cache) == 0
+    assert_idle(engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from lattice_serve.engine.llm import Completion
 from lattice_serve.engine.messages import (
     FROM_ENGINE,
     Abort,
+    Credit,
     FromEngine,
     Ready,
     RequestFailed,
@@ -32,6 +34,7 @@ from lattice_serve.engine.messages import (
 from lattice_serve.engine.process import Connection, serve
 from tests.engine.harness import assert_idle, complete, live, make_engine, submit, take_in
 from tests.server.harness import wait_for
+from tests.tiny import init_tiny_model
 
 SECONDS = 60.0
 """A machine that is busy compiling is no failure."""
@@ -324,6 +327,49 @@ def test_the_end_of_its_input_ends_the_process_even_at_work(
         peer.until(lambda step: bool(step.outputs))
         child.end_input()
         assert child.process.wait(SECONDS) == 0
+
+
+def test_an_engine_outlives_want_of_memory(tmp_path: Path) -> None:
+    """Below what a cache and parked states would have: those that find none fail, others are answered, and when there
+    is memory again, all is as before."""
+
+    def limit(spare: int) -> None:
+        size = int(Path(f"/proc/{child.process.pid}/statm").read_text().split()[0]) * resource.getpagesize()
+        most = resource.RLIM_INFINITY if spare < 0 else size + spare
+        resource.prlimit(child.process.pid, resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+
+    def unread(name: str) -> Submit:
+        """A state that is parked, for its first output is not taken."""
+        return msgspec.structs.replace(submit(name, [9, 9], max_tokens=2, ignore_eos=True), window=1)
+
+    model = init_tiny_model(tmp_path / "model", head_dim=128, num_slots=128)  # 120 states fill a block of the cache
+    prompts = [submit(f"{i}", [i, 5], max_tokens=1) for i in range(150)]
+    with EngineProcess(tmp_path, model, prefix_cache_memory=1 << 30) as child, child.connect() as peer:
+        peer.ready()
+        alone = peer.answers(*REQUESTS)
+        limit(80 << 20)
+        assert peer.answers(*prompts, *REQUESTS).items() >= alone.items()
+        limit(2 << 20)
+        many = {str(i): unread(str(i)) for i in range(500)}
+        peer.send(*many.values())
+        failed: dict[str, str] = {}
+
+        def settled(step: StepOutputs) -> bool:
+            failed.update({failure.request_id: failure.error for failure in step.failures})
+            return step.stats.paused + len(failed) == len(many)
+
+        peer.until(settled)
+        assert set(failed.values()) == {"OutOfMemory"}
+        paused = [many[name] for name in many if name not in failed]
+        assert paused
+        peer.send(*(Credit(request.request_id, 1 << 20) for request in paused))
+        results = {**peer.results(paused), **peer.answers(*REQUESTS)}
+        assert all(results[name] == alone[name] for name in alone if isinstance(results[name], Completion))
+        limit(-1)
+        assert peer.answers(*REQUESTS) == alone
+    log = child.log.read_text()
+    assert log.count("the prefix cache on cpu does not grow") == 1
+    assert "Traceback" not in log
 
 
 def test_who_has_served_nobody_has_nothing_to_save(tiny_model: Path, tmp_path: Path) -> None:

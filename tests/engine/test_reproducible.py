@@ -24,8 +24,8 @@ from lattice_serve.engine.llm import Completion
 from lattice_serve.engine.messages import Submit
 from lattice_serve.engine.sampling import SamplingParams
 from lattice_serve.engine.weights import bundled_model
-from lattice_serve.kernels.cpu_features import Products, available_products
 from lattice_serve.kernels.decoder import cpu as decoder
+from lattice_serve.kernels.numba.features import Products, available_products
 from tests.engine.harness import Visit, complete, drive, make_engine, submit
 from tests.tiny import VOCAB_SIZE
 

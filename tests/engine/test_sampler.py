@@ -185,6 +185,8 @@ def test_equal_logits_are_drawn_evenly(vocab_size: int) -> None:
         {"temperature": 1e-4},
         {"temperature": 5e-324},
         {"top_k": 1},
+        {"top_p": 0.0},
+        {"temperature": 100.0, "top_p": 0.0, "top_k": 3, "min_p": 0.1},
         {"top_p": 1e-12},
         {"top_p": 5e-324},
         {"min_p": 1.0},

@@ -24,7 +24,7 @@ WRONG: list[tuple[str, Any]] = [
     ("max_tokens", TOO_BIG),
     ("temperature", -0.1),
     ("temperature", 100.1),
-    ("top_p", 0.0),
+    ("top_p", -0.1),
     ("top_p", 1.1),
     ("top_k", -1),
     ("min_p", -0.1),
@@ -57,6 +57,7 @@ RIGHT: list[tuple[str, Any]] = [
     ("max_tokens", 0),
     ("temperature", 0.0),
     ("temperature", 100.0),
+    ("top_p", 0),
     ("top_p", 1e-9),
     ("top_k", 0),
     ("min_p", 1.0),
@@ -111,4 +112,47 @@ def test_a_message_with_an_unknown_field_is_refused() -> None:
 
 def test_greedy_is_temperature_zero() -> None:
     assert SamplingParams(temperature=0).greedy
+    assert SamplingParams(top_p=0).greedy
     assert not SamplingParams(temperature=1e-9).greedy
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "taken"),
+    [
+        ("temperature", 1, 1.0),
+        ("top_p", 1, 1.0),
+        ("presence_penalty", -2, -2.0),
+        ("logit_bias", {3: 5}, {3: 5.0}),
+        ("stop", ["a"], ("a",)),
+        ("stop_token_ids", [3], (3,)),
+    ],
+)
+def test_what_can_be_meant_by_another_type_is_taken(name: str, given: Any, taken: Any) -> None:
+    value = getattr(SamplingParams(**{name: given}), name)
+    assert (value, type(value)) == (taken, type(taken))
+    if name == "logit_bias":
+        assert type(value[3]) is float
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("temperature", "1"),
+        ("temperature", True),
+        ("temperature", None),
+        ("max_tokens", 1.5),
+        ("max_tokens", None),
+        ("stop", "a"),
+        ("stop", [1]),
+        ("logit_bias", [1]),
+        ("logit_bias", {"a": 1}),
+        ("seed", 0.5),
+        ("logprobs", True),
+        ("ignore_eos", 1),
+        ("grammar", "a*"),
+    ],
+)
+def test_another_type_is_refused_by_name(name: str, given: Any) -> None:
+    with pytest.raises(InvalidParameter, match=f"^{name}: Expected ") as caught:
+        SamplingParams(**{name: given})
+    assert caught.value.param == name

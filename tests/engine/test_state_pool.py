@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.errors import ConfigError
-from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.engine.models.lattice.config import LatticeConfig
+from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
+from lattice_serve.engine.models.registry import load_config, model_class
 from lattice_serve.engine.state_pool import ParkedState, StatePool
 from lattice_serve.engine.weights import bundled_model
-from lattice_serve.kernels.lanes import LANES
-from lattice_serve.kernels.mixer import StateLayout
+from lattice_serve.kernels.numba.lanes import LANES
 
-CONFIG = ModelConfig(
+CONFIG = LatticeConfig(
     vocab_size=11,
     hidden_size=6,
     num_hidden_layers=2,
@@ -40,7 +40,7 @@ def make_model(**changes: Any) -> LatticeForCausalLM:
 
 
 def make_pool(rows: int = 3) -> StatePool:
-    return StatePool.of(make_model(), rows, "cpu")
+    return StatePool(make_model().initial_row(), rows, "cpu")
 
 
 def bits(row: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def bits(row: Tensor) -> Tensor:
 def random_bits(pool: StatePool, seed: int) -> Tensor:
     """A row of any bits: NaNs with payloads, infinities, denormals."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-(2**31), 2**31, (pool.layout.row_size,), generator=generator).to(torch.int32)
+    return torch.randint(-(2**31), 2**31, (pool.memory.shape[1],), generator=generator).to(torch.int32)
 
 
 def write(pool: StatePool, row: int, values: Tensor) -> None:
@@ -61,14 +61,14 @@ def write(pool: StatePool, row: int, values: Tensor) -> None:
 @pytest.mark.parametrize("dirt", [1.0, -0.0, math.nan, math.inf])
 def test_a_row_given_out_holds_the_learned_memory_whatever_was_in_it(dirt: float) -> None:
     model = make_model()
-    pool = StatePool.of(model, 3, "cpu")
+    pool = StatePool(model.initial_row(), 3, "cpu")
     clean = bits(pool.memory[pool.allocate()])
     pool.memory[1:].fill_(dirt)
     for row in (pool.allocate(), pool.allocate()):
         assert torch.equal(bits(pool.memory[row]), clean)
         for i, layer in enumerate(model.layers):
             anchor = layer.mixer.anchor.detach()
-            state = pool.layout.load(pool.memory[row], i, 0)
+            state = model.layout.load(pool.memory[row], i, 0)
             torch.testing.assert_close(state.lattice.anchor[0], anchor / anchor.norm(dim=1, keepdim=True))
             assert not state.tail.any()
             assert not state.lattice.pending
@@ -91,7 +91,7 @@ def test_a_parked_state_comes_back_bit_for_bit_into_any_row() -> None:
     values = random_bits(pool, seed=0)
     write(pool, first, values)
     parked = pool.park(first)
-    assert parked.nbytes == pool.layout.row_bytes
+    assert parked.nbytes == pool.row_bytes
     assert (pool.used, bool(pool.memory.any())) == (0, False)
     # Another sequence takes the row, and does as it likes with it.
     assert pool.allocate() == first
@@ -167,15 +167,15 @@ def test_the_bytes_are_those_of_the_formula(changes: dict[str, Any]) -> None:
     d, m = (math.ceil(n / 16) * 16 for n in (c.head_dim, c.num_slots))
     C, taps = c.chunk_size, c.conv_kernel_size
     row = c.num_hidden_layers * c.num_heads * 4 * (d * m + (C - 1) * (d + m) + 2 * m + 16 + (taps - 1) * (2 * m + d))
-    pool = StatePool.of(model, 5, "cpu")
-    assert (pool.layout.row_bytes, pool.nbytes) == (row, 5 * row)
+    pool = StatePool(model.initial_row(), 5, "cpu")
+    assert (pool.row_bytes, pool.nbytes) == (row, 5 * row)
     assert pool.memory.nbytes == 5 * row
     assert pool.memory[pool.allocate()].nbytes == row
 
 
 def test_the_bundled_model_costs_what_the_readme_says() -> None:
-    model = LatticeForCausalLM(ModelConfig.load(bundled_model()))
-    assert StateLayout(model.shape, len(model.layers)).row_bytes == 379_392
+    config = load_config(bundled_model())
+    assert model_class(config)(config).row_size * 4 == 379_392
 
 
 @pytest.mark.parametrize("rows", [10**13, 10**17])

@@ -20,6 +20,7 @@ from lattice_serve.engine.errors import InvalidParameter
 from lattice_serve.engine.llm import LLM, Completion
 from lattice_serve.engine.messages import RequestFailed, StepOutputs
 from lattice_serve.engine.sampling import Grammar, SamplingParams
+from lattice_serve.engine.shares import ANYBODY
 from lattice_serve.engine.weights import bundled_model
 from tests.engine.harness import Visit, assert_idle, complete, drive, make_engine, submit, take_in
 from tests.tiny import init_tiny_model
@@ -202,7 +203,7 @@ class TestEngine:
     def test_others_go_on_while_a_grammar_is_compiled(self, inner: Engine) -> None:
         inner.submit(submit("free", [5], max_tokens=30, ignore_eos=True))
         blocked: Future[Any] = Future()
-        inner.grammars._cache["regex", "later"] = blocked
+        inner.grammars._cache[ANYBODY, "regex", "later"] = blocked
         inner.submit(submit("bound", [5], max_tokens=30, grammar=Grammar.regex("later")))
         inner.submit(submit("left", [5], max_tokens=30, grammar=Grammar.regex("later")))
         inner.abort("left")
@@ -215,7 +216,7 @@ class TestEngine:
         began = time.monotonic()
         assert inner.step().outputs == []
         assert 0.005 < time.monotonic() - began < 1, "it does not spin"
-        del inner.grammars._cache["regex", "later"]
+        del inner.grammars._cache[ANYBODY, "regex", "later"]
         blocked.set_result(inner.grammars.compile(Grammar.regex("later")).result(60))
         while inner.has_work:
             take_in(inner.step(), running, results)
@@ -240,7 +241,7 @@ class TestEngine:
         good = results["good"]
         assert isinstance(good, Completion)
         assert re.fullmatch(DATE, good.text)
-        assert ("regex", bad["later"].text) not in inner.grammars._cache
+        assert (ANYBODY, "regex", bad["later"].text) not in inner.grammars._cache
 
     def test_the_embedded_engine_raises_it(self, llm: LLM) -> None:
         with pytest.raises(InvalidParameter, match="unclosed group"):

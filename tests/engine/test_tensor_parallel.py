@@ -18,16 +18,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lattice_serve.engine.config import EngineConfig, ModelConfig
+from lattice_serve.engine.config import EngineConfig
 from lattice_serve.engine.engine import Engine
 from lattice_serve.engine.errors import CheckpointError, ConfigError, EngineDied
 from lattice_serve.engine.llm import LLM, Completion
+from lattice_serve.engine.models.registry import load_config
 from lattice_serve.engine.tensor_parallel import group, workers
 from lattice_serve.engine.tensor_parallel.commands import CheckScrubbed, Initialise, Start, send
 from lattice_serve.engine.tensor_parallel.group import devices
 from lattice_serve.engine.tensor_parallel.share import Share
 from lattice_serve.engine.weights import load_model
-from lattice_serve.kernels.mixer import Segments
+from lattice_serve.kernels.mixers.segments import Segments
 from tests.engine.backends import engine_of, torch_backend, triton_backend
 from tests.engine.harness import Visit, assert_idle, complete, drive, submit
 from tests.engine.test_process import ENDLESS, SECONDS, EngineProcess
@@ -193,6 +194,16 @@ def test_workers_end_with_an_engine_process_that_is_killed(model: Path, tmp_path
         wait_for(lambda: not alive(pid), SECONDS)
 
 
+def test_a_stopped_worker_ends_with_its_engine_process(model: Path, tmp_path: Path) -> None:
+    with EngineProcess(tmp_path, model, tensor_parallel_size=2) as child, child.connect() as peer:
+        peer.ready()
+        (pid,) = children(child.process.pid)
+        assert b"LATTICE_" not in Path(f"/proc/{pid}/environ").read_bytes()
+        os.kill(pid, signal.SIGSTOP)
+        child.process.kill()
+        wait_for(lambda: not alive(pid), SECONDS)
+
+
 def test_a_worker_ends_with_a_leader_that_has_not_listened_to_it(model: Path, tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
     with theirs:
@@ -262,7 +273,7 @@ def test_gpus_from_the_first_on_and_no_more_than_there_are(monkeypatch: pytest.M
 def test_shares_are_all_of_a_model_once(tmp_path: Path, size: int) -> None:
     """Each number of the model is in the shares as often as it should be, and each share loads as a model."""
     folder = init_tiny_model(tmp_path / "m", num_heads=4, num_hidden_layers=1)
-    config = ModelConfig.load(folder)
+    config = load_config(folder)
     whole = load_model(folder, dtype=torch.float32).state_dict()
     shares = [load_model(folder, dtype=torch.float32, share=Share(rank, size)).state_dict() for rank in range(size)]
     for name, tensor in whole.items():
@@ -273,4 +284,4 @@ def test_shares_are_all_of_a_model_once(tmp_path: Path, size: int) -> None:
             joined = torch.cat([part.flatten() for part in parts])
             assert torch.equal(joined.sort().values, tensor.flatten().sort().values), name
     assert EngineConfig(model=folder, tensor_parallel_size=size).tensor_parallel_size == size
-    assert Share(0, size).config(config).num_heads == 4 // size
+    assert Share(0, size).config(config).model_dump()["num_heads"] == 4 // size

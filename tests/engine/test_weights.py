@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lattice_serve.engine import weights
-from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.errors import CheckpointError, ConfigError
-from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.engine.models.base import IGNORED_FIELDS
+from lattice_serve.engine.models.lattice.config import LatticeConfig
+from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
+from lattice_serve.engine.models.registry import load_config, model_class
 from lattice_serve.engine.weights import (
     bundled_model,
     init_model,
@@ -30,17 +32,17 @@ from lattice_serve.engine.weights import (
     resolve_model,
     save_model,
 )
-from lattice_serve.kernels import cpu_features
+from lattice_serve.kernels.numba import features as cpu_features
 
 SMALL = ("norm", "mixer_norm", "mlp_norm", "conv", "gate_bias", "anchor")
 
 
-def _config(**changes: Any) -> ModelConfig:
+def _config(**changes: Any) -> LatticeConfig:
     sizes = {"vocab_size": 11, "hidden_size": 6, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 4, "num_slots": 3}
-    return ModelConfig(**(sizes | {"intermediate_size": 5} | changes))
+    return LatticeConfig(**(sizes | {"intermediate_size": 5} | changes))
 
 
-def _model(config: ModelConfig) -> LatticeForCausalLM:
+def _model(config: LatticeConfig) -> LatticeForCausalLM:
     model = LatticeForCausalLM(config)
     model.initialize(seed=7)
     return model
@@ -150,7 +152,7 @@ def test_progress_counts_the_bytes_on_a_terminal(
 def test_half_precision_is_read(folder: Path) -> None:
     _edit(folder, lambda tensors: tensors.update(embedding=tensors["embedding"].half()))
     expected = _model(_config()).embedding.detach().half().float()
-    assert torch.equal(load_model(folder, dtype=torch.float32).embedding, expected)
+    assert torch.equal(load_model(folder, dtype=torch.float32).state_dict()["embedding"], expected)
 
 
 def test_every_difference_is_listed(folder: Path) -> None:
@@ -224,7 +226,7 @@ def test_no_cut_or_garbled_file_gets_past(tmp_path_factory: pytest.TempPathFacto
             loaded = load_model(folder, dtype=torch.float32)
         except CheckpointError:
             return
-        assert loaded.state_dict().keys() == _model(loaded.config).state_dict().keys()
+        assert loaded.state_dict().keys() == model_class(loaded.config)(loaded.config).state_dict().keys()
     else:
         assert "model.safetensors: cut short, or no safetensors" in _fault(folder)
 
@@ -312,11 +314,28 @@ def test_a_folder_without_weights_is_refused(folder: Path) -> None:
     assert "holds no model.safetensors" in _fault(folder)
 
 
+def test_fields_that_transformers_adds_are_ignored(folder: Path) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    added = {"transformers_version": "5.0.0", "use_cache": True, "id2label": {"0": "a"}, "_name_or_path": "x"}
+    path.write_text(json.dumps(config | added), encoding="utf-8")
+    assert load_config(folder).model_dump() == LatticeConfig.model_validate(config).model_dump()
+    path.write_text(json.dumps(config | {"num_head": 3}), encoding="utf-8")
+    assert "num_head: " in _fault(folder), "a misspelt field of ours"
+    del config["torch_dtype"]
+    path.write_text(json.dumps(config | {"dtype": "float32"}), encoding="utf-8")
+    assert load_config(folder).torch_dtype == "float32"
+
+
+def test_transformers_adds_no_field_of_ours() -> None:
+    assert not IGNORED_FIELDS & LatticeConfig.model_fields.keys()
+
+
 def test_sizes_of_another_world_are_refused_at_once(folder: Path) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(config | {"num_hidden_layers": 10**12}), encoding="utf-8")
-    assert "num_hidden_layers = 1000000000000" in _fault(folder)
+    path.write_text(json.dumps(config | {"num_hidden_layers": 10**9}), encoding="utf-8")
+    assert "num_hidden_layers = 1000000000" in _fault(folder)
     for size in (2**40, 2**62, 2**80):
         path.write_text(json.dumps(config | {"vocab_size": size, "hidden_size": size}), encoding="utf-8")
         assert "config.json" in _fault(folder)

@@ -135,9 +135,10 @@ def launches(target: str) -> dict[str, Launch]:
     """By name, each once, of all `MODELS` on a target."""
     from triton.runtime.jit import JITFunction
 
-    from lattice_serve.kernels import dependent
     from lattice_serve.kernels.linear import tiles, triton
-    from lattice_serve.kernels.mixer import triton_prefill, triton_prepare
+    from lattice_serve.kernels.mixers.lattice.triton import prefill as triton_prefill
+    from lattice_serve.kernels.mixers.lattice.triton import prepare as triton_prepare
+    from lattice_serve.kernels.triton import dependent_launch as dependent
 
     recorder = _Recorder(target)
     prefill = (triton_prepare.prepare_options, triton_prefill.advance_options, triton_prefill.read_options)
@@ -162,14 +163,13 @@ def launches(target: str) -> dict[str, Launch]:
 
 def _run(model: Model) -> None:
     """Steps of decode and of prompts, of few tokens and of many: tiles may go by their number."""
-    from lattice_serve.engine.backend import decoder_weights
-    from lattice_serve.engine.config import ModelConfig
-    from lattice_serve.engine.models.lattice import LatticeForCausalLM
+    from lattice_serve.engine.models.lattice.config import LatticeConfig
+    from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
     from lattice_serve.kernels.decoder.triton_network import TritonNetwork
-    from lattice_serve.kernels.mixer import StateLayout
-    from lattice_serve.kernels.mixer.triton_tiles import DeviceSegments
+    from lattice_serve.kernels.mixers.lattice import StateLayout
+    from lattice_serve.kernels.mixers.lattice.triton.chunks import DeviceSegments
 
-    config = ModelConfig(
+    config = LatticeConfig(
         vocab_size=32_000,
         hidden_size=model.hidden,
         intermediate_size=model.inner,
@@ -192,7 +192,7 @@ def _run(model: Model) -> None:
         return part.expand(model.shares, -1, -1).contiguous()
 
     network = TritonNetwork(
-        decoder_weights(lm),
+        lm.decoder_weights(),
         layout,
         pool,
         quantization=model.quantization,

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
-from lattice_serve.kernels import LatticeState
-from lattice_serve.kernels.mixer import MixerShape, MixerWeights
+from lattice_serve.kernels.mixers.lattice import LatticeState, MixerShape, MixerWeights
 
 Array = NDArray[np.float64]
 

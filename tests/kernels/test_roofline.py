@@ -11,15 +11,15 @@ import pytest
 import torch
 from roofline import BATCHES, DEVICES, MODELS, decode_step, matrix_sizes, mixer_decode_bytes, prefill
 
-from lattice_serve.engine.models.lattice import LatticeForCausalLM
-from lattice_serve.kernels.mixer import MixerShape, MixerState, MixerWeights, StateLayout
+from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
+from lattice_serve.kernels.mixers.lattice import MixerShape, MixerState, MixerWeights, StateLayout
 from tests.kernels.naive import normal
 from tests.triton_device import DEVICE
 
 # isort: split
 from triton.runtime.interpreter import InterpreterBuilder
 
-from lattice_serve.kernels.mixer.triton_decode import mix_decode
+from lattice_serve.kernels.mixers.lattice.triton.decode import mix_decode
 
 only_here = pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
 

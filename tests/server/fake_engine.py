@@ -5,6 +5,8 @@ chat, steers it:
 
 - `!slow`        50 ms a token
 - `!stall`       never a token
+- `!hang`        never anything any more, of any request
+- `!compute`     nothing for 3 s, in which it computes, then an answer
 - `!eos`         end-of-text after 3 tokens
 - `!stop`        the first stop string after 2 tokens
 - `!utf8`        the two bytes of one character first
@@ -23,16 +25,20 @@ import hashlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from lattice_serve.engine import child_process
 from lattice_serve.engine.config import EngineConfig
+from lattice_serve.engine.detokenizer import Detokenizer
 from lattice_serve.engine.messages import (
     TO_ENGINE,
     Credit,
     EngineStats,
+    Ping,
     Ready,
     RequestFailed,
     StepOutputs,
@@ -40,7 +46,7 @@ from lattice_serve.engine.messages import (
     TokenLogprob,
     TokenOutput,
     encode,
-    weight,
+    output_size,
 )
 from lattice_serve.engine.tokenizer import Tokenizer
 
@@ -59,7 +65,7 @@ class FakeEngine:
         self.rows = asyncio.Semaphore(config.max_rows or 8)
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.windows: dict[str, int] = {}
-        """Weight of outputs that each request may yet send."""
+        """Size of outputs that each request may yet send."""
         self.credited = asyncio.Condition()
         self.prompt_ids: Any = None
         self.counts: dict[str, Any] = {
@@ -83,7 +89,7 @@ class FakeEngine:
             message = TO_ENGINE.decode(await reader.readexactly(size))
             if isinstance(message, Credit):
                 async with self.credited:
-                    self.windows[message.request_id] += message.weight
+                    self.windows[message.request_id] += message.size
                     self.credited.notify_all()
             elif isinstance(message, Submit):
                 if message.same_prompt:
@@ -98,8 +104,13 @@ class FakeEngine:
                     seed=params.seed,
                     stop=params.stop,
                     grammar=msgspec.to_builtins(params.grammar),
+                    tenant=message.tenant,
+                    weight=message.weight,
+                    salt=message.cache_salt,
                 )
                 self.tasks[message.request_id] = asyncio.create_task(self.answer(message))
+            elif isinstance(message, Ping):
+                self.step()
             else:
                 self.record("abort", id=message.request_id)
                 if message.request_id in self.tasks:  # It may have ended meanwhile.
@@ -133,8 +144,14 @@ class FakeEngine:
         self.counts["prompt_tokens_total"] += len(request.prompt_ids)
         order, _, error = text.rpartition("User: ")[2].removesuffix("\nAssistant:").partition(" ")
         said = self.tokenizer.encode(error) if order == "!say" else []
+        detokenizer = Detokenizer(self.tokenizer.token_bytes)
         if order == "!stall":
             await asyncio.sleep(3600)
+        if order == "!hang":
+            time.sleep(3600)  # noqa: ASYNC251
+        end = time.monotonic() + 3 * (order == "!compute")
+        while time.monotonic() < end:
+            pass
         if order == "!fail":
             self.step(failures=[RequestFailed(request.request_id, error, f"told to: {error}", "prompt")])
             return
@@ -158,7 +175,8 @@ class FakeEngine:
             if order == "!utf8" and place < 2:
                 token_id, delta = self.pieces["é".encode()[place : place + 1]], "é" * place
             if place < len(said):
-                token_id, delta = said[place], self.tokenizer.decode(said[place : place + 1])
+                token_id = said[place]
+                delta, _ = detokenizer.push(token_id)
             if (order == "!eos" and place == 3) or (order == "!say" and place == len(said)):
                 token_id, delta, reason = self.tokenizer.eos_token_id or 0, "", "stop"
             if order == "!stop" and place == 2:
@@ -174,7 +192,7 @@ class FakeEngine:
     async def emit(self, output: TokenOutput) -> None:
         """Send it, and wait while too much of what was sent has not been taken."""
         self.step(output)
-        self.windows[output.request_id] -= weight(output.logprob, output.prompt_logprobs)
+        self.windows[output.request_id] -= output_size(output.logprob, output.prompt_logprobs)
         if output.finish_reason is None:
             async with self.credited:
                 await self.credited.wait_for(lambda: self.windows[output.request_id] > 0)
@@ -236,6 +254,7 @@ class FakeEngine:
 
 
 async def main() -> None:
+    child_process.wake_at_parents_end()
     parser = argparse.ArgumentParser()
     parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--fail", action="store_true")

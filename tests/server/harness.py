@@ -23,18 +23,28 @@ class ServerProcess:
 
     start_seconds = 20.0
 
-    def __init__(self, folder: Path, *, ready: bool = True, engine_options: tuple[str, ...] = (), **settings: Any):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        ready: bool = True,
+        engine_options: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+        prefix: tuple[str, ...] = (),
+        **settings: Any,
+    ):
         self.record_path = folder / "record.jsonl"
         self.log_path = folder / "server.log"
         self.url = ""
         self._ready = ready
+        self._environment = _environment() | (environment or {})
         options = {"port": 0, "max_rows": 8, **settings}
-        self._command = [sys.executable, str(RUN_SERVER), json.dumps(options)]
+        self._command = [*prefix, sys.executable, str(RUN_SERVER), json.dumps(options)]
         self._command += ["--record", str(self.record_path), *engine_options]
 
     def __enter__(self: S) -> S:
         with self.log_path.open("wb") as log:
-            self.process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stderr=log, env=_environment())
+            self.process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stderr=log, env=self._environment)
         if self._ready:
             self.url = wait_for(lambda: self._logged("starting"), self.start_seconds)["address"]
             # A connection a request: none is left over from before a restart.

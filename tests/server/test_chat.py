@@ -82,6 +82,18 @@ class TestPlain:
         ask(server, messages, max_tokens=1)
         assert prompt(server) == "System: s\nSystem: d\nUser: one\ntwo\nAssistant:\nTool: t\nAssistant:"
 
+    def test_a_refusal_is_what_was_said(self, server: ServerProcess) -> None:
+        refused = {"type": "refusal", "refusal": "No."}
+        for said in ({"content": [refused]}, {"content": None, "refusal": "No."}, {"content": "No.", "refusal": None}):
+            ask(server, [*user("a"), {"role": "assistant", **said}, *user("b")], max_tokens=1)
+            assert prompt(server) == "User: a\nAssistant: No.\nUser: b\nAssistant:"
+        ask(
+            server,
+            [*user("a"), {"role": "assistant", "content": [{"type": "text", "text": "I"}, refused]}],
+            max_tokens=1,
+        )
+        assert prompt(server) == "User: a\nAssistant: I\nNo.\nAssistant:"
+
     @pytest.mark.parametrize(
         ("said", "shown"),
         [
@@ -117,6 +129,7 @@ class TestPlain:
     def test_an_answer_has_a_longest(self, server: ServerProcess) -> None:
         assert ask(server, user("a"))["usage"]["completion_tokens"] == 2048
         assert ask(server, user("a"), max_completion_tokens=2)["usage"]["completion_tokens"] == 2
+        assert ask(server, user("a"), max_completion_tokens=2, max_tokens=5)["usage"]["completion_tokens"] == 2
 
     def test_choice_i_of_n_has_the_seed_plus_i(self, server: ServerProcess) -> None:
         answer = ask(server, user("a"), n=2, seed=7, max_tokens=5)
@@ -136,6 +149,8 @@ class TestPlain:
             assert entry["top_logprobs"][0] == {name: entry[name] for name in ("token", "logprob", "bytes")}
         (choice,) = ask(server, user("a"), logprobs=True, max_tokens=1)["choices"]
         assert choice["logprobs"]["content"][0]["top_logprobs"] == []
+        (choice,) = ask(server, user("a"), top_logprobs=0, max_tokens=1)["choices"]
+        assert choice["logprobs"] is None, "0 asks for nothing"
 
     def test_every_sampling_field_is_taken(self, server: ServerProcess) -> None:
         fields: dict[str, Any] = {
@@ -259,29 +274,72 @@ class TestTools:
         expected = "tool_calls" if choice == "required" else "stop"
         assert whole["finish_reason"] == last["choices"][0]["finish_reason"] == expected
 
-    def test_what_must_be_called_is_a_schema(self, server: ServerProcess) -> None:
-        shared = {"$defs": {"n": {"type": "integer"}}}
-        add = {"name": "add", "parameters": {"properties": {"a": {"$ref": "#/$defs/n"}}, **shared}}
+    def test_what_must_be_called_is_a_grammar(self, server: ServerProcess) -> None:
+        parameters = {"properties": {"a": {"$ref": "#/$defs/n"}}, "$defs": {"n": {"type": "integer"}}}
+        add = {"name": "add", "parameters": {**parameters, "description": "Adds."}}
         tools = [{"type": "function", "function": function} for function in (add, {"name": "now"})]
 
-        def schema(**fields: Any) -> Any:
+        def grammar(**fields: Any) -> Any:
             ask(server, user("a"), tools=tools, max_tokens=1, **fields)
             grammar = server.records("submit")[-1]["grammar"]
-            return grammar and json.loads(grammar["text"])
+            return grammar and (grammar["kind"], json.loads(grammar["text"]))
 
-        required = schema(tool_choice="required")
-        assert (required["type"], required["minItems"], "maxItems" in required) == ("array", 1, False)
-        assert required["$defs"] == shared["$defs"]
-        first, second = (call["properties"] for call in required["items"]["anyOf"])
-        assert first == {
-            "name": {"const": "add"},
-            "arguments": {"type": "object", "properties": {"a": {"$ref": "#/$defs/n"}}},
-        }
-        assert second == {"name": {"const": "now"}, "arguments": {"type": "object"}}
-        assert schema(tool_choice="required", parallel_tool_calls=False)["maxItems"] == 1
-        named = schema(tool_choice={"type": "function", "function": {"name": "now"}})
-        assert (len(named["items"]["anyOf"]), named["maxItems"]) == (1, 1)
-        assert schema(tool_choice="auto") is None
+        functions = [{"name": "add", "parameters": parameters}, {"name": "now", "parameters": {}}]
+        assert grammar(tool_choice="required") == ("tool_calls", {"functions": functions, "one": False})
+        one = ("tool_calls", {"functions": functions, "one": True})
+        assert grammar(tool_choice="required", parallel_tool_calls=False) == one
+        named = grammar(tool_choice={"type": "function", "function": {"name": "now"}})
+        assert named == ("tool_calls", {"functions": functions[1:], "one": True})
+        assert grammar(tool_choice="auto") is None
+
+    def test_white_space_between_calls_is_no_content(self, server: ServerProcess) -> None:
+        said = f"\n{CALL}\n{CALL}\n"
+        (choice,) = ask(server, user(f"!say {said}"), tools=TOOLS)["choices"]
+        *chunks, _ = stream(server, user(f"!say {said}"), tools=TOOLS)
+        contents = [chunk["choices"][0]["delta"].get("content") for chunk in chunks]
+        assert choice["message"]["content"] is None
+        assert len(choice["message"]["tool_calls"]) == 2
+        assert set(contents) == {None}, "not even an empty one, which some clients show as a message"
+
+    def test_content_is_streamed_as_it_is_told_at_once(self, server: ServerProcess) -> None:
+        for said in (f" So:\n{CALL}\n{CALL} Done.\n", " \n", "\n\nWell"):
+            (choice,) = ask(server, user(f"!say {said}"), tools=TOOLS)["choices"]
+            *chunks, _ = stream(server, user(f"!say {said}"), tools=TOOLS)
+            contents = [chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks]
+            assert "".join(contents) == choice["message"]["content"]
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            *(
+                '{"a": ',
+                "{",
+                "[1]",
+                "5",
+                "text",
+                '"{}"',
+                "<|endoftext|>",
+                '{"a": "\\ud800"}',
+                '{"a": ' + "9" * 5000 + "}",
+            ),
+            *("[" * 9999, "[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900),
+        ],
+        ids=range(12),
+    )
+    def test_arguments_that_are_no_object_are_given_to_the_template_as_they_are(
+        self, server: ServerProcess, arguments: str
+    ) -> None:
+        """A model's call that was cut, or is wrong, does not spoil its conversation."""
+        messages = [*user("a"), {"role": "assistant", "tool_calls": [called(arguments)]}]
+        messages.append({"role": "tool", "tool_call_id": "1", "content": "no"})
+        ask(server, messages, max_tokens=1)
+        call = json.dumps({"name": "add", "arguments": arguments}, ensure_ascii=False)
+        assert f"<tool_call>{call}</tool_call>\nTool: no" in prompt(server)
+
+    @pytest.mark.parametrize("arguments", ["", " ", "null", "{}"])
+    def test_no_arguments_are_an_empty_object(self, server: ServerProcess, arguments: str) -> None:
+        ask(server, [*user("a"), {"role": "assistant", "tool_calls": [called(arguments)]}], max_tokens=1)
+        assert '<tool_call>{"name": "add", "arguments": {}}</tool_call>' in prompt(server)
 
 
 class TestStructure:
@@ -418,11 +476,12 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "http://a.example"}}]
         ({"messages": user(["text"])}, "messages"),
         ({"messages": user(5)}, "messages"),
         ({"messages": user("a") * 10_001}, "messages"),
-        ({"messages": [{"role": "assistant", "tool_calls": [called("{")]}]}, "messages"),
-        ({"messages": [{"role": "assistant", "tool_calls": [called("[" * 9999)]}]}, "messages"),
-        ({"messages": [{"role": "assistant", "tool_calls": [called("[" * 900 + "]" * 900)]}]}, "messages"),
-        ({"chat_template_kwargs": {"a": json.loads("[" * 150 + "]" * 150)}}, "messages"),
+        ({"messages": user([{"type": "refusal", "text": "a"}])}, "messages"),
+        ({"messages": user([{"type": ["text"], "text": "a"}])}, "messages"),
+        ({"chat_template_kwargs": {"a": json.loads("[" * 150 + "]" * 150)}}, "chat_template_kwargs"),
+        ({"tools": [function(parameters={"x": json.loads("[" * 150 + "]" * 150)})]}, "tools"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"logprobs": 5}, "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -463,8 +522,7 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "http://a.example"}}]
         (
             {
                 "tools": [
-                    function(name="f", parameters={"$defs": {"x": {"type": "null"}}}),
-                    function(name="g", parameters={"$defs": {"x": {"type": "string"}}}),
+                    function(name="f", parameters={"properties": {"a": {"format": "path"}}}, strict=True),
                 ],
                 "tool_choice": "required",
             },
@@ -516,6 +574,7 @@ def test_hints_are_ignored(server: ServerProcess) -> None:
         "reasoning_effort": "none",
         "modalities": ["text"],
         "response_format": {"type": "text"},
+        "top_logprobs": 0,
     }
     assert ask(server, user("a"), max_tokens=2, **hints)["usage"]["completion_tokens"] == 2
 

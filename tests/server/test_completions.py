@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
@@ -155,6 +157,42 @@ def test_null_is_as_good_as_absent_and_unknown_fields_are_ignored(server: Server
     )
     answer = server.complete("a", **dict.fromkeys(optional.split()), no_such_field={"a": [1]})
     assert answer["usage"]["completion_tokens"] == 16
+
+
+def test_a_whole_number_may_be_written_with_a_fraction(server: ServerProcess) -> None:
+    """JSON has one kind of number, and some clients write each as 16.0."""
+    expected = server.complete([[5, 6], [7]], max_tokens=3, seed=1, n=2, top_k=5, logit_bias={"9": 1.5})["choices"]
+    body = b"""{"prompt": [[5.0, 6e0], [7]], "max_tokens": 3.0, "seed": 1.0, "n": 2.0, "top_k": 5.0, "temperature": 1.0,
+        "logit_bias": {"9": 1.5}, "user": "\xe2\x80\xa8 1.0"}"""
+    response = server.http.post("/v1/completions", content=body)
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"] == expected
+
+
+def test_the_newer_name_of_the_limit_wins(server: ServerProcess) -> None:
+    answer = server.complete("a", max_tokens=5, max_completion_tokens=2)
+    assert answer["usage"]["completion_tokens"] == 2
+
+
+def test_top_p_0_is_taken(server: ServerProcess) -> None:
+    assert server.complete("a", top_p=0, max_tokens=2)
+
+
+def test_no_event_holds_what_some_clients_take_for_the_end_of_a_line(server: ServerProcess) -> None:
+    odd = "a\u2028b\u2029c\x85d\u00e9\u2026"
+    for path, asked in (
+        ("/v1/completions", {"prompt": f"!say {odd}", "max_tokens": 60, "logprobs": 1}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": f"!say {odd}"}]}),
+        ("/v1/responses", {"input": f"!say {odd}", "instructions": odd}),
+    ):
+        response = server.post(path, stream=True, **asked)
+        assert response.status_code == 200
+        assert response.text.splitlines() == response.text.split("\n")[:-1]
+        texts = "".join(
+            json.loads(f'"{text}"') for text in re.findall(r'"(?:text|content|delta)":"(.*?)"', response.text)
+        )
+        assert texts.startswith(odd)
+        assert {"\\u2028", "\\u2029", "\\u0085"} <= set(re.findall(r"\\u\w{4}", response.text))
 
 
 def test_every_sampling_field_is_taken(server: ServerProcess) -> None:

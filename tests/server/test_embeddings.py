@@ -10,6 +10,8 @@ from typing import Any
 import openai
 import pytest
 
+from lattice_serve.engine.models.registry import load_config
+from lattice_serve.server.settings import BUNDLED_MODEL
 from tests.server.harness import ServerProcess
 
 
@@ -45,6 +47,22 @@ def test_many_texts_come_in_order(server: ServerProcess) -> None:
     assert [vector["embedding"][0] for vector in data] == pytest.approx([expected(len(ids))[0] for ids in texts])
 
 
+def test_as_many_texts_as_openai_takes(server: ServerProcess) -> None:
+    """Far more than may run and wait at once."""
+    texts = [[5] * (1 + index % 7) for index in range(2048)]
+    answer = embed(server, input=texts)
+    assert [vector["index"] for vector in answer["data"]] == list(range(2048))
+    assert [vector["embedding"][0] for vector in answer["data"]] == [expected(len(ids))[0] for ids in texts]
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, texts))
+
+
+def test_the_models_own_length_may_be_asked_for(server: ServerProcess) -> None:
+    size = load_config(BUNDLED_MODEL).hidden_size
+    assert embed(server, input="a", dimensions=size) == embed(server, input="a")
+    error = server.post("/v1/embeddings", input="a", dimensions=size // 2).json()["error"]
+    assert f"have {size} numbers" in error["message"]
+
+
 def test_base64(server: ServerProcess) -> None:
     plain = embed(server, input="a b c", encoding_format="float")["data"][0]["embedding"]
     coded = base64.b64decode(embed(server, input="a b c", encoding_format="base64")["data"][0]["embedding"])
@@ -66,9 +84,13 @@ def test_the_openai_client(server: ServerProcess) -> None:
         ({"input": [1, "a"]}, 400, "input"),
         ({"input": [-1]}, 400, "input"),
         ({"input": [[4096]]}, 400, "input"),
-        ({"input": ["a"] * 5000}, 400, "input"),
+        ({"input": ["a"] * 2049}, 400, "input"),
+        ({"input": [[5]] * 2049}, 400, "input"),
+        ({"input": [[5] * 3000] * 101}, 400, "input"),
         ({}, 400, "input"),
         ({"input": "a", "dimensions": 3}, 400, "dimensions"),
+        ({"input": "a", "dimensions": 10**6}, 400, "dimensions"),
+        ({"input": "a", "dimensions": "3"}, 400, "dimensions"),
         ({"input": "a", "encoding_format": "text"}, 400, "encoding_format"),
         ({"input": "a", "pooling": "max"}, 400, "pooling"),
         ({"input": "a", "model": "other"}, 404, "model"),

@@ -58,13 +58,19 @@ DEEP = b'{"prompt":' + b"[" * 100_000
         (b'{"prompt": "a", "temperature": -1}', "temperature"),
         (b'{"prompt": "a", "temperature": true}', "temperature"),
         (b'{"prompt": "a", "temperature": "0.5"}', "temperature"),
-        (b'{"prompt": "a", "top_p": 0}', "top_p"),
+        (b'{"prompt": "a", "top_p": -0.1}', "top_p"),
         (b'{"prompt": "a", "top_k": -2}', "top_k"),
         (b'{"prompt": "a", "max_tokens": 1e400}', "max_tokens"),
         (b'{"prompt": "a", "max_tokens": 1.5}', "max_tokens"),
         (b'{"prompt": "a", "max_tokens": true}', "max_tokens"),
         (b'{"prompt": "a", "max_tokens": 0}', "max_tokens"),
-        (b'{"prompt": "a", "max_completion_tokens": 0}', "max_tokens"),
+        (b'{"prompt": "a", "max_completion_tokens": 0}', "max_completion_tokens"),
+        (b'{"prompt": "a", "max_tokens": 5, "max_completion_tokens": 0}', "max_completion_tokens"),
+        (b'{"prompt": "a", "max_tokens": 1e30}', "max_tokens"),
+        (b'{"prompt": "a", "max_tokens": 16.0, "n": 1.5}', "n"),
+        (b'{"prompt": [1.0, 1e400]}', "prompt"),
+        (b'{"prompt": "a", "stop": ["a", ""]}', "stop"),
+        (b'{"prompt": "a", "stop": "' + b"x" * 257 + b'"}', "stop"),
         (b'{"prompt": "a", "max_tokens": -1}', "max_tokens"),
         (b'{"prompt": "a", "max_tokens": 99999999999999999999999}', "max_tokens"),
         (b'{"prompt": "a", "min_tokens": 17}', "min_tokens"),
@@ -98,8 +104,8 @@ DEEP = b'{"prompt":' + b"[" * 100_000
         (b'{"prompt": "a", "logit_bias": {"5000": 1}}', "logit_bias"),
         (b'{"prompt": "a", "logit_bias": [1]}', "logit_bias"),
         (b'{"prompt": "a", "seed": 9223372036854775808}', "seed"),
-        (b'{"prompt": "a", "seed": 1.0}', "seed"),
-        (b'{"prompt": "a", "priority": 1e9}', "priority"),
+        (b'{"prompt": "a", "seed": 1.5}', "seed"),
+        (b'{"prompt": "a", "priority": 1e10}', "priority"),
         (b'{"prompt": "a", "model": 5}', "model"),
     ],
 )
@@ -214,6 +220,23 @@ def test_unknown_route(server: ServerProcess, path: str) -> None:
     assert "/openapi.json" in check_error(server.http.get(path), 404)["message"]
 
 
+GETS = ["/v1/models", "/v1/models/lattice", "/health", "/ready", "/ping", "/metrics", "/version", "/openapi.json"]
+
+
+@pytest.mark.parametrize("path", [*GETS, "/tokenizer_info", "/v1/models/other", "/nowhere"])
+def test_head_is_get_without_a_body(server: ServerProcess, path: str) -> None:
+    head, get = server.http.head(path), server.http.get(path)
+    assert head.status_code == get.status_code
+    assert head.content == b""
+    assert head.headers["content-type"] == get.headers["content-type"] if path != "/ping" else True
+    assert abs(int(head.headers["content-length"]) - len(get.content)) < 100, "metrics grow"
+
+
+def test_head_of_what_only_takes_posts(server: ServerProcess) -> None:
+    response = server.http.head("/v1/completions")
+    assert (response.status_code, response.headers["allow"], response.content) == (405, "POST", b"")
+
+
 def test_wrong_method(server: ServerProcess) -> None:
     response = server.http.get("/v1/completions")
     assert (
@@ -223,8 +246,19 @@ def test_wrong_method(server: ServerProcess) -> None:
     check_error(server.http.delete("/v1/models"), 405)
 
 
-def test_more_answers_than_the_server_ever_holds(server: ServerProcess) -> None:
-    assert check_error(server.post(prompt=["a"] * 1033), 400)["param"] == "n"
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": ["a"] * 2049}, "prompt"),
+        ({"prompt": [[5]] * 2049, "n": 2}, "prompt"),
+        ({"prompt": ["a"] * 17, "n": 128}, "n"),
+        ({"prompt": ["a"] * 17, "n": 1, "best_of": 128}, "best_of"),
+    ],
+)
+def test_more_answers_than_one_request_may_ask_for(server: ServerProcess, fields: dict[str, Any], param: str) -> None:
+    error = check_error(server.post(**fields), 400)
+    assert error["param"] == param
+    assert "at most 2048" in error["message"]
 
 
 def test_an_unknown_engine_error_is_a_500(server: ServerProcess) -> None:
@@ -260,6 +294,7 @@ STATUSES = {
     "Overloaded": 429,
     "Draining": 503,
     "EngineUnavailable": 503,
+    "OutOfMemory": 503,
     "EngineDied": 500,
     "NumericalError": 500,
 }

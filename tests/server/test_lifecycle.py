@@ -98,22 +98,101 @@ def test_the_engine_dies_and_comes_back(start_server: StartServer, pool: ThreadP
     assert server.metrics()['request_success_total{finished_reason="error"}'] == (4 if how == "kill" else 5)
 
 
-def test_an_engine_that_hangs_is_killed_and_comes_back(start_server: StartServer) -> None:
-    """One that answers slowly does not hang, nor does one that nobody has asked for anything."""
-    server = start_server(watchdog_seconds=1)
-    assert server.stream("!slow", max_tokens=30)[-1] == "[DONE]"  # takes longer, but is not silent
+def ready(server: ServerProcess) -> bool:
+    return server.http.get("/ready").status_code == 200
+
+
+def hangs(server: ServerProcess) -> list[str]:
+    """Why engines were killed."""
+    return [line["reason"] for line in server.log_lines() if line["event"] == "engine hangs, killing it"]
+
+
+def test_an_idle_engine_that_is_stopped_is_unready_then_killed_and_comes_back(start_server: StartServer) -> None:
+    server = start_server(watchdog_seconds=2)
     first_pid = server.engine_pid
     os.kill(first_pid, signal.SIGSTOP)
-    time.sleep(1.5)
+    wait_for(lambda: not ready(server), seconds=1.8)
     assert alive(first_pid)
-    failed = server.post(prompt="a")
-    assert failed.status_code == 500
-    assert "send it again" in failed.json()["error"]["message"]
-    wait_for(lambda: server.post(prompt="a").status_code == 200)
+    wait_for(lambda: ready(server), seconds=10)
     assert not alive(first_pid)
+    assert server.complete("a")
     assert server.metrics()["engine_restarts_total"] == 1
-    (line,) = [line for line in server.log_lines() if line["event"] == "engine hangs, killing it"]
-    assert line["reason"] == "nothing came from it for 1 s"
+    assert hangs(server) == ["nothing came from it for 2 s, and it did not compute"]
+
+
+def test_an_engine_that_goes_on_is_ready_again(start_server: StartServer) -> None:
+    server = start_server(watchdog_seconds=4)
+    os.kill(server.engine_pid, signal.SIGSTOP)
+    wait_for(lambda: not ready(server))
+    os.kill(server.engine_pid, signal.SIGCONT)
+    wait_for(lambda: ready(server))
+    assert (server.complete("a")["object"], hangs(server)) == ("text_completion", [])
+
+
+@pytest.mark.parametrize("how", ["stopped", "!hang"])
+def test_a_busy_engine_that_hangs_is_killed_and_comes_back(
+    start_server: StartServer, pool: ThreadPoolExecutor, how: str
+) -> None:
+    server = start_server(watchdog_seconds=1)
+    stream = pool.submit(server.stream, "!slow", max_tokens=1000)
+    wait_for(lambda: server.metrics()["generation_tokens_total"] > 2)
+    if how == "stopped":
+        os.kill(server.engine_pid, signal.SIGSTOP)
+    else:
+        assert server.post(prompt=how).status_code == 500
+    assert "send it again" in stream.result(timeout=10)[-1]["error"]["message"]
+    wait_for(lambda: ready(server))
+    assert server.complete("a")
+    assert len(hangs(server)) == 1
+
+
+def test_an_engine_that_is_slow_idle_or_computes_does_not_hang(start_server: StartServer) -> None:
+    server = start_server(watchdog_seconds=1)
+    assert server.stream("!slow", max_tokens=30)[-1] == "[DONE]"
+    time.sleep(1.5)
+    assert server.complete("!compute")  # says nothing meanwhile
+    assert hangs(server) == []
+
+
+def test_a_server_that_is_stopped_for_a_while_kills_no_engine(start_server: StartServer) -> None:
+    server = start_server(watchdog_seconds=1)
+    for _ in range(2):
+        server.process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        server.process.send_signal(signal.SIGCONT)
+        time.sleep(0.3)
+    assert server.complete("a")
+    assert hangs(server) == []
+
+
+def test_an_engine_that_worked_is_started_again_at_once_each_time(start_server: StartServer) -> None:
+    server = start_server()
+    delays = []
+    for worked in (True, True, True, False, False):
+        if worked:
+            assert server.complete("a")
+        server.post(prompt="!exit")
+        wait_for(lambda: ready(server))
+        delays = [line["delay_seconds"] for line in server.log_lines() if line["event"].startswith("engine died")]
+    assert delays == [0.1, 0.1, 0.1, 0.2, 0.4]
+
+
+def test_no_other_process_has_the_key(start_server: StartServer) -> None:
+    server = start_server(environment={"LATTICE_API_KEY": "secret"})
+    assert server.post(prompt="a").status_code == 401
+    parent = server.process.pid
+    assert b"LATTICE_API_KEY=secret" in Path(f"/proc/{parent}/environ").read_bytes()
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        assert b"LATTICE_" not in Path(f"/proc/{child}/environ").read_bytes()
+
+
+def test_processes_that_are_stopped_end_with_a_server_that_is_killed(start_server: StartServer) -> None:
+    server = start_server()
+    parent = server.process.pid
+    children = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    os.kill(server.engine_pid, signal.SIGSTOP)
+    server.process.kill()
+    wait_for(lambda: not any(map(alive, children)), seconds=5)
 
 
 def test_the_engine_comes_back_without_the_folder_of_the_one_before(start_server: StartServer) -> None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from lattice_serve.engine.errors import ResponseNotFound
+from lattice_serve.engine.shares import Shares
 from lattice_serve.server.response_store import ResponseStore
 
 
@@ -44,3 +47,30 @@ def test_bytes_are_bounded_and_counted() -> None:
             store.get("", name)
     store.put("", "5", b"x" * 90, [])
     assert store.get("", "5").body == b"x" * 90
+
+
+@pytest.mark.parametrize("limits", [{"max_responses": 10}, {"max_bytes": 120}], ids=str)
+def test_a_tenant_pushes_out_its_own(limits: dict[str, Any]) -> None:
+    store = ResponseStore(**limits)
+    for number in range(5):
+        store.put("polite", f"{number}", b"x" * 10, [])
+    for number in range(100):
+        store.put("greedy", f"{number}", b"x" * 10, [])
+    for tenant, number in [*(("polite", number) for number in range(5)), ("greedy", 99)]:
+        assert store.get(tenant, f"{number}").body == b"x" * 10
+    with pytest.raises(ResponseNotFound):
+        store.get("greedy", "90")
+
+
+def test_weights_part_the_store() -> None:
+    shares = Shares()
+    shares.weigh("heavy", 4)
+    store = ResponseStore(max_responses=10, shares=shares)
+    for number in range(20):
+        for tenant in ("heavy", "light"):
+            store.put(tenant, f"{number}", b"", [])
+
+    def kept(tenant: str) -> int:
+        return len(store._stored[tenant])
+
+    assert (kept("heavy"), kept("light")) == (8, 2)

@@ -8,6 +8,7 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types.responses import ResponseErrorEvent, ResponseFailedEvent
 
 from tests.server.harness import ServerProcess
 
@@ -165,6 +166,71 @@ def test_logprobs(client: Any) -> None:
     assert all(score.logprob == -0.5 and len(score.top_logprobs) == 2 for score in scores)
 
 
+@pytest.mark.parametrize(
+    ("said", "tools", "text"),
+    [
+        ("!say  Good day", [], "Good day"),
+        ("!utf8", [], None),
+        ("!eos", [], None),
+        ("!say ", [], ""),
+        ("!say a <tool_", [TOOL], "a <tool_"),
+        ("!say \n\n", [TOOL], "\n\n"),
+        ("!say a <tool_call>{no} b", [TOOL], "a <tool_call>{no} b"),
+    ],
+)
+def test_every_token_has_a_logprob(client: Any, said: str, tools: list[Any], text: str | None) -> None:
+    fields: dict[str, Any] = {"input": said, "max_output_tokens": 20, "tools": tools}
+    fields["include"] = ["message.output_text.logprobs"]
+    whole = client.responses.create(model="lattice", **fields)
+    assert text in (None, whole.output_text)
+    [message] = whole.output
+    assert len(message.content[0].logprobs) == whole.usage.output_tokens
+    *events, last = client.responses.create(model="lattice", stream=True, **fields)
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert "".join(event.delta for event in deltas) == last.response.output_text == whole.output_text
+    assert sum(len(event.logprobs) for event in deltas) == last.response.usage.output_tokens
+    assert len(last.response.output[0].content[0].logprobs) == last.response.usage.output_tokens
+
+
+def test_tokens_of_a_call_have_no_logprobs_in_a_message(client: Any) -> None:
+    made = client.responses.create(
+        model="lattice", input=f"!say  So:{CALL}", tools=[TOOL], include=["message.output_text.logprobs"]
+    )
+    message, call = made.output
+    assert "".join(score.token for score in message.content[0].logprobs).strip() == "So:"
+    assert call.type == "function_call"
+    made = client.responses.create(
+        model="lattice", input=f"!say {CALL} Done.", tools=[TOOL], include=["message.output_text.logprobs"]
+    )
+    call, message = made.output
+    tokens = "".join(score.token for score in message.content[0].logprobs)
+    assert tokens.endswith(" Done.<|endoftext|>")
+    assert "Rome" not in tokens
+
+
+def test_a_cut_call_can_be_gone_on_from(server: ServerProcess, client: Any) -> None:
+    tokens = len(server.post("/tokenize", prompt=CALL[:55]).json()["tokens"])
+    cut = client.responses.create(model="lattice", input=f"!say {CALL}", tools=[TOOL], max_output_tokens=tokens)
+    [call] = cut.output
+    assert (cut.status, call.type, call.status) == ("incomplete", "function_call", "incomplete")
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(call.arguments)
+    written = json.dumps(call.arguments, ensure_ascii=False)
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "It was cut."}
+    client.responses.create(model="lattice", input=[output], previous_response_id=cut.id, tools=[TOOL])
+    [prompt] = prompts(server, 1)
+    assert f'"arguments": {written}}}</tool_call>\nTool: It was cut.' in prompt
+    said = [{"role": "user", "content": f"!say {CALL}"}, call.model_dump(exclude_none=True), output]
+    client.responses.create(model="lattice", input=said, tools=[TOOL])
+    assert prompts(server, 1) == [prompt]
+
+
+def test_a_refusal_is_what_was_said(server: ServerProcess, client: Any) -> None:
+    refused = {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    client.responses.create(model="lattice", input=[{"role": "user", "content": "a"}, refused], max_output_tokens=1)
+    assert prompts(server, 1) == ["User: a\nAssistant: No.\nAssistant:"]
+
+
 def test_sampling_fields_are_taken(server: ServerProcess, client: Any) -> None:
     client.responses.create(
         model="lattice", input="a", temperature=0.5, top_p=0.5, max_output_tokens=1, extra_body={"seed": 7}
@@ -176,7 +242,7 @@ def test_hints_are_ignored(client: Any) -> None:
     hints: dict[str, Any] = {
         "user": "me", "safety_identifier": "x", "prompt_cache_key": "x", "service_tier": "auto", "truncation": "auto",
         "background": False, "parallel_tool_calls": True, "tool_choice": "auto",
-        "include": ["reasoning.encrypted_content"], "reasoning": {"effort": "none", "summary": None},
+        "top_logprobs": 0, "include": ["reasoning.encrypted_content"], "reasoning": {"effort": "none", "summary": None},
     }  # fmt: skip
     assert client.responses.create(model="lattice", input="!say a", **hints).output_text == "a"
 
@@ -228,10 +294,7 @@ def test_what_is_refused_is_named(server: ServerProcess, body: dict[str, Any], s
             "part 0 is not served: give parts of type",
         ),
         ([{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}], "input[1].message.role: "),
-        (
-            [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{"}],
-            "input: arguments of a tool call are no JSON",
-        ),
+        ([{"role": "user", "content": [{"type": ["input_text"], "text": "a"}]}], "part 0 is not served"),
     ],
 )
 def test_an_item_at_fault_is_told(server: ServerProcess, given: Any, message: str) -> None:
@@ -243,8 +306,62 @@ def test_an_item_at_fault_is_told(server: ServerProcess, given: Any, message: st
 def test_failures_before_and_in_the_stream(client: Any) -> None:
     with pytest.raises(openai.InternalServerError):
         client.responses.create(model="lattice", input="!fail NumericalError")
-    with pytest.raises(openai.APIError, match="told to"):
+    with pytest.raises(openai.InternalServerError):
+        client.responses.create(model="lattice", input="!fail NumericalError", stream=True)
+    with pytest.raises(openai.APIError, match="told to") as caught:
         list(client.responses.create(model="lattice", input="!fail-late NumericalError", stream=True))
+    assert (type(caught.value), caught.value.code) == (openai.APIError, "server_error")
+    with (
+        pytest.raises(openai.APIError, match="told to"),
+        client.responses.stream(model="lattice", input="!fail-late NumericalError") as stream,
+    ):
+        list(stream)
+
+
+def named_events(text: str) -> list[dict[str, Any]]:
+    """The events of a stream; each has the name that its data say."""
+    found = []
+    for block in text.removesuffix("\n\n").split("\n\n"):
+        if not block.startswith(":"):
+            name, data = block.split("\n")
+            found.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {found[-1]['type']}"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "kind", "param"),
+    [
+        ({"input": "!fail-late NumericalError"}, "server_error", "server_error", "prompt"),
+        ({"input": "!fail-late Overloaded"}, "rate_limit_exceeded", "rate_limit_error", "prompt"),
+        ({"input": "!fail-late InvalidParameter"}, "invalid_prompt", "invalid_request_error", "prompt"),
+        ({"input": "!slow", "timeout": 0.3}, "server_error", "timeout_error", "timeout"),
+    ],
+)
+def test_a_failure_in_the_stream_is_an_error_event(
+    server: ServerProcess, fields: dict[str, Any], code: str, kind: str, param: str
+) -> None:
+    events = named_events(server.post("/v1/responses", stream=True, **fields).text)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    *_, error, failed = events
+    nested = error.pop("error")
+    assert error.pop("message") == nested.pop("message") == failed["response"]["error"]["message"]
+    assert error == {"type": "error", "code": code, "param": param, "sequence_number": len(events) - 2}
+    assert nested == {"type": kind, "code": code, "param": param}
+    ResponseErrorEvent.model_validate({**error, "message": ""}, strict=True)
+    assert failed["type"] == "response.failed"
+    assert (failed["response"]["status"], failed["response"]["error"]["code"]) == ("failed", code)
+    assert [item["status"] for item in failed["response"]["output"]] == ["incomplete"]
+    ResponseFailedEvent.model_validate(failed)
+
+
+def test_a_failure_after_comments_alone_is_an_error_event(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server(keep_alive_seconds=0.02)
+    [error] = named_events(server.post("/v1/responses", input="!stall", timeout=0.2, stream=True).text)
+    assert (error["type"], error["param"], error["sequence_number"]) == ("error", "timeout", 0)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.APIError, match=r"its timeout of 0\.2 s"):
+        list(client.responses.create(model="lattice", input="!stall", stream=True, extra_body={"timeout": 0.2}))
 
 
 def test_another_key_sees_nothing(start_server: Callable[..., ServerProcess]) -> None:
@@ -256,3 +373,10 @@ def test_another_key_sees_nothing(start_server: Callable[..., ServerProcess]) ->
         two.responses.retrieve(made.id)
     with pytest.raises(openai.NotFoundError):
         two.responses.create(model="lattice", input="a", previous_response_id=made.id)
+
+
+@pytest.mark.parametrize("wrong", [0, 0.0, "", "false", [], True])
+def test_background_is_false_or_absent(server: ServerProcess, wrong: Any) -> None:
+    response = server.post("/v1/responses", input="a", background=wrong)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "background")
+    assert server.post("/v1/responses", input="a", background=False, max_output_tokens=1).status_code == 200

@@ -21,6 +21,10 @@ def test_defaults() -> None:
     assert settings.engine_configs() == [expected]
 
 
+def test_idle_connections_outlast_those_of_common_clients() -> None:
+    assert Settings.load().idle_connection_seconds > 90, "Go's pools"
+
+
 def test_a_keyword_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATTICE_PORT", "9000")
     monkeypatch.setenv("LATTICE_MAX_ROWS", "3")
@@ -56,12 +60,30 @@ def test_the_model_is_named_for_its_folder(tmp_path: Path) -> None:
 
 def test_keys_from_a_file(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("a\n\n b, c \n")
+    keys.write_text("# of the team\na\n\n b, c \n  # d\n")
     assert Settings.load(api_key_file=keys, host="0.0.0.0").api_keys == (b"a", b"b, c")
     assert Settings.load(api_key_file=keys, api_key="k,l").api_keys == (b"k", b"l", b"a", b"b, c")
 
 
-@pytest.mark.parametrize("content", [None, b" \n", b"\xff"])
+def test_keys_in_a_file_have_weights_and_comments(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# of the team\na weight=3\n\n  # none\nb\nc d  weight=1000\nweight=2\n#e\n")
+    weights = Settings.load(api_key_file=keys, api_key="k,a").key_weights
+    assert weights == {b"k": 1, b"a": 3, b"b": 1, b"c d": 1000, b"weight=2": 1}
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "1001", "1.5", "", "x", "\u0663"])
+def test_a_wrong_weight_names_its_line_and_not_the_key(tmp_path: Path, weight: str) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"# one\nsecret weight={weight}\n")
+    with pytest.raises(
+        ConfigError, match="api_key_file: line 2: weight must be a whole number from 1 to 1000"
+    ) as caught:
+        Settings.load(api_key_file=keys)
+    assert "secret" not in caught.value.message
+
+
+@pytest.mark.parametrize("content", [None, b" \n", b"\xff", b"# a\n"])
 def test_a_file_without_keys_is_told_at_once(tmp_path: Path, content: bytes | None) -> None:
     keys = tmp_path / "keys"
     if content is not None:
@@ -101,6 +123,47 @@ def test_a_fault_names_its_field(name: str, value: object) -> None:
     assert caught.value.param == name
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", "x"),
+        ("max_rows", "none"),
+        ("state_memory", "1G"),
+        ("log_level", "loud"),
+        ("grace_period", "-1"),
+        ("replicas", "0"),
+        ("host", "0.0.0.0"),
+        ("api_key_file", "missing"),
+        ("prefix_cache_file", "missing/file"),
+        ("dtype", "int3"),
+        ("threads", "1.5"),
+        ("watchdog_seconds", "nan"),
+    ],
+)
+def test_a_fault_of_the_environment_names_its_variable(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"LATTICE_{name.upper()}", value)
+    with pytest.raises(ConfigError, match=f"^LATTICE_{name.upper()}: ") as caught:
+        Settings.load()
+    assert caught.value.param == name
+    with pytest.raises(ConfigError, match=f"^{name}"):
+        Settings.load(**{name: value})
+
+
+def test_the_variables_of_a_kubernetes_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATTICE_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("LATTICE_SERVICE_PORT", "8000")
+    monkeypatch.setenv("LATTICE_SERVICE_PORT_HTTP", "8000")
+    for name, value in {"": "tcp://10.0.0.1:8000", "_PROTO": "tcp", "_PORT": "8000", "_ADDR": "10.0.0.1"}.items():
+        monkeypatch.setenv(f"LATTICE_PORT_8000_TCP{name}", value)
+    assert Settings.load().port == 8000
+    monkeypatch.setenv("LATTICE_PORT", "tcp://10.0.0.1:8000")
+    assert Settings.load(port=9000).port == 9000
+    with pytest.raises(
+        ConfigError, match=r"LATTICE_PORT is 'tcp://10.* rename the Service.* enableServiceLinks: false"
+    ):
+        Settings.load()
+
+
 def test_faults_across_fields_are_told_too() -> None:
     with pytest.raises(ConfigError, match="max_step_tokens"):
         Settings.load(max_rows=600, max_step_tokens=100)
@@ -116,13 +179,14 @@ def test_a_gpu_has_longer_steps_unless_it_is_told(monkeypatch: pytest.MonkeyPatc
 
 
 def test_each_replica_has_a_cache_file_of_its_own(tmp_path: Path) -> None:
-    path = tmp_path / "states"
-    assert Settings.load(prefix_cache_file=path).cache_files() == [path]
-    assert Settings.load(prefix_cache_file=path, replicas=2).cache_files() == [
-        tmp_path / "states.0",
-        tmp_path / "states.1",
+    path, key = tmp_path / "states", tmp_path / "key"
+    seconds = "--cache-save-seconds=300.0"
+    assert Settings.load(prefix_cache_file=path).cache_options() == [[f"--cache-file={path}", seconds]]
+    given = {"prefix_cache_file": path, "prefix_cache_key_file": key, "prefix_cache_save_seconds": 5}
+    assert Settings.load(**given, replicas=2).cache_options() == [
+        [f"--cache-file={path}.{i}", "--cache-save-seconds=5.0", f"--cache-key-file={key}"] for i in range(2)
     ]
-    assert Settings.load(replicas=2).cache_files() == [None, None]
+    assert Settings.load(replicas=2).cache_options() == [[], []]
 
 
 @pytest.mark.parametrize("name", ["", "none/states"])

@@ -24,6 +24,7 @@ class Client:
 
     def __init__(self, *, ever_ready: bool) -> None:
         self.ever_ready = ever_ready
+        self.worked = False
         self.connected = 0
 
     async def run(self, socket: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import time
 from pathlib import Path
@@ -17,11 +18,11 @@ from lattice_serve.server.template import ChatTemplate
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-async def render(folder: Path, source: str | None, **variables: Any) -> str:
+async def render(folder: Path, source: str | None, request: bytes | None = None, **variables: Any) -> str:
     if source is not None:
         (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
     async with ChatTemplate(folder) as template:
-        return await template.render({"messages": HELLO, "add_generation_prompt": True, **variables})
+        return await template.render({"messages": HELLO, "add_generation_prompt": True, **variables}, request)
 
 
 async def test_without_a_template_a_chat_is_a_transcript(tmp_path: Path) -> None:
@@ -62,6 +63,33 @@ async def test_what_templates_of_models_count_on(tmp_path: Path) -> None:
     messages = [*HELLO, {"role": "user", "content": "skip"}, {"role": "user", "content": " <&'é\n"}]
     text = await render(tmp_path, source, messages=messages)
     assert text == '<|user|>"Hello"\n<|user|>"<&\'é"\n2\n4 False {\n "a": [\n  1\n ]\n}'
+
+
+CUT = '{"a": '
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ arguments }}", CUT),
+        ("{{ arguments | tojson }}", '"{\\"a\\": "'),
+        ("{% if arguments is string %}{{ arguments }}{% else %}{{ arguments | tojson }}{% endif %}", CUT),
+        ("{% for name, value in arguments.items() %}{{ name }}={{ value }}{% endfor %}", f"arguments={CUT}"),
+        ("{% for name, value in arguments | items %}{{ name }}={{ value }}{% endfor %}", f"arguments={CUT}"),
+        ("{% for name, value in arguments | dictsort %}{{ name }}={{ value }}{% endfor %}", f"arguments={CUT}"),
+        ("{% for name in arguments.keys() %}{{ arguments.get(name) }}{% endfor %}", CUT),
+        ("{{ arguments.values() | join }}{{ arguments.a }}{{ arguments['a'] }}{{ arguments.get('a', 1) }}", CUT + "1"),
+        (
+            "{% for name, value in {'b': 2} | items %}{{ name }}={{ value }}{% endfor %}{{ missing | items | list }}",
+            "b=2[]",
+        ),
+    ],
+)
+async def test_arguments_that_are_text_break_no_template(tmp_path: Path, source: str, text: str) -> None:
+    call = {"function": {"name": "add", "arguments": CUT}}
+    source = f"{{% set arguments = messages[0].tool_calls[0].function.arguments %}}{source}"
+    request = {"messages": [{"role": "assistant", "tool_calls": [call]}]}
+    assert await render(tmp_path, source, json.dumps(request).encode()) == text
 
 
 async def test_variables_of_any_kind(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lattice_serve.engine.config import ModelConfig
-from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.engine.models.lattice.config import LatticeConfig
+from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
 from lattice_serve.training import forward
 from lattice_serve.training.data import Books
 from lattice_serve.training.evaluate import bits_per_byte
@@ -19,7 +19,7 @@ from lattice_serve.training.mqar import recall_set, train_single_layer
 from lattice_serve.training.optimizer import Muon, build_optimizers, learning_rate, orthogonalise
 from lattice_serve.training.watch import Diverged, Watch
 
-CONFIG = ModelConfig(
+CONFIG = LatticeConfig(
     vocab_size=40,
     hidden_size=24,
     num_hidden_layers=2,
@@ -187,7 +187,7 @@ def test_recall_set_asks_what_it_showed() -> None:
 
 
 def test_one_layer_learns_to_recall() -> None:
-    config = ModelConfig(
+    config = LatticeConfig(
         vocab_size=64,
         hidden_size=48,
         num_hidden_layers=1,

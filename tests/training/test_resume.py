@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from lattice_serve.engine.config import ModelConfig
 from lattice_serve.engine.errors import CheckpointError, ConfigError
-from lattice_serve.engine.models.lattice import LatticeForCausalLM
+from lattice_serve.engine.models.lattice.config import LatticeConfig
+from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
 from lattice_serve.training import trainer as trainer_module
 from lattice_serve.training.checkpoint import checkpoints
 from lattice_serve.training.data import Books, Streams
 from lattice_serve.training.trainer import Interrupted, Trainer, TrainOptions
 from lattice_serve.training.watch import Diverged
 
-CONFIG = ModelConfig(
+CONFIG = LatticeConfig(
     vocab_size=50,
     hidden_size=24,
     num_hidden_layers=2,

@@ -1,0 +1,1 @@
+"""The Lattice mixer on the CPU, in Numba."""
