@@ -39,8 +39,8 @@ from lattice_serve.engine.state_pool import MAX_ROWS
 from lattice_serve.engine.weights import bundled_model, init_model
 from lattice_serve.kernels.decoder.triton_network import TritonNetwork
 from lattice_serve.kernels.decoder.weights import DecoderWeights, LayerWeights
+from lattice_serve.kernels.mixers.chunks import DeviceSegments
 from lattice_serve.kernels.mixers.lattice import MixerShape, MixerState, MixerWeights, StateLayout, mix
-from lattice_serve.kernels.mixers.lattice.triton.chunks import DeviceSegments
 from lattice_serve.kernels.mixers.lattice.triton.decode import mix_decode
 from lattice_serve.kernels.mixers.lattice.triton.prefill import mix_prefill
 from lattice_serve.kernels.mixers.segments import Segments

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lattice_serve.engine.compiler import Compiler, Trial, error_of
+from lattice_serve.engine.distinct_names import DistinctNames, QuoteTokens
 from lattice_serve.engine.errors import EngineUnavailable, InvalidParameter, Overloaded
 from lattice_serve.engine.fair_executor import FairExecutor
-from lattice_serve.engine.sampling import Grammar
+from lattice_serve.engine.sampling import JSON_KINDS, Grammar
 from lattice_serve.engine.scarcity import HEADROOM, check_room
 from lattice_serve.engine.shares import ANYBODY, Shares, tenant_of
 from lattice_serve.engine.tokenizer import Tokenizer
@@ -46,6 +47,8 @@ class Compiled:
     root: LLMatcher | None = None
     error: str = ""
     bytes: int = 0
+    is_json: bool = False
+    """Whether its texts are JSON, in whose objects no name may repeat."""
 
 
 class Grammars:
@@ -65,6 +68,7 @@ class Grammars:
         self._compiler: Compiler | None = None
         self._trial = Trial(model, tokenizer.vocab_size)
         self._spellings = _Spellings(tokenizer)
+        self._quotes = QuoteTokens(tokenizer)
 
     def compile(self, grammar: Grammar, salt: str = ANYBODY) -> Future[Compiled]:
         """Raises `Overloaded` when `MAX_PENDING` others wait to be compiled, and the tenant has its share of them.
@@ -108,7 +112,8 @@ class Grammars:
             raise InvalidParameter(f"{param}: {compiled.error}", param=param)
         if compiled.root is None:
             raise EngineUnavailable("grammars cannot be compiled now: try again in a few seconds")
-        return Matcher(compiled.root.deep_copy(), self._spellings, ends, param)
+        names = DistinctNames(self._quotes) if compiled.is_json else None
+        return Matcher(compiled.root.deep_copy(), self._spellings, ends, param, names)
 
     def discard(self, grammar: Grammar, salt: str = ANYBODY) -> None:
         """Compile it anew when it is next asked for: what its matchers share may have reached a limit."""
@@ -128,7 +133,8 @@ class Grammars:
             check_room(HEADROOM // 4 + verdict.bytes)  # where Rust finds none, it ends the process
             if self._compiler is None:
                 self._compiler = Compiler(self._tokenizer)
-            return Compiled(self._compiler.compile(verdict.source), bytes=verdict.bytes)
+            root = self._compiler.compile(verdict.source)
+            return Compiled(root, bytes=verdict.bytes, is_json=grammar.kind in JSON_KINDS)
         except Exception as error:  # of one request: the engine goes on
             print(f"engine: a grammar could not be tried: {error}", file=sys.stderr)
             return Compiled()
@@ -137,12 +143,20 @@ class Grammars:
 class Matcher:
     """Where one sequence is in its grammar, and which tokens may come next."""
 
-    __slots__ = ("_ends", "_matcher", "_param", "_spellings", "allowed", "complete", "seconds")
+    __slots__ = ("_ends", "_matcher", "_names", "_param", "_spellings", "allowed", "complete", "seconds")
 
-    def __init__(self, matcher: LLMatcher, spellings: _Spellings, ends: Sequence[int], param: str) -> None:
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        spellings: _Spellings,
+        ends: Sequence[int],
+        param: str,
+        names: DistinctNames | None = None,
+    ) -> None:
         """See `Grammars.matcher`. Raises `InvalidParameter` as `push` does."""
         self._matcher = matcher
         self._spellings = spellings
+        self._names = names
         self._ends = list(ends)
         self._param = param
         self.allowed: Tensor
@@ -165,6 +179,8 @@ class Matcher:
         began = time.thread_time()
         try:
             self._matcher.consume_token(token_id)
+            if self._names is not None:
+                self._names.push(self._spellings.text(token_id))
             self._look()
         finally:
             seconds = time.thread_time() - began
@@ -178,6 +194,8 @@ class Matcher:
         if error := error_of(self._matcher):
             raise self._too_complex(error)
         allowed, may_end = self._spellings.allowed(bits)
+        if self._names is not None:
+            allowed[self._names.repeating(allowed)] = False
         allowed[self._ends] = False
         goes_on = bool(allowed.any())
         if not goes_on and not may_end:
@@ -195,6 +213,7 @@ class _Spellings:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._vocab_size = tokenizer.vocab_size
+        self.text = tokenizer.token_bytes
         groups: dict[bytes, list[int]] = {}
         for token_id in range(tokenizer.vocab_size):
             if text := tokenizer.token_bytes(token_id):

@@ -32,6 +32,10 @@ class CallableFunction(NamedTuple):
     """See `Grammar.json_schema`."""
 
 
+JSON_KINDS = ("json_schema", "tool_calls")
+"""Kinds of grammars whose texts are JSON."""
+
+
 class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A language that an answer is a text of; `engine.grammar` compiles it. Use the constructors below.
 
@@ -53,7 +57,7 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise InvalidParameter(
                 f"{self.param} holds a lone surrogate: give text that is valid Unicode", param=self.param
             ) from error
-        most = MAX_SCHEMA_BYTES if self.kind in ("json_schema", "tool_calls") else MAX_GRAMMAR_BYTES
+        most = MAX_SCHEMA_BYTES if self.kind in JSON_KINDS else MAX_GRAMMAR_BYTES
         if size > most:
             raise InvalidParameter(f"{self.param} has {size} bytes: give at most {most}", param=self.param)
 

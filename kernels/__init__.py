@@ -12,9 +12,9 @@
 A module is named for its operation; `reference` is torch, `cpu` Numba, `triton` Triton.
 """
 
-from lattice_serve.kernels.numba.cache import mind_files
+from lattice_serve.kernels.numba.cache import configure_cache
 from lattice_serve.kernels.pointwise import rms_norm, swiglu
 
-mind_files()
+configure_cache()
 
 __all__ = ["rms_norm", "swiglu"]

@@ -1,18 +1,18 @@
-"""One token of each row of logits, drawn at its temperature, on the CPU: what `engine.sampler` does with tensors, in
-two passes over a row and no more.
+"""Draws one token from each row of logits on the CPU, in two passes over a row; `engine.sampler` does it with tensors.
 
-The exponential between them is torch's, so that a draw is the same token whichever way it was made.
+The exponential between the passes is torch's, so both ways draw the same token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+
+from lattice_serve.kernels.numba.types import Doubles, Floats, Ints
 
 
 def draw(
@@ -23,10 +23,11 @@ def draw(
     shares: Sequence[float],
     grid: float,
 ) -> Tensor:
-    """Tokens [len(rows)] int64 of those rows of logits [B, V] float32, whose largest are highest [B] float32.
+    """Returns tokens [len(rows)] int64 drawn from those rows of logits [B, V] float32.
 
-    temperatures: no denormal numbers; shares: uniform numbers in [0, 1); grid: a power of two, V or more, which makes
-    sums of weights exact (see `engine.sampler`). What a row gives that is not finite means nothing.
+    highest [B] float32: the largest logit of each row of logits. temperatures: no denormal numbers. shares: uniform
+    numbers in [0, 1). grid: a power of two, at least V, which makes sums of weights exact (see `engine.sampler`). The
+    token of a row that is not finite means nothing.
     """
     weights = torch.empty(len(rows), logits.shape[1], dtype=torch.float64)
     _scale(logits.numpy(), highest.numpy(), np.array(rows), np.array(temperatures), weights.numpy())
@@ -37,7 +38,7 @@ def draw(
 
 # Compiled when this is imported: no request waits for it.
 @njit("void(float32[:, :], float32[:], int64[:], float64[:], float64[:, :])", cache=True)
-def _scale(logits: Any, highest: Any, rows: Any, temperatures: Any, out: Any) -> None:
+def _scale(logits: Floats, highest: Floats, rows: Ints, temperatures: Doubles, out: Doubles) -> None:
     for i in range(len(rows)):
         row = rows[i]
         most = np.float64(highest[row])
@@ -46,7 +47,7 @@ def _scale(logits: Any, highest: Any, rows: Any, temperatures: Any, out: Any) ->
 
 
 @njit("void(float64[:, :], float64[:], float64, int64[:])", cache=True)
-def _pick(weights: Any, shares: Any, grid: float, tokens: Any) -> None:
+def _pick(weights: Doubles, shares: Doubles, grid: float, tokens: Ints) -> None:
     V = weights.shape[1]
     for i in range(len(tokens)):
         total = 0.0

@@ -16,8 +16,8 @@ from torch import Tensor
 from lattice_serve.kernels.decoder.triton_network import TritonNetwork
 from lattice_serve.kernels.decoder.triton_prompts import PromptStep
 from lattice_serve.kernels.decoder.weights import DecoderWeights
-from lattice_serve.kernels.mixers.lattice.layout import StateLayout
-from lattice_serve.kernels.mixers.lattice.triton.chunks import DeviceSegments
+from lattice_serve.kernels.mixers.base import StateLayout
+from lattice_serve.kernels.mixers.chunks import DeviceSegments
 from lattice_serve.kernels.mixers.segments import Segments
 from lattice_serve.kernels.triton.graph import Graph
 from lattice_serve.kernels.triton.upload import pinned, upload
@@ -53,7 +53,7 @@ class TritonDecoder:
         """
         self._network = TritonNetwork(weights, layout, pool, quantization=quantization, gather=gather)
         self._pool, self._row_size, self._max_tokens = pool, layout.row_size, max_tokens
-        self.multiple = layout.shape.C
+        self.multiple = layout.chunk_size
         """A prompt is cut into segments at multiples of so many tokens."""
         on_gpu = pool.device.type == "cuda"
         self.arithmetic = torch.cuda.get_device_name(pool.device) if on_gpu else "Triton's interpreter"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,11 +19,8 @@ from lattice_serve.kernels.decoder.weights import DecoderWeights
 from lattice_serve.kernels.linear.quantize import quantize
 from lattice_serve.kernels.linear.tiles import Phase
 from lattice_serve.kernels.linear.triton import gated_linear, linear, parts
-from lattice_serve.kernels.mixers.lattice.layout import StateLayout
-from lattice_serve.kernels.mixers.lattice.shape import MixerWeights
-from lattice_serve.kernels.mixers.lattice.triton.chunks import DeviceSegments
-from lattice_serve.kernels.mixers.lattice.triton.decode import mix_decode
-from lattice_serve.kernels.mixers.lattice.triton.prefill import mix_prefill
+from lattice_serve.kernels.mixers.base import StateLayout
+from lattice_serve.kernels.mixers.chunks import DeviceSegments
 from lattice_serve.kernels.pointwise.triton import add_rms_norm
 
 
@@ -42,7 +39,8 @@ class Matrix:
 @dataclass(frozen=True, slots=True)
 class _Layer:
     mixer_norm: Tensor
-    mixer: MixerWeights
+    mixer: Any
+    """The family's, as its kernels read them."""
     mlp_norm: Tensor
     in_proj: Matrix
     out_proj: Matrix
@@ -67,14 +65,15 @@ class TritonNetwork:
         gather: for weights that are one share of a model's heads and MLP columns: [1, M, hidden] of this share ->
         [shares, M, hidden], always in one order.
         """
-        self._layout, self._pool, self._gather, self._eps = layout, pool, gather, weights.norm_eps
+        self._mixer, self._out_width = layout.on_gpu(), layout.out_width
+        self._pool, self._gather, self._eps = pool, gather, weights.norm_eps
         self._dtype = torch.bfloat16 if quantization else weights.head.dtype
         self._embedding, self._norm_weight = weights.embedding, weights.norm
         self._head = Matrix.of(weights.head, quantization)
         self._layers = [
             _Layer(
                 layer.mixer_norm,
-                layer.mixer.by_taps(),
+                self._mixer.pack_weights(layer.mixer),
                 layer.mlp_norm,
                 Matrix.of(layer.in_proj, quantization),
                 Matrix.of(layer.out_proj, quantization),
@@ -99,9 +98,8 @@ class TritonNetwork:
         """
 
         def mix(layer: int, z: Tensor) -> Tensor:
-            y = z.new_empty(len(z), self._layout.shape.out_width)
-            mixer = self._layers[layer].mixer
-            return mix_decode(z, self._pool, layer, rows, positions, mixer, self._layout, y, ahead=True)
+            y = z.new_empty(len(z), self._out_width)
+            return self._mixer.decode(z, self._pool, layer, rows, positions, self._layers[layer].mixer, y)
 
         linear(self._hidden(ids, mix, "decode"), self._head.weight, self._head.scales, "decode", out[None])
         return out
@@ -113,8 +111,8 @@ class TritonNetwork:
         """
 
         def mix(layer: int, z: Tensor) -> Tensor:
-            y = z.new_empty(len(z), self._layout.shape.out_width)
-            return mix_prefill(z, self._pool, layer, segments, self._layers[layer].mixer, self._layout, y)
+            y = z.new_empty(len(z), self._out_width)
+            return self._mixer.prefill(z, self._pool, layer, segments, self._layers[layer].mixer, y)
 
         return self._hidden(ids, mix, "prefill")
 

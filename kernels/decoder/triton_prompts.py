@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lattice_serve.kernels.decoder.triton_network import TritonNetwork
-from lattice_serve.kernels.mixers.lattice.triton.chunks import DeviceSegments, list_segments, tile_tokens
+from lattice_serve.kernels.mixers.chunks import DeviceSegments, list_segments, tile_tokens
 from lattice_serve.kernels.mixers.segments import Segments
 from lattice_serve.kernels.triton.graph import Graph
 from lattice_serve.kernels.triton.upload import pinned

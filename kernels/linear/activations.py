@@ -20,7 +20,9 @@ from numba.extending import overload
 
 from lattice_serve.kernels.numba.amx import BYTE_TILE_K, TILE, TILE_K
 from lattice_serve.kernels.numba.features import Products
+from lattice_serve.kernels.numba.inner import njit_inner
 from lattice_serve.kernels.numba.lanes import LANES, aligned, padded
+from lattice_serve.kernels.numba.types import Bytes, Floats, Int32s, Rows, Vector
 from lattice_serve.kernels.numba.vector import (
     floor,
     fma,
@@ -47,27 +49,27 @@ _LEAST = np.float32(2**-100)
 class ByteTiles(NamedTuple):
     """Rows of whole numbers, each the largest |x| / 32639 wide, for the matrix unit and for vectors beside it."""
 
-    rows: Any
-    """float32 [rows, padded(K)]: what is put, before a row is whole and can be settled."""
-    lines: Any
+    rows: Floats
+    """float32 [rows, padded(K)]: what is written, before a row is whole and can be rounded."""
+    lines: Bytes
     """int8 [ceil(2 rows / 16), ceil(K / 64), 16, 64]: two lines a row, the higher bytes and the lower, signed both."""
-    offsets: Any
+    offsets: Int32s
     """int32 [2 rows]: 128 times the sum of each line."""
-    scales: Any
+    scales: Floats
     """float32 [rows]: how wide a whole number is. Not finite where the row is not."""
 
 
 class ByteVectors(NamedTuple):
     """The same, where vectors are all that multiplies."""
 
-    rows: Any
-    lines: Any
-    offsets: Any
-    scales: Any
+    rows: Floats
+    lines: Bytes
+    offsets: Int32s
+    scales: Floats
 
 
-def activations(products: Products, rows: int, K: int) -> Any:
-    """Room for so many rows of K, zeros."""
+def activations(products: Products, rows: int, K: int) -> Rows:
+    """Returns room for so many rows of K, all zeros, as `products` reads them."""
     if products == "amx":
         return aligned(-(-rows // TILE) * TILE * -(-K // TILE_K) * TILE_K, np.uint16)
     if products == "avx512_bf16":
@@ -83,16 +85,16 @@ def activations(products: Products, rows: int, K: int) -> Any:
     )  # fmt: skip
 
 
-def put(x: Any, row: int, K: int, k: int, value: Any) -> None:
-    """Write a vector to k to k + 16, k a multiple of 16, of a row of activations of K; in compiled code only.
+def write(x: Rows, row: int, K: int, k: int, value: Vector) -> None:
+    """Writes a vector to k to k + 16, k a multiple of 16, of a row of activations of K; in compiled code only.
 
-    A row of whole numbers has to be settled then.
+    A row of whole numbers must go through `quantize_row` when all of it is written.
     """
     raise NotImplementedError
 
 
-@overload(put, strict=False)
-def _put(x: Any, row: Any, K: Any, k: Any, value: Any) -> Any:
+@overload(write, strict=False)
+def _write(x: Any, row: Any, K: Any, k: Any, value: Any) -> Any:
     if isinstance(x, types.BaseTuple):
         return lambda x, row, K, k, value: store(x.rows, row * padded(K) + k, value)
     if x.dtype == types.float32:
@@ -107,31 +109,32 @@ def _put(x: Any, row: Any, K: Any, k: Any, value: Any) -> Any:
     return tiled
 
 
-def has_to_settle(x: Any) -> bool:
-    """Whether such activations are good only after `settle`; in compiled code only."""
+def is_quantized(x: Rows) -> bool:
+    """Returns whether such activations are whole numbers, good only after `quantize_row`; in compiled code only."""
     raise NotImplementedError
 
 
-@overload(has_to_settle, strict=False)
-def _has_to_settle(x: Any) -> Any:
-    settles = isinstance(x, types.BaseTuple)
-    return lambda x: settles
+@overload(is_quantized, strict=False)
+def _is_quantized(x: Any) -> Any:
+    quantized = isinstance(x, types.BaseTuple)
+    return lambda x: quantized
 
 
-def settle(x: Any, row: int, K: int) -> None:
-    """Make what was put into a row of K ready to be multiplied; in compiled code only."""
+def quantize_row(x: Rows, row: int, K: int) -> None:
+    """Rounds a row of K that was written, if whole numbers are multiplied; in compiled code only."""
     raise NotImplementedError
 
 
-@overload(settle, strict=False)
-def _settle(x: Any, row: Any, K: Any) -> Any:
+@overload(quantize_row, strict=False)
+def _quantize_row(x: Any, row: Any, K: Any) -> Any:
     if isinstance(x, types.BaseTuple):
         return lambda x, row, K: _round(x.rows, x.lines, x.offsets, x.scales, row, K)
     return lambda x, row, K: None
 
 
-@njit(cache=True)
-def _round(rows: Any, lines: Any, offsets: Any, scales: Any, row: int, K: int) -> None:
+@njit_inner()
+def _round(rows: Floats, lines: Bytes, offsets: Int32s, scales: Floats, row: int, K: int) -> None:
+    """Rounds row `row` of K floats to whole numbers of two bytes, with a scale of its own."""
     begin, end, limit = row * padded(K), padded(K), splat(np.float32(_STEPS))
     most = splat(np.float32(0))
     for k in range(0, end, LANES):
@@ -156,8 +159,8 @@ def _round(rows: Any, lines: Any, offsets: Any, scales: Any, row: int, K: int) -
     offsets[2 * row + 1] = 128 * np.int32(total(low_sums))
 
 
-def rows_from(x: Any, row: int, K: int) -> Any:
-    """Activations of K from a row on, a multiple of 16; in compiled code only."""
+def rows_from(x: Rows, row: int, K: int) -> Rows:
+    """Returns activations of K from a row on, a multiple of 16; in compiled code only."""
     raise NotImplementedError
 
 
@@ -179,9 +182,9 @@ def _rows_from(x: Any, row: Any, K: Any) -> Any:
 
 
 @njit(cache=True)
-def fill(rows: Any, M: int, K: int, x: Any) -> None:
-    """Write rows, float32 [M padded(K)], to activations."""
+def write_rows(rows: Floats, M: int, K: int, x: Rows) -> None:
+    """Writes rows, float32 [M padded(K)], to activations."""
     for row in range(M):
         for k in range(0, K, LANES):
-            put(x, row, K, k, load(rows, row * padded(K) + k))
-        settle(x, row, K)
+            write(x, row, K, k, load(rows, row * padded(K) + k))
+        quantize_row(x, row, K)

@@ -6,12 +6,9 @@ in the same order by either (`kernels.numba.amx`).
 
 from __future__ import annotations
 
-from typing import Any
-
-from numba import njit
 from numba.extending import register_jitable
 
-from lattice_serve.kernels.linear.overlap import take_turns
+from lattice_serve.kernels.linear.overlap import SwigluRows, take_turns
 from lattice_serve.kernels.numba.amx import (
     TILE,
     TILE_BYTES,
@@ -24,6 +21,7 @@ from lattice_serve.kernels.numba.amx import (
     multiply,
     release,
 )
+from lattice_serve.kernels.numba.inner import njit_inner
 from lattice_serve.kernels.numba.lanes import LANES
 
 STRIPS = 4
@@ -54,18 +52,18 @@ def next_part(w: int, size: int, steps: int, s: int, k: int) -> int:
     return w + s * size + k * TILE_BYTES if k < steps else w + (s + 2) * size
 
 
-@njit(cache=True)
+@njit_inner()
 def by_tiles_of_halves(
-    w: int, size: int, strips: int, steps: int, x: int, M: int, out: int, out_row: int, add: bool, aside: Any,
-    turn: int, share: int,
+    w: int, size: int, strips: int, steps: int, x: int, M: int, out: int, out_row: int, add: bool,
+    overlapped: SwigluRows, turn: int, share: int,
 ) -> int:  # fmt: skip
     """A panel of strips that are `size` bytes apart, worked out where it goes to; w, x and out are addresses.
 
-    A step does `share` turns of `aside`, if it has time for any; returns the next one.
+    A step does `share` turns of the overlapped work, if it has time for any; returns the next one.
     """
     x_next, next_row, i = steps * TILE_BYTES, 4 * out_row, 0
     if M >= MANY and strips == STRIPS:
-        turn = _by_streams(w, size, steps, x, M, out, out_row, add, aside, turn, share)
+        turn = _by_streams(w, size, steps, x, M, out, out_row, add, overlapped, turn, share)
         i = M // (2 * TILE) * 2 * TILE
     while i < M:
         rows, height, width = block_shape(M - i, strips)
@@ -85,14 +83,15 @@ def by_tiles_of_halves(
     return turn
 
 
-@njit(cache=True)
+@njit_inner()
 def _by_streams(
-    w: int, size: int, steps: int, x: int, M: int, out: int, out_row: int, add: bool, aside: Any, turn: int, share: int
+    w: int, size: int, steps: int, x: int, M: int, out: int, out_row: int, add: bool, overlapped: SwigluRows, turn: int,
+    share: int,
 ) -> int:  # fmt: skip
     """The same of a whole panel and of many rows, two tiles of them at a time, as long as there are two.
 
     A part of two strips stays in the first-level cache while all rows pass by. Meanwhile the next part is asked for,
-    which comes from memory, and vectors do what there is to do aside.
+    which comes from memory, and vectors do the overlapped work.
     """
     configure(TILE)
     x_next, next_row, blocks = steps * TILE_BYTES, 4 * out_row, M // (2 * TILE)
@@ -111,6 +110,6 @@ def _by_streams(
                         ask(wanted + size)
                         wanted += 4 * LANES
                     if share > 0:
-                        turn = take_turns(aside, turn, share)
+                        turn = take_turns(overlapped, turn, share)
                 end(place, next_row)
     return turn

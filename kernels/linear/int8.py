@@ -9,12 +9,10 @@ high and low are int32 and exact, so it makes no difference what worked them out
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import njit
 
 from lattice_serve.kernels.linear.bf16 import MANY, STRIPS, next_part, part_depth
+from lattice_serve.kernels.linear.operands import Destination
 from lattice_serve.kernels.numba.amx import (
     TILE,
     TILE_BYTES,
@@ -27,7 +25,9 @@ from lattice_serve.kernels.numba.amx import (
     multiply,
     release,
 )
+from lattice_serve.kernels.numba.inner import njit_inner
 from lattice_serve.kernels.numba.lanes import LANES
+from lattice_serve.kernels.numba.types import Floats, Int32s
 from lattice_serve.kernels.numba.vector import fma, load, splat, store, widened
 from lattice_serve.kernels.numba.vnni import dots
 
@@ -37,27 +37,26 @@ FEW = 1
 """Rows that vectors multiply sooner than tiles: they read ahead while they wait for memory."""
 
 
-@njit(cache=True)
+@njit_inner()
 def _emit(
-    sums: Any, o_sums: int, line: int, first: int, row_scales: Any, rows: int, column: int, to: Any
-) -> None:  # fmt: skip
-    """Sums of so many rows from `first` on, lines of so many outputs, to where they go to."""
-    scales, o_s, out, o_out, out_row, add = to
+    sums: Int32s, o_sums: int, line: int, first: int, row_scales: Floats, rows: int, column: int, to: Destination
+) -> None:
+    """Writes the outputs of so many rows from `first` on, from sums of lines of so many outputs."""
     for r in range(rows):
-        high, low, o = o_sums + 2 * r * line, o_sums + (2 * r + 1) * line, o_out + (first + r) * out_row + column
+        high, low, o = o_sums + 2 * r * line, o_sums + (2 * r + 1) * line, (first + r) * to.stride + column
         scale = splat(row_scales[first + r])
         for j in range(0, line, LANES):
             value = fma(splat(np.float32(256)), widened(sums, high + j), widened(sums, low + j))
-            value = value * scale * load(scales, o_s + column + j)
-            if add:
-                value = load(out, o + j) + value
-            store(out, o + j, value)
+            value = value * scale * load(to.scales, column + j)
+            if to.add:
+                value = load(to.begin, o + j) + value
+            store(to.begin, o + j, value)
 
 
-@njit(cache=True)
+@njit_inner()
 def by_vectors_of_bytes(
-    w: int, size: int, strips: int, steps: int, x: int, offsets: int, row_scales: Any, M: int, sums: Any, column: int,
-    to: Any,
+    w: int, size: int, strips: int, steps: int, x: int, offsets: int, row_scales: Floats, M: int, sums: Int32s,
+    column: int, to: Destination,
 ) -> None:  # fmt: skip
     """A panel of strips that are `size` bytes apart, in so many tiles each; column: of its first output.
 
@@ -89,10 +88,11 @@ def by_vectors_of_bytes(
         i += group
 
 
-@njit(cache=True)
+@njit_inner()
 def by_tiles_of_bytes(
-    w: int, size: int, strips: int, steps: int, x: int, row_scales: Any, M: int, sums: Any, column: int, to: Any
-) -> None:
+    w: int, size: int, strips: int, steps: int, x: int, row_scales: Floats, M: int, sums: Int32s, column: int,
+    to: Destination,
+) -> None:  # fmt: skip
     """The same by the matrix unit, which has the same sums."""
     lines, place, i = 2 * M, sums.ctypes.data, 0
     if M >= MANY and strips == STRIPS and 2 * LANES * lines <= len(sums):
@@ -115,10 +115,10 @@ def by_tiles_of_bytes(
     release()
 
 
-@njit(cache=True)
+@njit_inner()
 def _by_streams_of_bytes(
-    w: int, size: int, steps: int, x: int, row_scales: Any, lines: int, sums: Any, column: int, to: Any
-) -> int:  # fmt: skip
+    w: int, size: int, steps: int, x: int, row_scales: Floats, lines: int, sums: Int32s, column: int, to: Destination
+) -> int:
     """Two tiles of lines at a time, as in `linear.bf16`; how many lines that were."""
     configure(TILE)
     row, blocks, x_next = 2 * LANES, lines // (2 * TILE), steps * TILE_BYTES

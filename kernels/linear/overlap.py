@@ -5,41 +5,45 @@ It is of one type, whoever multiplies, so that products are compiled once.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from numba import njit
 from numba.extending import register_jitable
 
+from lattice_serve.kernels.numba.inner import njit_inner
+from lattice_serve.kernels.numba.types import Floats, Rows
 from lattice_serve.kernels.pointwise.cpu import swiglu
 
 
 class SwigluRows(NamedTuple):
-    """`swiglu` of some rows, one a turn."""
+    """`swiglu` of some rows, one row a turn."""
 
-    x: Any
-    o_x: int
-    x_row: int
-    """Floats from row to row."""
+    gates_ups: Floats
+    """Pointer to those of the first row."""
+    stride: int
+    """Floats from row to row of gates_ups."""
     n: int
-    out: Any
+    """Outputs of a row."""
+    out: Rows
     first: int
     """The row of `out` for the first one."""
     rows: int
     K: int
+    """Columns of `out`."""
     k: int
+    """The first column that is written."""
 
 
 @register_jitable
-def nothing(x: Any, out: Any) -> SwigluRows:
-    """No work, of the type that work with such arrays has."""
-    return SwigluRows(x, 0, 0, 0, out, 0, 0, 0, 0)
+def no_work(gates_ups: Floats, out: Rows) -> SwigluRows:
+    """Returns no work, of the type that work with such arrays has."""
+    return SwigluRows(gates_ups, 0, 0, out, 0, 0, 0, 0)
 
 
-@njit(cache=True)
-def take_turns(work: Any, turn: int, count: int) -> int:
-    """Take up to so many turns from `turn` on; the one that is next."""
+@njit_inner()
+def take_turns(work: SwigluRows, turn: int, count: int) -> int:
+    """Takes up to so many turns from `turn` on; returns the next one."""
     end = min(turn + count, work.rows)
     while turn < end:
-        swiglu(work.x, work.o_x + turn * work.x_row, work.n, work.out, work.first + turn, work.K, work.k)
+        swiglu(work.gates_ups, turn * work.stride, work.n, work.out, work.first + turn, work.K, work.k)
         turn += 1
     return turn

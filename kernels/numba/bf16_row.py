@@ -1,4 +1,4 @@
-"""Products of bfloat16 of one row by vectors of AVX-512, each sum worked out as the matrix unit (`cpu.amx`) does it.
+"""Products of bfloat16 of one row by vectors of AVX-512, each sum worked out as the matrix unit (`numba.amx`) does it.
 
 Of 32 of k the even and the odd ones are added up apart, in turn; both sums are added, and that to what there was. A
 product of two bfloat16 is exact in float32, so nothing else is rounded. The unit takes denormal numbers for zeros, and

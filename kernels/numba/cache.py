@@ -1,7 +1,7 @@
-"""Numba's files of compiled kernels: they save a start some 15 s, and must neither be wrong nor needed.
+"""Numba's files of compiled kernels save a start some 15 s. They must never be wrong, and a start must do without them.
 
-Numba itself looks only at the file of a function, not at those that the function calls: after an edit, or an upgrade,
-of one of these it would go on with the old code, and say nothing. And a disk that is full would end a start.
+Numba checks only the file of a function, not those of the functions it calls: after an edit or an upgrade of one of
+these it would run the old code, and say nothing. And a full disk would end a start.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _KERNELS = Path(__file__).parents[1]
 
 @functools.cache
 def sources_digest() -> str:
-    """Of the sources of all kernels."""
+    """Returns the SHA-256 of the sources of all kernels, in hexadecimal."""
     whole = hashlib.sha256()
     for path in sorted(_KERNELS.rglob("*.py")):
         source = path.read_bytes()
@@ -28,10 +28,10 @@ def sources_digest() -> str:
     return whole.hexdigest()
 
 
-def mind_files() -> None:
-    """Have Numba look at all kernels where it looks at one, and go on where it cannot read or write.
+def configure_cache() -> None:
+    """Makes Numba check the sources of all kernels where it checks one file, and go on where it cannot read or write.
 
-    To be called before the first is compiled. No public names have this; these are there from 0.61 on.
+    Call it before the first kernel is compiled. Numba has no public names for this; these exist from 0.61 on.
     """
     locator: Any = caching._SourceFileBackedLocatorMixin
     files: Any = caching.FunctionCache

@@ -1,4 +1,8 @@
-"""The products that Numba kernels are made of, as intrinsics: dots, sums of lines, and tiles of a matrix product."""
+"""The products that Numba kernels are made of, as intrinsics: dot products, sums of lines, tiles of a matrix product.
+
+Their arguments are plain values, up to twelve: they become operands of instructions in the innermost loops, where a
+tuple of arrays would count references. An array begins where it is wanted: `vector.pointer` moves it there.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,12 @@ from lattice_serve.kernels.numba.lowering import (
     VECTOR,
     WHOLE,
     ZERO,
+    build_begin,
     build_byte,
     build_dot_pairs,
     build_fmuladd,
     build_high,
     build_low,
-    build_pointer,
     build_read,
     build_splat,
     build_tree,
@@ -46,8 +50,8 @@ def _build_sums(builder: Any, pairs: list[tuple[Any, ...]], n: Any) -> list[Any]
 
 
 @intrinsic(prefer_literal=True)
-def dots(typingctx: Any, rows: Any, x: Any, o_x: Any, x_row: Any, w: Any, o_w: Any, w_row: Any, n: Any) -> Any:
-    """sum_i x[o_x + r x_row + i] w[o_w + r w_row + i] for i < n, a multiple of 16, and r < rows, a literal: 1, 4 or 16.
+def dots(typingctx: Any, rows: Any, x: Any, x_row: Any, w: Any, w_row: Any, n: Any) -> Any:
+    """Returns sum_i x[r x_row + i] w[r w_row + i] for i < n, a multiple of 16, and r < rows, a literal: 1, 4 or 16.
 
     Row r's is in 16 / rows lanes from lane 16 / rows r on. However many rows there are, one's lanes are added up in the
     same order: those that are 8 apart, then 4, 2 and 1. x and w are float32 [..].
@@ -57,10 +61,10 @@ def dots(typingctx: Any, rows: Any, x: Any, o_x: Any, x_row: Any, w: Any, o_w: A
     R = rows.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        x, o_x, x_row, w, o_w, w_row, n = values[1:]
+        x, x_row, w, w_row, n = values[1:]
         index = n.type
-        x_data = build_pointer(context, builder, signature.args[1], x, o_x)
-        w_data = build_pointer(context, builder, signature.args[4], w, o_w)
+        x_data = build_begin(context, builder, signature.args[1], x)
+        w_data = build_begin(context, builder, signature.args[3], w)
         parts, groups = [], max(1, R // _AT_ONCE)
         for first in range(groups):
             rows = [index(r) for r in range(first, R, groups)]
@@ -72,23 +76,21 @@ def dots(typingctx: Any, rows: Any, x: Any, o_x: Any, x_row: Any, w: Any, o_w: A
         return build_tree(builder, parts, apart, down_to=1)
 
     i = types.intp
-    return vector(rows, checked(x), i, i, checked(w), i, i, i), codegen
+    return vector(rows, checked(x), i, checked(w), i, i), codegen
 
 
 @intrinsic(prefer_literal=True)
-def cross_dots(
-    typingctx: Any, rows: Any, x: Any, o_x: Any, x_row: Any, w: Any, o_w: Any, w_row: Any, n: Any, out: Any, o_out: Any
-) -> Any:  # fmt: skip
-    """out[o_out + r x_row + j] = sum_i x[o_x + r x_row + i] w[o_w + j w_row + i], i < n, a multiple of 16, j < 16.
+def cross_dots(typingctx: Any, rows: Any, x: Any, x_row: Any, w: Any, w_row: Any, n: Any, out: Any) -> Any:
+    """out[r x_row + j] = sum_i x[r x_row + i] w[j w_row + i], i < n, a multiple of 16, j < 16.
 
     For r < rows, a literal, which changes no bit: each is added up as `dots` does. Arrays are float32 [..].
     """
     (R,) = _literals(rows)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        x, o_x, x_row, w, o_w, w_row, n, out, o_out = values[1:]
-        places = (1, x, o_x), (4, w, o_w), (8, out, o_out)
-        x_data, w_data, out_data = (build_pointer(context, builder, signature.args[i], *at) for i, *at in places)
+        x, x_row, w, w_row, n, out = values[1:]
+        arrays = (1, x), (3, w), (6, out)
+        x_data, w_data, out_data = (build_begin(context, builder, signature.args[i], array) for i, array in arrays)
         at = [builder.mul(x_row, x_row.type(r)) for r in range(R)]
         x_rows = [builder.gep(x_data, [each]) for each in at]
         parts: list[list[Any]] = [[] for _ in x_rows]
@@ -103,7 +105,7 @@ def cross_dots(
         return context.get_dummy_value()
 
     i = types.intp
-    return types.void(rows, checked(x), i, i, checked(w), i, i, i, checked(out), i), codegen
+    return types.void(rows, checked(x), i, checked(w), i, i, checked(out)), codegen
 
 
 def _build_combination(
@@ -163,10 +165,10 @@ def _literals(*numbers: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def combine(
-    typingctx: Any, rows: Any, vectors: Any, chains: Any, x: Any, o_x: Any, x_row: Any, x_step: Any, w: Any, o_w: Any,
-    w_step: Any, K: Any, out: Any, o_out: Any, out_row: Any,
+    typingctx: Any, rows: Any, vectors: Any, chains: Any, x: Any, x_row: Any, x_step: Any, w: Any, w_step: Any, K: Any,
+    out: Any, out_row: Any,
 ) -> Any:  # fmt: skip
-    """out[o_out + r out_row + j] += sum_k x[o_x + r x_row + k x_step] w[o_w + k w_step + j].
+    """out[r out_row + j] += sum_k x[r x_row + k x_step] w[k w_step + j].
 
     For r < rows and j < 16 vectors. chains: so many k that follow each other are added up apart, so that more sums are
     under way. Rows and vectors change no bit, chains do; all three are literals. Arrays are float32 [..].
@@ -174,10 +176,10 @@ def combine(
     R, V, P = _literals(rows, vectors, chains)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        x, o_x, x_row, x_step, w, o_w, w_step, K, out, o_out, out_row = values[3:]
-        x_data = build_pointer(context, builder, signature.args[3], x, o_x)
-        w_data = build_pointer(context, builder, signature.args[7], w, o_w)
-        places = _build_places(builder, build_pointer(context, builder, signature.args[11], out, o_out), out_row, R, V)
+        x, x_row, x_step, w, w_step, K, out, out_row = values[3:]
+        x_data = build_begin(context, builder, signature.args[3], x)
+        w_data = build_begin(context, builder, signature.args[6], w)
+        places = _build_places(builder, build_begin(context, builder, signature.args[9], out), out_row, R, V)
         x_rows = [builder.gep(x_data, [builder.mul(x_row, x_row.type(r))]) for r in range(R)]
         first = [[build_read(builder, place) for place in line] for line in places]
         sums = _build_combination(builder, first, x_rows, x_step, w_data, w_step, K, P)
@@ -185,24 +187,24 @@ def combine(
         return context.get_dummy_value()
 
     i = types.intp
-    return types.void(rows, vectors, chains, checked(x), i, i, i, checked(w), i, i, i, checked(out), i, i), codegen
+    return types.void(rows, vectors, chains, checked(x), i, i, checked(w), i, i, checked(out), i), codegen
 
 
 @intrinsic(prefer_literal=True)
 def fold(
-    typingctx: Any, vectors: Any, b: Any, o_b: Any, x: Any, o_x: Any, y: Any, o_y: Any, c: Any, o_c: Any, c_step: Any,
-    h: Any, o_h: Any, h_step: Any, K: Any, A: Any, o_A: Any, A_row: Any,
+    typingctx: Any, vectors: Any, b: Any, x: Any, y: Any, c: Any, c_step: Any, h: Any, h_step: Any, K: Any, A: Any,
+    A_row: Any,
 ) -> Any:  # fmt: skip
     """A[r A_row + j] <- (1 - b[r]) A[r A_row + j] + x[r] y[j] + sum_k c[k c_step + r] h[k h_step + j].
 
-    For r < 4 and j < 16 vectors, a literal, which changes no bit. Arrays are float32 [..], each from its own offset on.
+    For r < 4 and j < 16 vectors, a literal, which changes no bit. Arrays are float32 [..].
     """
     (V,) = _literals(vectors)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        b, o_b, x, o_x, y, o_y, c, o_c, c_step, h, o_h, h_step, K, A, o_A, A_row = values[1:]
-        given = zip((1, 3, 5, 7, 10, 14), ((b, o_b), (x, o_x), (y, o_y), (c, o_c), (h, o_h), (A, o_A)), strict=True)
-        b, x, y, c, h, A = (build_pointer(context, builder, signature.args[i], *at) for i, at in given)
+        b, x, y, c, c_step, h, h_step, K, A, A_row = values[1:]
+        arrays = zip((1, 2, 3, 4, 6, 9), (b, x, y, c, h, A), strict=True)
+        b, x, y, c, h, A = (build_begin(context, builder, signature.args[i], array) for i, array in arrays)
         index, first = K.type, []
         ys = [build_read(builder, builder.gep(y, [index(v * LANES)])) for v in range(V)]
         places = _build_places(builder, A, A_row, 4, V)
@@ -217,23 +219,23 @@ def fold(
 
     i = types.intp
     b, x, y, c, h, A = map(checked, (b, x, y, c, h, A))
-    return types.void(vectors, b, i, x, i, y, i, c, i, i, h, i, i, i, A, i, i), codegen
+    return types.void(vectors, b, x, y, c, i, h, i, i, A, i), codegen
 
 
 @intrinsic(prefer_literal=True)
 def tile(
-    typingctx: Any, rows: Any, vectors: Any, x: Any, o_x: Any, x_row: Any, w: Any, o_w: Any, w_step: Any, w_vector: Any,
-    K: Any, out: Any, o_out: Any, out_row: Any,
+    typingctx: Any, rows: Any, vectors: Any, x: Any, x_row: Any, w: Any, w_step: Any, w_vector: Any, K: Any, out: Any,
+    out_row: Any,
 ) -> Any:  # fmt: skip
-    """out[o_out + r out_row + j] = sum_k x[o_x + r x_row + k] w_k[j], k = 0, 1, 2, ...
+    """out[r out_row + j] = sum_k x[r x_row + k] w_k[j], k = 0, 1, 2, ...
 
     For r < rows and j < 16 vectors, literals both. One accumulator an output, and fused multiply-adds in the order of
     k: how many rows and vectors a tile has changes no bit.
-    x and out are float32 [..]. Vector v of w_k begins at o_w + v w_vector + k w_step where w is float32 [..]; where it
-    is uint32, it is half of what begins at o_w + v w_vector + (k // 2) w_step: the bits of two bfloat16, for even k in
-    the lower half. So two steps of k lie in one element, and it takes one operation to widen either. Where it is int32,
-    it is a quarter of what begins at o_w + v w_vector + (k // 4) w_step, a signed byte, the lowest for the first k; K
-    is a multiple of four.
+    x and out are float32 [..]. Vector v of w_k begins at v w_vector + k w_step where w is float32 [..]; where it is
+    uint32, it is half of what begins at v w_vector + (k // 2) w_step: the bits of two bfloat16, for even k in the lower
+    half. So two steps of k lie in one element, and it takes one operation to widen either. Where it is int32, it is a
+    quarter of what begins at v w_vector + (k // 4) w_step, a signed byte, the lowest for the first k; K is a multiple
+    of four.
     Where x is uint32, too, k counts pairs, and VDPBF16PS multiplies and adds up both of one at once.
     """
     literals = (rows, vectors)
@@ -242,12 +244,12 @@ def tile(
     R, V = (number.literal_value for number in literals)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        x, o_x, x_row, w, o_w, w_step, w_vector, K, out, o_out, out_row = values[2:]
+        x, x_row, w, w_step, w_vector, K, out, out_row = values[2:]
         index = K.type
-        x_data = build_pointer(context, builder, signature.args[2], x, o_x)
-        w_data = build_pointer(context, builder, signature.args[5], w, o_w)
+        x_data = build_begin(context, builder, signature.args[2], x)
+        w_data = build_begin(context, builder, signature.args[4], w)
         paired = signature.args[2].dtype == types.uint32
-        out_data = build_pointer(context, builder, signature.args[10], out, o_out)
+        out_data = build_begin(context, builder, signature.args[8], out)
         x_rows = [builder.gep(x_data, [builder.mul(x_row, index(r))]) for r in range(R)]
         w_vectors = [builder.gep(w_data, [builder.mul(w_vector, index(v))]) for v in range(V)]
         cells = [(r, v) for r in range(R) for v in range(V)]
@@ -272,7 +274,7 @@ def tile(
 
         for cell in cells:
             builder.store(ZERO, sums[cell])
-        if signature.args[5].dtype == types.uint32 and not paired:
+        if signature.args[4].dtype == types.uint32 and not paired:
             even = builder.and_(K, index(-2))
             with cgutils.for_range_slice(builder, index(0), even, index(2), index) as (k, _):
                 both = bits_of(k, 2)
@@ -280,7 +282,7 @@ def tile(
                 step(builder.add(k, index(1)), [build_high(builder, pair) for pair in both])
             with builder.if_then(builder.icmp_signed("<", even, K)):
                 step(even, [build_low(builder, pair) for pair in bits_of(even, 2)])
-        elif signature.args[5].dtype == types.int32:
+        elif signature.args[4].dtype == types.int32:
             with cgutils.for_range_slice(builder, index(0), K, index(4), index) as (k, _):
                 fours = bits_of(k, 4)
                 for place in range(4):
@@ -295,4 +297,4 @@ def tile(
 
     i = types.intp
     activations = x if x.dtype == types.uint32 else checked(x)
-    return types.void(*literals, activations, i, i, w, i, i, i, i, checked(out), i, i), codegen
+    return types.void(*literals, activations, i, w, i, i, i, checked(out), i), codegen

@@ -83,6 +83,13 @@ def build_pointer(context: Any, builder: Any, array_type: Any, array: Any, offse
     return builder.gep(array, [offset])
 
 
+def build_begin(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+    """To the first element of an array [n], or of what `vector.pointer` gives."""
+    if isinstance(array_type, types.Array):
+        return context.make_array(array_type)(context, builder, array).data
+    return array
+
+
 def build_read(builder: Any, pointer: Any, typ: Any = VECTOR, align: int = 4) -> Any:
     return builder.load(builder.bitcast(pointer, typ.as_pointer()), align=align)
 

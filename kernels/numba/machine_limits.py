@@ -14,6 +14,7 @@ from lattice_serve.kernels.numba.amx import BYTE_TILE_K, TILE, TILE_BYTES, TILE_
 from lattice_serve.kernels.numba.dots import tile
 from lattice_serve.kernels.numba.features import Products
 from lattice_serve.kernels.numba.lanes import LANES, aligned
+from lattice_serve.kernels.numba.types import Bytes, Floats, Int32s, Strips
 from lattice_serve.kernels.numba.vector import load, splat, store
 from lattice_serve.kernels.numba.vnni import dots
 
@@ -66,7 +67,7 @@ def flops(threads: int, products: Products) -> float:
     return max(rate(1, _tiles), rate(2, _wide_tiles))
 
 
-def _bytes(count: int) -> Any:
+def _bytes(count: int) -> Bytes:
     """So many random ones; as `_halves`."""
     whole = aligned(count, np.int8)
     whole[:] = np.random.default_rng(0).integers(-127, 128, count)
@@ -106,7 +107,7 @@ def _best(threads: int, work: Callable[[int], Any]) -> float:
 
 
 @njit(nogil=True, cache=True)
-def _read(buffer: Any, first: int, count: int, out: Any) -> None:
+def _read(buffer: Floats, first: int, count: int, out: Floats) -> None:
     """The sum of `_STREAMS` parts of the buffer, two vectors of each at a time, so that no sum waits for another."""
     a = b = c = d = e = f = g = h = splat(np.float32(0))
     for i in range(first, first + count, 2 * LANES):
@@ -118,19 +119,19 @@ def _read(buffer: Any, first: int, count: int, out: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _tiles(x: Any, w: Any, K: int, out: Any) -> None:
+def _tiles(x: Strips, w: Strips, K: int, out: Floats) -> None:
     for _ in range(_TILES):
-        tile(6, 1, x, 0, K, w, 0, LANES, 0, K, out, 0, LANES)
+        tile(6, 1, x, K, w, LANES, 0, K, out, LANES)
 
 
 @njit(nogil=True, cache=True)
-def _wide_tiles(x: Any, w: Any, K: int, out: Any) -> None:
+def _wide_tiles(x: Strips, w: Strips, K: int, out: Floats) -> None:
     for _ in range(_TILES):
-        tile(6, 2, x, 0, K, w, 0, LANES, K * LANES, K, out, 0, 2 * LANES)
+        tile(6, 2, x, K, w, LANES, K * LANES, K, out, 2 * LANES)
 
 
 @njit(nogil=True, cache=True)
-def _blocks(x: Any, w: Any, out: Any) -> None:
+def _blocks(x: Strips, w: Strips, out: Floats) -> None:
     configure(TILE)
     size, row = _K // TILE_K * TILE_BYTES, 2 * 4 * LANES
     for _ in range(_TILES):
@@ -139,7 +140,7 @@ def _blocks(x: Any, w: Any, out: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _byte_blocks(x: Any, w: Any, sums: Any) -> None:
+def _byte_blocks(x: Bytes, w: Bytes, sums: Int32s) -> None:
     configure(TILE)
     size, row = _K // BYTE_TILE_K * TILE_BYTES, 2 * 4 * LANES
     for _ in range(_TILES):
@@ -148,7 +149,7 @@ def _byte_blocks(x: Any, w: Any, sums: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _dots(x: Any, w: Any, sums: Any) -> None:
+def _dots(x: Bytes, w: Bytes, sums: Int32s) -> None:
     size, row, offsets = _K // BYTE_TILE_K * TILE_BYTES, 2 * 4 * LANES, np.zeros(8, dtype=np.int32)
     for _ in range(_TILES):
         dots(8, 2, x.ctypes.data, w.ctypes.data, size, _K // BYTE_TILE_K, offsets.ctypes.data, sums.ctypes.data, row)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit
 
+from lattice_serve.kernels.numba.types import Vector
 from lattice_serve.kernels.numba.vector import fma, inverse, maximum, minimum, power_of_two, splat
 
 _WHOLE = 1.5 * 2**23 + 127
@@ -14,12 +13,12 @@ _WHOLE = 1.5 * 2**23 + 127
 
 
 @njit(inline="always")
-def constant(value: float) -> Any:
+def constant(value: float) -> Vector:
     return splat(np.float32(value))
 
 
 @njit(inline="always")
-def _exp(x: Any, sign: float) -> Any:
+def _exp(x: Vector, sign: float) -> tuple[Vector, Vector]:
     """p and s = 2^n with p s = e^(sign x), for sign 1 or -1; NaN stays NaN in p.
 
     sign x is held in [-87, 88]. It is n ln 2 + r with |r| <= ln 2 / 2 (ln 2 in two parts, Cody and Waite). p = e^r is
@@ -39,20 +38,20 @@ def _exp(x: Any, sign: float) -> Any:
 
 
 @njit(cache=True)
-def exp(x: Any) -> Any:
+def exp(x: Vector) -> Vector:
     """e^x within 2 units in the last place for x in [-87, 88], held at the ends outside; NaN stays NaN."""
     p, s = _exp(x, 1.0)
     return p * s
 
 
 @njit(cache=True)
-def sigmoid(x: Any) -> Any:
+def sigmoid(x: Vector) -> Vector:
     """1 / (1 + e^-x)."""
     p, s = _exp(x, -1.0)
     return inverse(fma(p, s, constant(1.0)))
 
 
 @njit(cache=True)
-def silu(x: Any) -> Any:
+def silu(x: Vector) -> Vector:
     """x / (1 + e^-x)."""
     return x * sigmoid(x)

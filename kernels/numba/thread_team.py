@@ -18,6 +18,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from lattice_serve.kernels.numba.types import Ints, UBytes
+
 _TICKET, _DONE, _OPEN, _INSIDE, _ASLEEP = 0, 8, 16, 24, 32
 """Places in the shared int64 array, each on a cache line of its own: the next item, items done, number of the step that
 may be entered (0: none), threads inside it, and from there on whether each thread sleeps."""
@@ -92,30 +94,30 @@ def _look_again(looks: int) -> int:
 
 
 @njit(cache=True)
-def take(sync: Any) -> int:
+def take(sync: Ints) -> int:
     """The next ticket of the step."""
     return _add(sync, _TICKET, 1)
 
 
 @njit(cache=True)
-def finish(sync: Any) -> int:
+def finish(sync: Ints) -> int:
     """The item in hand is done; the next ticket."""
     _add(sync, _DONE, 1)
     return _add(sync, _TICKET, 1)
 
 
 @njit(cache=True)
-def wait_for(sync: Any, items: int) -> None:
+def wait_for(sync: Ints, items: int) -> None:
     """Until so many items of the step are done."""
-    looks = 0
+    looks = np.int64(0)
     while _get(sync, _DONE) < items:
         looks = _look_again(looks)
 
 
 @njit(cache=True)
-def enter(sync: Any, last: int, member: int, pipe: int, byte: Any) -> int:
+def enter(sync: Ints, last: int, member: int, pipe: int, byte: UBytes) -> int:
     """Wait for a step other than `last` and go inside; its number, or -1 when the team is dissolved."""
-    looks = 0
+    looks = np.int64(0)
     while True:
         step = _get(sync, _OPEN)
         if step < 0:
@@ -136,13 +138,13 @@ def enter(sync: Any, last: int, member: int, pipe: int, byte: Any) -> int:
 
 
 @njit(cache=True)
-def leave(sync: Any) -> None:
+def leave(sync: Ints) -> None:
     """Be done with a step that was entered."""
     _add(sync, _INSIDE, -1)
 
 
 @njit(cache=True)
-def _open(sync: Any, step: int, members: int) -> int:
+def _open(sync: Ints, step: int, members: int) -> int:
     """Let a step begin; which of the members are to be woken, a bit each."""
     sync[_TICKET] = 0
     sync[_DONE] = 0
@@ -154,15 +156,15 @@ def _open(sync: Any, step: int, members: int) -> int:
 
 
 @njit(nogil=True, cache=True)
-def _close(sync: Any) -> None:
+def _close(sync: Ints) -> None:
     """Let nobody in any more, and wait until all are out."""
     _swap(sync, _OPEN, 0)
-    looks = 0
+    looks = np.int64(0)
     while _get(sync, _INSIDE) > 0:
         looks = _look_again(looks)
 
 
-class Team:
+class ThreadTeam:
     """`size` threads, the caller's among them, that run `serve`.
 
     serve(sync, member, pipe, byte, *arguments) is compiled and gives the interpreter's lock away. For member 0, the
@@ -211,7 +213,7 @@ class Team:
         weakref.finalize(self, _dissolve, self._sync, self._pipes, threads)
 
 
-def _dissolve(sync: Any, pipes: list[tuple[int, int]], threads: list[threading.Thread]) -> None:
+def _dissolve(sync: Ints, pipes: list[tuple[int, int]], threads: list[threading.Thread]) -> None:
     _open(sync, -1, 0)
     for _, end in pipes:
         os.write(end, b"!")

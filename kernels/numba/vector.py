@@ -172,6 +172,26 @@ def pointer(typingctx: Any, array: Any, offset: Any) -> Any:
 
 
 @intrinsic
+def address(typingctx: Any, begin: Any) -> Any:
+    """The address that a pointer has."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.ptrtoint(values[0], ir.IntType(64))
+
+    return types.intp(begin), codegen
+
+
+@intrinsic
+def pointer_to(typingctx: Any, begin: Any, kind: Any) -> Any:
+    """The same pointer, to elements of another type, such as `np.int32`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.bitcast(values[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(kind.dtype)(begin, kind), codegen
+
+
+@intrinsic
 def prefetch(typingctx: Any, array: Any, offset: Any) -> Any:
     """Ask for the cache line of an element of a float32 array [n] before it is read."""
 

@@ -35,6 +35,7 @@ def test_each_mutant_loads_or_is_a_clear_error(model: Path, tmp_path: Path, seed
         ("vocab_size", 10**9),
         ("hidden_size", 2**63 - 1),
         ("num_hidden_layers", 2**31 - 1),
+        ("chunk_size", 2**31 - 1),
         ("norm_eps", float("inf")),
         ("eos_token_id", 4096),
         ("bos_token_id", -1),

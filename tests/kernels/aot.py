@@ -166,8 +166,8 @@ def _run(model: Model) -> None:
     from lattice_serve.engine.models.lattice.config import LatticeConfig
     from lattice_serve.engine.models.lattice.model import LatticeForCausalLM
     from lattice_serve.kernels.decoder.triton_network import TritonNetwork
+    from lattice_serve.kernels.mixers.chunks import DeviceSegments
     from lattice_serve.kernels.mixers.lattice import StateLayout
-    from lattice_serve.kernels.mixers.lattice.triton.chunks import DeviceSegments
 
     config = LatticeConfig(
         vocab_size=32_000,

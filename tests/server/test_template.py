@@ -93,7 +93,14 @@ async def test_arguments_that_are_text_break_no_template(tmp_path: Path, source:
 
 
 async def test_variables_of_any_kind(tmp_path: Path) -> None:
-    odd = {"self": 1, "big": 10**40, "none": None, "nan": float("nan"), "half": "\ud800", "deep": [[[{"é": 1.5}]]]}
+    odd: dict[str, Any] = {
+        "self": 1,
+        "big": 10**40,
+        "none": None,
+        "nan": float("nan"),
+        "half": "\ud800",
+        "deep": [[[{"é": 1.5}]]],
+    }
     text = await render(tmp_path, "{{ big }} {{ none }} {{ nan }} {{ half }}{{ deep }}", **odd)
     assert text == f"{10**40} None nan \ud800[[[{{'é': 1.5}}]]]"
 

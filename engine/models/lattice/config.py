@@ -10,6 +10,9 @@ from lattice_serve.engine.models.base import LARGEST_SIZE, ModelConfig, Sharding
 
 Objective: TypeAlias = Literal["decoding", "similarity", "encoding"]
 
+_LARGEST_CHUNK = 1024
+"""A state row grows with it, and no tensor of the weights has it."""
+
 
 class LatticeConfig(ModelConfig):
     """The letters of the paper: d is `head_dim`, m is `num_slots`, C is `chunk_size`."""
@@ -23,7 +26,7 @@ class LatticeConfig(ModelConfig):
     num_slots: int = Field(ge=1, le=LARGEST_SIZE)
     intermediate_size: int = Field(ge=1, le=LARGEST_SIZE)
     conv_kernel_size: int = Field(default=4, ge=1, le=LARGEST_SIZE)
-    chunk_size: int = Field(default=16, ge=1, le=LARGEST_SIZE)
+    chunk_size: int = Field(default=16, ge=1, le=_LARGEST_CHUNK)
     objective: Objective = "decoding"
     use_forget_gate: bool = True
     norm_eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)

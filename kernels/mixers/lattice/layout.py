@@ -20,20 +20,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lattice_serve.kernels.mixers.lattice.reference import MixerState
-from lattice_serve.kernels.mixers.lattice.shape import MixerShape
+from lattice_serve.kernels.mixers.lattice.shape import MixerShape, MixerWeights
 from lattice_serve.kernels.mixers.lattice.state import LatticeState
 from lattice_serve.kernels.numba.lanes import LANES, padded
+
+if TYPE_CHECKING:
+    from lattice_serve.kernels.mixers.lattice.cpu.weights import LatticeOnCpu
+    from lattice_serve.kernels.mixers.lattice.triton.mixer import LatticeOnGpu
+
+
+class HeadOffsets(NamedTuple):
+    """Where a head's block has its parts, in floats."""
+
+    A: int
+    h: int
+    c: int
+    b: int
+    e: int
+    a: int
+    tail: int
 
 
 @dataclass(frozen=True)
 class StateLayout:
-    """Offsets, in floats, into a state row of `layers` layers of one shape; worked out once, for every launch asks."""
+    """Offsets, in floats, into a state row of `layers` layers of one shape: `mixers.base.StateLayout`.
+
+    They are worked out once, for every launch asks.
+    """
 
     shape: MixerShape
     layers: int
@@ -54,17 +74,16 @@ class StateLayout:
         return 2 * self.m + self.d
 
     @cached_property
-    def offsets(self) -> tuple[int, int, int, int, int, int, int]:
-        """Of A^T, h, c, b, e, a and tail in a head's block."""
+    def offsets(self) -> HeadOffsets:
         d, m, C = self.d, self.m, self.shape.C
         h = m * d
         c = h + (C - 1) * d
         b = c + (C - 1) * m
-        return 0, h, c, b, b + m, b + 2 * m, b + 2 * m + LANES
+        return HeadOffsets(A=0, h=h, c=c, b=b, e=b + m, a=b + 2 * m, tail=b + 2 * m + LANES)
 
     @cached_property
     def head_size(self) -> int:
-        return self.offsets[-1] + (self.shape.taps - 1) * self.channels
+        return self.offsets.tail + (self.shape.taps - 1) * self.channels
 
     @cached_property
     def layer_size(self) -> int:
@@ -78,6 +97,30 @@ class StateLayout:
     @property
     def row_bytes(self) -> int:
         return 4 * self.row_size
+
+    @property
+    def chunk_size(self) -> int:
+        return self.shape.C
+
+    @property
+    def out_width(self) -> int:
+        return self.shape.out_width
+
+    def initial(self, row: Tensor, layer: int, weights: MixerWeights) -> None:
+        """Writes the state of a layer before the first token into row [row_size]: its learned memory."""
+        self.store(row, layer, MixerState.initial(self.shape, weights, 1))
+
+    def on_cpu(self) -> LatticeOnCpu:
+        """Returns the mixer in Numba."""
+        from lattice_serve.kernels.mixers.lattice.cpu.mix import LatticeOnCpu
+
+        return LatticeOnCpu(self)
+
+    def on_gpu(self) -> LatticeOnGpu:
+        """Returns the mixer in Triton, which not every machine has."""
+        from lattice_serve.kernels.mixers.lattice.triton.mixer import LatticeOnGpu
+
+        return LatticeOnGpu(self)
 
     def blocks(self, row: Tensor, layer: int) -> Tensor:
         """View [H, head_size] of one layer of a row [row_size]."""

@@ -22,7 +22,7 @@ from tests.triton_device import DEVICE
 # isort: split
 from lattice_serve.kernels.decoder.triton import TritonDecoder, ladder
 from lattice_serve.kernels.decoder.triton_prompts import PromptStep
-from lattice_serve.kernels.mixers.lattice.triton.chunks import DeviceSegments, list_segments, tile_tokens
+from lattice_serve.kernels.mixers.chunks import DeviceSegments, list_segments, tile_tokens
 
 CONFIG = LatticeConfig(
     vocab_size=70,

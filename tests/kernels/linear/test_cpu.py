@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lattice_serve.kernels.linear import RowInvariantLinear
-from lattice_serve.kernels.linear.cpu import PackedWeight
 from lattice_serve.kernels.linear.int8 import LARGEST_K
 from lattice_serve.kernels.linear.quantize import quantize
 from lattice_serve.kernels.linear.row_invariant import BLOCK
 from lattice_serve.kernels.numba.features import Products, available_products
 from tests.kernels.harness import same_bits
+from tests.kernels.linear.product import Product
 from tests.kernels.naive import error, normal
 
 Linear = Callable[[Tensor, Tensor], Tensor]
@@ -45,7 +45,7 @@ def random_product(N: int, K: int, dtype: torch.dtype, products: Products = "flo
 def test_it_is_the_product(N: int, K: int, dtype: torch.dtype, products: Products) -> None:
     """K products added up in float32, in whatever order, are off by at most K roundings of sum |x| |w|."""
     x, weight = random_product(N, K, dtype, products)
-    y = PackedWeight.of(weight)(x, products)
+    y = Product(weight)(x, products)
     assert (y.dtype, y.shape) == (torch.float32, (ROWS, N))
     bound = K * 2.0**-24 * (x.double().abs() @ weight.double().abs().T)
     assert bool(((y - x.double() @ weight.double().T).abs() <= bound).all())
@@ -55,7 +55,7 @@ def test_it_is_the_product(N: int, K: int, dtype: torch.dtype, products: Product
 @every_size
 def test_any_number_of_rows_gives_each_the_same_bits(N: int, K: int, dtype: torch.dtype, products: Products) -> None:
     x, weight = random_product(N, K, dtype)
-    product = PackedWeight.of(weight)
+    product = Product(weight)
     y = product(x, products)
     for rows in range(ROWS + 1):
         assert same_bits(product(x[:rows], products), y[:rows]), rows
@@ -67,7 +67,7 @@ def test_any_number_of_rows_gives_each_the_same_bits(N: int, K: int, dtype: torc
 def test_sums_that_are_next_to_nothing_have_the_bits_of_many_rows(products: Products, scale: float) -> None:
     """Some or all products are denormal, which a unit that multiplies may take for zeros."""
     x, weight = scale * normal(ROWS, 70).float(), (scale * normal(37, 70, seed=1)).bfloat16()
-    product = PackedWeight.of(weight)
+    product = Product(weight)
     y = product(x, products)
     for row in range(ROWS):
         assert same_bits(product(x[row : row + 1], products), y[row : row + 1]), row
@@ -78,8 +78,8 @@ def test_sums_that_are_next_to_nothing_have_the_bits_of_many_rows(products: Prod
 def test_many_rows_of_many_k_have_the_bits_of_few(M: int, N: int, K: int, quantized: bool) -> None:
     """Whatever parts of K many rows are multiplied by."""
     x, weight = normal(M, K).float(), normal(N, K, seed=1).bfloat16()
-    product = PackedWeight.quantized(weight) if quantized else PackedWeight.of(weight)
-    for products in available_products(product.stored):
+    product = Product(weight, "int8") if quantized else Product(weight)
+    for products in available_products("int8" if quantized else "bfloat16"):
         y = product(x, products)
         for first, last in ((0, 1), (0, 127), (16, 144), (M - 1, M)):
             assert same_bits(product(x[first:last], products), y[first:last]), (products, first, last)
@@ -89,22 +89,8 @@ def test_many_rows_of_many_k_have_the_bits_of_few(M: int, N: int, K: int, quanti
 def test_activations_are_rounded_to_bfloat16_as_torch_does(products: Products) -> None:
     x, weight = random_product(33, 40, torch.bfloat16)
     x[0, :4] = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, -(1 + 2.0**-8), 3.4e38])
-    product = PackedWeight.of(weight)
+    product = Product(weight)
     assert (products == "float32") ^ same_bits(product(x, products), product(x.bfloat16().float(), products))
-
-
-@pytest.mark.parametrize(
-    ("weight", "products"),
-    [
-        (PackedWeight.of(torch.ones(5, 8)), "amx"),
-        (PackedWeight.of(torch.ones(5, 8).bfloat16()), "avx512_vnni"),
-        (PackedWeight.quantized(torch.ones(5, 8)), "avx512_bf16"),
-    ],
-    ids=["float32", "bfloat16", "int8"],
-)
-def test_weights_are_multiplied_by_what_is_for_them(weight: PackedWeight, products: Products) -> None:
-    with pytest.raises(ValueError, match=rf"weights of {weight.stored} are multiplied here by .*, not {products}"):
-        weight(torch.ones(2, 8), products)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -112,48 +98,29 @@ def test_weights_are_multiplied_by_what_is_for_them(weight: PackedWeight, produc
 def test_what_is_not_finite_stays_in_its_row(dtype: torch.dtype, products: Products, bad: float) -> None:
     """Of x, and of the weight: its column of y."""
     x, weight = random_product(45, 7, dtype)
-    y = PackedWeight.of(weight)(x, products)
+    y = Product(weight)(x, products)
     rows, columns = torch.arange(ROWS) != 12, torch.arange(45) != 40
     broken = x.clone()
     broken[12, 3] = bad
-    mine = PackedWeight.of(weight)(broken, products)
+    mine = Product(weight)(broken, products)
     assert same_bits(mine[rows], y[rows])
     assert not bool(mine[12].isfinite().any())
     weight[40, 5] = bad
-    mine = PackedWeight.of(weight)(x, products)
+    mine = Product(weight)(x, products)
     assert same_bits(mine[:, columns], y[:, columns])
     assert not bool(mine[:, 40].isfinite().any())
-
-
-@pytest.mark.parametrize(
-    "x",
-    [
-        torch.zeros(3, 8, dtype=torch.float64),
-        torch.zeros(3, 8, dtype=torch.bfloat16),
-        torch.zeros(8),
-        torch.zeros(1, 3, 8),
-        torch.zeros(3, 7),
-        torch.zeros(8, 3).T,
-        torch.zeros(3, 16)[:, ::2],
-    ],
-    ids=["float64", "bfloat16", "one-row", "batch", "narrow", "transposed", "strided"],
-)
-def test_other_inputs_are_refused(x: Tensor) -> None:
-    product = PackedWeight.of(torch.ones(5, 8))
-    with pytest.raises(ValueError, match="contiguous float32"):
-        product(x)
 
 
 @pytest.mark.parametrize("K", [2, 64])
 @every_dtype
 def test_a_weight_is_packed_as_a_copy_without_waste(dtype: torch.dtype, K: int) -> None:
     weight = torch.nn.Parameter(normal(256, K).to(dtype))
-    product, x = PackedWeight.of(weight), normal(3, K).float()
+    product, x = Product(weight), normal(3, K).float()
     y = product(x)
     weight.data.zero_()
     assert same_bits(product(x), y)
     assert product.nbytes == weight.nbytes
-    assert PackedWeight.of(weight[:255]).nbytes >= 255 * K * weight.itemsize
+    assert Product(weight[:255]).nbytes >= 255 * K * weight.itemsize
 
 
 @pytest.mark.parametrize("products", available_products("int8"))
@@ -164,7 +131,7 @@ def test_int8_is_near_and_as_exact_in_its_rows(N: int, K: int, products: Product
     Where activations are rounded, each is off by half of the row's largest / 32639.
     """
     x, weight = random_product(N, K, torch.bfloat16)
-    product = PackedWeight.quantized(weight)
+    product = Product(weight, "int8")
     y = product(x, products)
     half = weight.double().abs().amax(dim=1) / 254
     bound = x.double().abs().sum(dim=1, keepdim=True) * half * (1 + 1e-5) + 1e-6
@@ -207,10 +174,10 @@ def test_whole_numbers_are_multiplied_exactly(products: Products, data: st.DataO
             x[row] = x[row].sign()
     weight[0] = weight[0].sign()
     weight[N // 2] = 0
-    y = PackedWeight.quantized(weight)(x, products)
+    y = Product(weight, "int8")(x, products)
     expected, bound = whole_product(x, weight)
     assert bool(((y - expected).abs() <= bound).all())
-    assert all(same_bits(PackedWeight.quantized(weight)(x, each), y) for each in WHOLE)
+    assert all(same_bits(Product(weight, "int8")(x, each), y) for each in WHOLE)
 
 
 @every_whole
@@ -219,20 +186,20 @@ def test_the_largest_sums_fit(products: Products) -> None:
     x[1] = -x[1]
     x[2] = 127 / 32639 * torch.ones(LARGEST_K)  # the largest lower byte
     x[2, 0] = 1
-    y = PackedWeight.quantized(weight)(x, products)
+    y = Product(weight, "int8")(x, products)
     assert y[:, 0].tolist() == pytest.approx([LARGEST_K, -LARGEST_K, 1 + 127 / 32639 * (LARGEST_K - 1)], rel=1e-6)
 
 
 def test_a_matrix_whose_sums_might_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=f"{LARGEST_K + 1} inputs is too wide for int8"):
-        PackedWeight.quantized(torch.ones(1, LARGEST_K + 1))
+        Product(torch.ones(1, LARGEST_K + 1), "int8")
 
 
 @every_whole
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_row_of_whole_numbers_that_is_not_finite_stays_alone(products: Products, bad: float) -> None:
     x, weight = random_product(45, 70, torch.bfloat16)
-    product = PackedWeight.quantized(weight)
+    product = Product(weight, "int8")
     y = product(x, products)
     broken = x.clone()
     broken[12, 66] = bad
@@ -245,7 +212,7 @@ def test_a_row_of_whole_numbers_that_is_not_finite_stays_alone(products: Product
 def test_rows_of_nothing_are_zero(products: Products) -> None:
     x = normal(5, 33).float()
     x[1], x[3] = 0, 1e-31 * x[3]
-    y = PackedWeight.quantized(normal(20, 33, seed=1).float())(x, products)
+    y = Product(normal(20, 33, seed=1).float(), "int8")(x, products)
     assert not y[[1, 3]].any()
     assert bool(y[[0, 2, 4]].all())
 
@@ -253,7 +220,7 @@ def test_rows_of_nothing_are_zero(products: Products) -> None:
 def test_int8_of_an_output_without_weights_is_zero() -> None:
     weight = normal(20, 9).float()
     weight[7] = 0
-    y = PackedWeight.quantized(weight)(normal(3, 9).float())
+    y = Product(weight, "int8")(normal(3, 9).float())
     assert not y[:, 7].any()
     assert bool(y[:, :7].all())
 

@@ -21,7 +21,7 @@ from lattice_serve.kernels.numba.dots import cross_dots, dots
 from lattice_serve.kernels.numba.features import Stored, has_bf16
 from lattice_serve.kernels.numba.lanes import LANES, padded
 from lattice_serve.kernels.numba.math import exp, sigmoid, silu
-from lattice_serve.kernels.numba.vector import larger, largest, load, store
+from lattice_serve.kernels.numba.vector import larger, largest, load, pointer, store
 from lattice_serve.kernels.pointwise.cpu import rms_norm, swiglu
 from tests.kernels.harness import bands, poison
 from tests.kernels.naive import error, normal
@@ -187,7 +187,7 @@ def test_dots_of_rows_are_those_of_one_row() -> None:
     truth = (x.astype(np.float64) * w).reshape(16, 48).sum(axis=1)
 
     def several(rows: Any) -> Any:
-        return njit(lambda x, w, r, out: store(out, 0, dots(rows, x, 48 * r, 48, w, 48 * r, 48, 48)))
+        return njit(lambda x, w, r, out: store(out, 0, dots(rows, pointer(x, 48 * r), 48, pointer(w, 48 * r), 48, 48)))
 
     alone = np.empty((16, LANES), dtype=np.float32)
     one, four, sixteen = several(1), several(4), several(16)
@@ -208,8 +208,8 @@ def test_cross_dots_are_dots(rows: int) -> None:
     """Of each row with each of 16 lines, with the same bits, and nothing else is written."""
     rng = np.random.default_rng(rows)
     x, w = (rng.standard_normal(size).astype(np.float32) for size in (rows * 64, 16 * 48))
-    run = njit(lambda x, w, out: cross_dots(rows, x, 0, 64, w, 0, 48, 48, out, 16))
-    dot = njit(lambda x, w, out: store(out, 0, dots(16, x, 0, 0, w, 0, 48, 48)))
+    run = njit(lambda x, w, out: cross_dots(rows, x, 64, w, 48, 48, pointer(out, 16)))
+    dot = njit(lambda x, w, out: store(out, 0, dots(16, x, 0, w, 48, 48)))
     out, expected = (np.full(16 + rows * 64, np.nan, dtype=np.float32) for _ in range(2))
     run(x, w, out)
     for r in range(rows):

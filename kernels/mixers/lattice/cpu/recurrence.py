@@ -1,7 +1,7 @@
-"""The recurrence on the CPU: tokens of one chunk at once.
+"""The Lattice recurrence on the CPU: tokens of one chunk at once.
 
-It is the pending-factor form of `mixers.lattice.chunk`, row t of the chunk form, relative to a as
-`StateLayout` has it: b, c and e stand for b / a, c / a and e / a^2.
+It is the pending-factor form of `mixers.lattice.chunk`, row t of the chunk form, relative to a as `StateLayout` has it:
+b, c and e stand for b / a, c / a and e / a^2.
 
     a <- mu a,  c = gamma k / a
     e <- e + 2 c (sum_s c_s (h_s . h) - w b) + c^2 (|h|^2 - w^2),  then b <- b + c w
@@ -12,16 +12,19 @@ The anchor is read for h = v - A k, w = A^T h and y, each for all tokens before 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+from numba.extending import register_jitable
 
+from lattice_serve.kernels.mixers.lattice.cpu.weights import LatticeHeads
 from lattice_serve.kernels.mixers.lattice.state import OBJECTIVES
 from lattice_serve.kernels.numba.dots import combine, cross_dots, dots, fold
 from lattice_serve.kernels.numba.features import vectors
+from lattice_serve.kernels.numba.inner import njit_inner
 from lattice_serve.kernels.numba.lanes import LANES
-from lattice_serve.kernels.numba.vector import fma, inverse_sqrt, load, maximum, splat, sqrt, store
+from lattice_serve.kernels.numba.types import Floats, Vector
+from lattice_serve.kernels.numba.vector import fma, inverse_sqrt, load, maximum, pointer, splat, sqrt, store
 
 _WIDE = vectors() == "AVX-512"
 _ROWS, _DOT_ROWS = (3, 2) if _WIDE else (2, 1)
@@ -35,163 +38,196 @@ _TINY = 1e-30
 """The square of a line that only fills up, and is zeros. Others have 1 or more."""
 
 
-@njit(cache=True, error_model="numpy")
-def row_dots(x: Any, o_x: int, o_y: int, row: int, rows: int, n: int) -> Any:
-    """sum_i x[o_x + r row + i] x[o_y + r row + i], i < n, in lane r < rows <= 16; there is room for 16 rows."""
+class TokenRows(NamedTuple):
+    """Where a head's scratch has what up to 16 tokens are worked out in, in floats.
+
+    A row a token: q [m] | -k, then c [m] | v, then h [d] | w [m] | y [max(d, m)]. A lane a token: scales, gamma, mu.
+    """
+
+    q: int
+    k: int
+    h: int
+    w: int
+    y: int
+    stride: int
+    """From row to row."""
+    scales: int
+    gamma: int
+    mu: int
+    lanes: int
+    """A vector for sums of all tokens."""
+    factors: int
+    """4 C + 16 floats for one token's dot products with the pending factors."""
+
+
+@register_jitable
+def token_rows(s: LatticeHeads) -> TokenRows:
+    d, m = s.d, s.m
+    q, stride = 4 * LANES, 3 * m + d + max(d, m)
+    return TokenRows(
+        q, q + m, q + 2 * m, q + 2 * m + d, q + 3 * m + d, stride, 0, LANES, 2 * LANES, 3 * LANES, q + LANES * stride
+    )
+
+
+@njit_inner(error_model="numpy")
+def row_dots(x: Floats, o_x: int, o_y: int, row: int, rows: int, n: int) -> Vector:
+    """Returns sum_i x[o_x + r row + i] x[o_y + r row + i], i < n, in lane r < rows <= 16; there is room for 16 rows."""
     if rows == 1:
-        return dots(1, x, o_x, row, x, o_y, row, n)
-    return dots(16, x, o_x, row, x, o_y, row, n)
+        return dots(1, pointer(x, o_x), row, pointer(x, o_y), row, n)
+    return dots(16, pointer(x, o_x), row, pointer(x, o_y), row, n)
 
 
-@njit(cache=True, error_model="numpy")
-def _combine(
-    x: Any, o_x: int, x_step: int, w: Any, o_w: int, w_step: int, K: int, out: Any, o_out: int, n: int
-) -> None:
+@njit_inner(error_model="numpy")
+def _combine(x: Floats, x_step: int, w: Floats, w_step: int, K: int, out: Floats, n: int) -> None:
     """out [n] += sum_k x[k x_step] w[k w_step + j], n a multiple of 16."""
     j = 0
     while j + _ONE_ROW * LANES <= n:
-        combine(1, _ONE_ROW, 2, x, o_x, 0, x_step, w, o_w + j, w_step, K, out, o_out + j, 0)
+        combine(1, _ONE_ROW, 2, x, 0, x_step, pointer(w, j), w_step, K, pointer(out, j), 0)
         j += _ONE_ROW * LANES
     while j < n:
-        combine(1, 1, 2, x, o_x, 0, x_step, w, o_w + j, w_step, K, out, o_out + j, 0)
+        combine(1, 1, 2, x, 0, x_step, pointer(w, j), w_step, K, pointer(out, j), 0)
         j += LANES
 
 
-@njit(cache=True, error_model="numpy")
-def _combine_rows(x: Any, o_x: int, row: int, rows: int, w: Any, o_w: int, n: int, K: int, o_out: int) -> None:
-    """x[o_out + r row + j] += sum_k x[o_x + r row + k] w[k n + j], r < rows, j < n, a multiple of 16."""
-    r = 0
+@njit_inner(error_model="numpy")
+def _combine_rows(x: Floats, row: int, rows: int, w: Floats, n: int, K: int, out: Floats) -> None:
+    """out[r row + j] += sum_k x[r row + k] w[k n + j], r < rows, j < n, a multiple of 16."""
+    r, o = 0, 0
     while r + _ROWS <= rows:
         j = 0
         while j + _SOME_ROWS * LANES <= n:
-            combine(_ROWS, _SOME_ROWS, 2, x, o_x, row, 1, w, o_w + j, n, K, x, o_out + j, row)
+            combine(_ROWS, _SOME_ROWS, 2, pointer(x, o), row, 1, pointer(w, j), n, K, pointer(out, o + j), row)
             j += _SOME_ROWS * LANES
         while j < n:
-            combine(_ROWS, 1, 2, x, o_x, row, 1, w, o_w + j, n, K, x, o_out + j, row)
+            combine(_ROWS, 1, 2, pointer(x, o), row, 1, pointer(w, j), n, K, pointer(out, o + j), row)
             j += LANES
-        r, o_x, o_out = r + _ROWS, o_x + _ROWS * row, o_out + _ROWS * row
+        r, o = r + _ROWS, o + _ROWS * row
     while r < rows:
-        _combine(x, o_x, np.int64(1), w, o_w, n, K, x, o_out, n)
-        r, o_x, o_out = r + 1, o_x + row, o_out + row
+        _combine(pointer(x, o), np.int64(1), w, n, K, pointer(out, o), n)
+        r, o = r + 1, o + row
 
 
-@njit(cache=True, error_model="numpy")
-def _dot_rows(x: Any, o_x: int, row: int, rows: int, w: Any, o_w: int, n: int, K: int, o_out: int) -> None:
-    """x[o_out + r row + j] = sum_k x[o_x + r row + k] w[j K + k], r < rows, j < n, a multiple of 16."""
-    r = 0
+@njit_inner(error_model="numpy")
+def _dot_rows(x: Floats, row: int, rows: int, w: Floats, n: int, K: int, out: Floats) -> None:
+    """out[r row + j] = sum_k x[r row + k] w[j K + k], r < rows, j < n, a multiple of 16."""
+    r, o = 0, 0
     while r + _DOT_ROWS <= rows:
         for j in range(0, n, LANES):
-            cross_dots(_DOT_ROWS, x, o_x, row, w, o_w + j * K, K, K, x, o_out + j)
-        r, o_x, o_out = r + _DOT_ROWS, o_x + _DOT_ROWS * row, o_out + _DOT_ROWS * row
+            cross_dots(_DOT_ROWS, pointer(x, o), row, pointer(w, j * K), K, K, pointer(out, o + j))
+        r, o = r + _DOT_ROWS, o + _DOT_ROWS * row
     if r < rows:
         for j in range(0, n, LANES):
-            cross_dots(1, x, o_x, row, w, o_w + j * K, K, K, x, o_out + j)
+            cross_dots(1, pointer(x, o), row, pointer(w, j * K), K, K, pointer(out, o + j))
 
 
-@njit(cache=True, error_model="numpy")
+@njit_inner(error_model="numpy")
 def _add_pending(
-    x: Any, o_x: int, n: int, S: Any, o_dots: int, o_lines: int, width: int, lines: int, o_out: int, factors: int
-) -> None:  # fmt: skip
-    """out [width] += sum_s (x . dots_s) lines_s, with x and dots_s [n]; s < lines, which are rows of S."""
+    x: Floats, n: int, keys: Floats, values: Floats, width: int, count: int, out: Floats, factors: Floats
+) -> None:
+    """out [width] += sum_s (x . keys_s) values_s, of x [n], keys [count, n], values [count, width].
+
+    factors: 4 count + 16 floats to be used.
+    """
     s = 0
-    while lines >= 4 and s < lines:
-        s = min(s, lines - 4)
-        store(x, factors + 4 * s, dots(4, x, o_x, 0, S, o_dots + s * n, n, n))
+    while count >= 4 and s < count:
+        s = min(s, count - 4)
+        store(factors, 4 * s, dots(4, x, 0, pointer(keys, s * n), n, n))
         s += 4
-    while s < lines:
-        store(x, factors + 4 * s, dots(1, x, o_x, 0, S, o_dots + s * n, n, n))
+    while s < count:
+        store(factors, 4 * s, dots(1, x, 0, pointer(keys, s * n), n, n))
         s += 1
-    if lines:
-        _combine(x, factors, np.int64(4), S, o_lines, width, lines, x, o_out, width)
+    if count:
+        _combine(factors, np.int64(4), values, width, count, out, width)
 
 
-@njit(cache=True, error_model="numpy")
-def _fold(
-    S: Any, o_A: int, o_h: int, o_c: int, o_b: int, d: int, m: int, C: int, x: Any, h: int, c: int, scales: int
-) -> None:  # fmt: skip
-    """The anchor of the next chunk; h [d] and c [m] of this one's last token are in x. scales: m floats of x."""
+@njit_inner(error_model="numpy")
+def _fold(s: LatticeHeads, S: Floats, h: Floats, c: Floats, scales: Floats) -> None:
+    """Writes the anchor of the next chunk; h [d], c [m]: of this one's last token; scales: m floats to be used."""
+    d, m, K = s.d, s.m, s.C - 1
     for j in range(0, m, 4):
+        b, factors, lines = pointer(S, s.at.b + j), pointer(c, j), pointer(S, s.at.c + j)
         i = 0
         while i < d:
-            o_i, lines, last = o_A + j * d + i, o_h + i, h + i
+            A, values = pointer(S, s.at.A + j * d + i), pointer(S, s.at.h + i)
             if i + _FOUR_LINES * LANES <= d:
-                fold(_FOUR_LINES, S, o_b + j, x, c + j, x, last, S, o_c + j, m, S, lines, d, C - 1, S, o_i, d)
+                fold(_FOUR_LINES, b, factors, pointer(h, i), lines, m, values, d, K, A, d)
                 i += _FOUR_LINES * LANES
             else:
-                fold(1, S, o_b + j, x, c + j, x, last, S, o_c + j, m, S, lines, d, C - 1, S, o_i, d)
+                fold(1, b, factors, pointer(h, i), lines, m, values, d, K, A, d)
                 i += LANES
     for j in range(0, m, LANES):
-        o_j = o_A + j * d
-        squares = maximum(splat(np.float32(_TINY)), dots(16, S, o_j, d, S, o_j, d, d))
-        store(x, scales + j, splat(np.float32(1)) / sqrt(squares))
+        A = pointer(S, s.at.A + j * d)
+        squares = maximum(splat(np.float32(_TINY)), dots(16, A, d, A, d, d))
+        store(scales, j, splat(np.float32(1)) / sqrt(squares))
     for j in range(m):
-        scale = splat(x[scales + j])
-        for i in range(o_A + j * d, o_A + (j + 1) * d, LANES):
+        scale = splat(scales[j])
+        for i in range(s.at.A + j * d, s.at.A + (j + 1) * d, LANES):
             store(S, i, scale * load(S, i))
 
 
-@njit(cache=True, error_model="numpy")
-def recur(
-    S: Any, places: Any, dims: Any, slot: int, tokens: int, x: Any, o_x: int, gamma: int, mu: int, lanes: int,
-    scratch: int,
-) -> None:  # fmt: skip
-    """So many tokens of one chunk, from its place `slot` on; S: the head's block.
+@njit_inner(error_model="numpy")
+def recur(s: LatticeHeads, S: Floats, slot: int, tokens: int, x: Floats, rows: TokenRows, first: int) -> None:
+    """Runs so many tokens of one chunk, from its place `slot` on, whose rows of x begin with row `first`.
 
-    In x, a token's row at o_x, and those of the others behind it: q, -k [m], v [d] -> y [d] after m more; gamma, mu: a
-    float a token; lanes: a vector, scratch: 4 C + 16 floats.
+    S: the head's block of the state. Reads q, -k, v, gamma and mu; leaves y.
     """
-    d, m, C, objective = dims[1], dims[2], dims[4], dims[6]
-    o_A, o_h, o_c, o_b, o_e, o_a = places[0], places[1], places[2], places[3], places[4], places[5]
-    q, c, h, w, y, row = o_x, o_x + m, o_x + 2 * m, o_x + 2 * m + d, o_x + 3 * m + d, 3 * m + d + max(d, m)
-    if objective == _DECODING:
-        _combine_rows(x, c, row, tokens, S, o_A, d, m, h)
-    _dot_rows(x, h, row, tokens, S, o_A, m, d, w)
+    d, m, C, row = s.d, s.m, s.C, rows.stride
+    at, begin = s.at, first * row
+    q, c, h, w, y = rows.q + begin, rows.k + begin, rows.h + begin, rows.w + begin, rows.y + begin
+    gamma, mu, lanes, factors = rows.gamma + first, rows.mu + first, rows.lanes, pointer(x, rows.factors)
+    anchor = pointer(S, at.A)
+    if s.objective == _DECODING:
+        _combine_rows(pointer(x, c), row, tokens, anchor, d, m, pointer(x, h))
+    _dot_rows(pointer(x, h), row, tokens, anchor, m, d, pointer(x, w))
     store(x, lanes, row_dots(x, h, h, row, tokens, d))
     zero, one, half = splat(np.float32(0)), splat(np.float32(1)), splat(np.float32(0.5))
-    a = S[o_a]
+    a = S[at.a]
     if slot == 0:
         a = np.float32(1)
-        for j in range(0, 2 * m, LANES):
-            store(S, o_b + j, zero)
+        for j in range(0, m, LANES):
+            store(S, at.b + j, zero)
+            store(S, at.e + j, zero)
     for r in range(tokens):
-        s, at, size = slot + r, r * row, splat(x[lanes + r])
+        line, o, size = slot + r, r * row, splat(x[lanes + r])
         a = x[mu + r] * a
         step = splat(-x[gamma + r] / a)
         for j in range(0, m, LANES):
-            c_j, w_j = load(x, c + at + j), load(x, w + at + j)
-            if objective == _ENCODING:
+            c_j, w_j = load(x, c + o + j), load(x, w + o + j)
+            if s.objective == _ENCODING:
                 c_j = c_j + w_j
             c_j = step * c_j
-            store(x, c + at + j, c_j)
-            store(x, y + at + j, half * c_j * fma(-w_j, w_j, size))
-            if s < C - 1:
-                store(S, o_c + s * m + j, c_j)
-        if s < C - 1:
+            store(x, c + o + j, c_j)
+            store(x, y + o + j, half * c_j * fma(-w_j, w_j, size))
+            if line < C - 1:
+                store(S, at.c + line * m + j, c_j)
+        if line < C - 1:
             for i in range(0, d, LANES):
-                store(S, o_h + s * d + i, load(x, h + at + i))
-    S[o_a] = a
+                store(S, at.h + line * d + i, load(x, h + o + i))
+    S[at.a] = a
     for r in range(tokens):
-        _add_pending(x, h + r * row, d, S, o_h, o_c, m, slot + r, y + r * row, scratch)
+        o = r * row
+        _add_pending(pointer(x, h + o), d, pointer(S, at.h), pointer(S, at.c), m, slot + r, pointer(x, y + o), factors)
     for j in range(0, m, LANES):
-        b_j, e_j = load(S, o_b + j), load(S, o_e + j)
-        for at in range(j, j + tokens * row, row):
-            c_j, w_j = load(x, c + at), load(x, w + at)
-            term = fma(-w_j, b_j, load(x, y + at))
+        b_j, e_j = load(S, at.b + j), load(S, at.e + j)
+        for o in range(j, j + tokens * row, row):
+            c_j, w_j = load(x, c + o), load(x, w + o)
+            term = fma(-w_j, b_j, load(x, y + o))
             e_j = maximum(zero, fma(c_j, term + term, e_j))
             b_j = fma(c_j, w_j, b_j)
-            qn_j = load(x, q + at) * inverse_sqrt(one + e_j)
-            store(x, q + at, qn_j)
-            store(x, w + at, fma(-qn_j, b_j, qn_j))
-        store(S, o_b + j, b_j)
-        store(S, o_e + j, e_j)
+            qn_j = load(x, q + o) * inverse_sqrt(one + e_j)
+            store(x, q + o, qn_j)
+            store(x, w + o, fma(-qn_j, b_j, qn_j))
+        store(S, at.b + j, b_j)
+        store(S, at.e + j, e_j)
     store(x, lanes, row_dots(x, c, q, row, tokens, m))
     for r in range(tokens):
         own = splat(x[lanes + r])
         for i in range(r * row, r * row + d, LANES):
             store(x, y + i, own * load(x, h + i))
-    _combine_rows(x, w, row, tokens, S, o_A, d, m, y)
+    _combine_rows(pointer(x, w), row, tokens, anchor, d, m, pointer(x, y))
     for r in range(tokens):
-        _add_pending(x, q + r * row, m, S, o_c, o_h, d, slot + r, y + r * row, scratch)
+        o = r * row
+        _add_pending(pointer(x, q + o), m, pointer(S, at.c), pointer(S, at.h), d, slot + r, pointer(x, y + o), factors)
     if slot + tokens == C:
-        at = (tokens - 1) * row
-        _fold(S, o_A, o_h, o_c, o_b, d, m, C, x, h + at, c + at, w + at)
+        o = (tokens - 1) * row
+        _fold(s, S, pointer(x, h + o), pointer(x, c + o), pointer(x, w + o))

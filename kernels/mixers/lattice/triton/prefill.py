@@ -35,18 +35,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lattice_serve.kernels.mixers.chunks import DeviceSegments
 from lattice_serve.kernels.mixers.lattice.layout import StateLayout
 from lattice_serve.kernels.mixers.lattice.shape import MixerWeights
-from lattice_serve.kernels.mixers.lattice.triton.chunks import (
-    DeviceSegments,
-    chunk_of,
-    say,
-    steps_of,
-    tile_lines,
-    tile_options,
-    tile_rows,
-    wait_for,
-)
 from lattice_serve.kernels.mixers.lattice.triton.common import (
     DECODING,
     ENCODING,
@@ -58,6 +49,15 @@ from lattice_serve.kernels.mixers.lattice.triton.common import (
     unit_rows,
 )
 from lattice_serve.kernels.mixers.lattice.triton.prepare import prepare, prepare_options
+from lattice_serve.kernels.mixers.lattice.triton.tiles import (
+    chunk_of,
+    say,
+    steps_of,
+    tile_lines,
+    tile_options,
+    tile_rows,
+    wait_for,
+)
 from lattice_serve.kernels.mixers.lattice.triton.tokens import mix_tokens, token_options
 from lattice_serve.kernels.pointwise.triton import silu
 from lattice_serve.kernels.triton.dependent_launch import after_last, dependent, let_next_begin

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lattice_serve.kernels.mixers.chunks import tile_tokens
 from lattice_serve.kernels.mixers.lattice.layout import StateLayout
-from lattice_serve.kernels.mixers.lattice.triton.chunks import chunk_of, steps_of, tile_options, tile_rows, tile_tokens
 from lattice_serve.kernels.mixers.lattice.triton.common import (
     INDICES,
     forget_gate,
@@ -19,6 +19,7 @@ from lattice_serve.kernels.mixers.lattice.triton.common import (
     tile_width,
     unit_length,
 )
+from lattice_serve.kernels.mixers.lattice.triton.tiles import chunk_of, steps_of, tile_options, tile_rows
 from lattice_serve.kernels.pointwise.triton import silu
 from lattice_serve.kernels.triton.dependent_launch import after_last
 

@@ -8,8 +8,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from lattice_serve.kernels.mixers.chunks import tile_tokens
 from lattice_serve.kernels.mixers.lattice.layout import StateLayout
-from lattice_serve.kernels.mixers.lattice.triton.chunks import tile_options, tile_tokens
 from lattice_serve.kernels.mixers.lattice.triton.common import (
     DECODING,
     ENCODING,
@@ -21,6 +21,7 @@ from lattice_serve.kernels.mixers.lattice.triton.common import (
     step_size,
     unit_rows,
 )
+from lattice_serve.kernels.mixers.lattice.triton.tiles import tile_options
 from lattice_serve.kernels.pointwise.triton import silu
 from lattice_serve.kernels.triton.dependent_launch import after_last
 

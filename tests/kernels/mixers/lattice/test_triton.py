@@ -16,7 +16,7 @@ from tests.kernels.naive import normal
 from tests.triton_device import DEVICE
 
 # isort: split
-from lattice_serve.kernels.mixers.lattice.triton.chunks import DeviceSegments
+from lattice_serve.kernels.mixers.chunks import DeviceSegments
 from lattice_serve.kernels.mixers.lattice.triton.decode import mix_decode
 from lattice_serve.kernels.mixers.lattice.triton.prefill import mix_prefill
 
