@@ -6,6 +6,7 @@ import os
 import random
 import time
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -70,9 +71,9 @@ class Engine:
         self.memory = Memory(self.pool, self.cache, backend.multiple)
         self._pace = Pace(config.step_seconds, config.max_step_tokens)
         self.grammars = Grammars(config.model, self.tokenizer, self.shares)
-        self.grammar_queue = GrammarQueue(
-            self.grammars, lambda asked: self._ends(asked.stop_token_ids, asked.ignore_eos)
-        )
+        self._eos = model_config.eos_token_id
+        # Not a method of this object: an engine that holds itself would outlive who drops it, and its workers with it.
+        self.grammar_queue = GrammarQueue(self.grammars, partial(_ends, self._eos))
         self.grammar_steps = GrammarSteps(self.shares)
         self._sequences: dict[str, Sequence] = {}
         self._running: Running | None = None
@@ -80,7 +81,7 @@ class Engine:
         self._taken: list[Taken] = []
         self._failures: list[RequestFailed] = []
         """Collected, and not emitted yet."""
-        self._seeds, self._eos = random.Random(os.urandom(16)), model_config.eos_token_id
+        self._seeds = random.Random(os.urandom(16))
         self._prompt_tokens = self._generated = self._steps = self._step_tokens = self._drafted = self._accepted = 0
         self._warm_up()
         self.info = Ready(
@@ -139,7 +140,7 @@ class Engine:
                 seed=params.seed if params.seed is not None else self._seeds.getrandbits(63),
                 index=0,
                 counts=TokenCounts(request.prompt_ids, vocab_size) if penalised(params) else None,
-                forbidden=self._ends(params.stop_token_ids) if params.min_tokens else (),
+                forbidden=_stops(self._eos, params) if params.min_tokens else (),
             ),
             detokenizer=Detokenizer(self.tokenizer.token_bytes, params.stop, params.include_stop, params.min_tokens),
             pooled=None if request.pooling is None else Pooled(request.pooling),
@@ -291,9 +292,6 @@ class Engine:
         self._prompt_tokens = self._generated = self._steps = self._step_tokens = 0
         self.memory.clear()
 
-    def _ends(self, stop_token_ids: tuple[int, ...], ignore_eos: bool = False) -> tuple[int, ...]:
-        return stop_token_ids if self._eos is None or ignore_eos else (*stop_token_ids, self._eos)
-
     def _accept(self, sequence: Sequence, sampled: list[Sampled], pushed: Future[None] | None = None) -> None:
         """Take sampled tokens into their sequence, up to one that ends it. pushed: into its grammar already, when done.
 
@@ -380,3 +378,13 @@ class Engine:
         self.runner.forget()
         sequence.status = Status.FINISHED
         del self._sequences[sequence.request_id]
+
+
+def _stops(eos: int | None, params: SamplingParams) -> tuple[int, ...]:
+    """Returns the stop tokens of a request, and the end of text."""
+    return params.stop_token_ids if eos is None else (*params.stop_token_ids, eos)
+
+
+def _ends(eos: int | None, params: SamplingParams) -> tuple[int, ...]:
+    """Returns the tokens that end an answer."""
+    return params.stop_token_ids if params.ignore_eos else _stops(eos, params)

@@ -65,10 +65,10 @@ def test_a_killed_process_leaves_its_folder_to_the_next_and_a_living_one_keeps_i
 def test_a_folder_that_is_taken_before_it_is_locked_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     mkdtemp, lock, made = tempfile.mkdtemp, fcntl.flock, 0
 
-    def taken_at_once(prefix: str) -> str:
+    def taken_at_once(prefix: str, dir: str) -> str:
         nonlocal made
         made += 1
-        path = mkdtemp(prefix=prefix)
+        path = mkdtemp(prefix=prefix, dir=dir)
         if made == 1:
             own_folder.clear_abandoned()
         return path
