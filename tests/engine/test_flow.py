@@ -47,9 +47,11 @@ def size_of(output: TokenOutput) -> int:
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_a_sequence_waits_until_its_outputs_are_taken_and_loses_none(engine: Engine, overlaps: bool) -> None:
+def test_a_sequence_waits_until_its_outputs_are_taken_and_loses_none(
+    engine: Engine, overlaps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     truth = complete(engine, msgspec.structs.replace(SLOW, window=None)).token_ids
-    engine._overlaps = overlaps
+    monkeypatch.setattr(engine, "_overlaps", overlaps)
     engine.submit(SLOW)
     engine.submit(OTHER)
     outputs = run(engine, 1000)
