@@ -13,10 +13,7 @@ import argparse
 import asyncio
 import itertools
 import json
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +23,7 @@ from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.table import Table
+from served import Served
 
 ROWS, WAITING = 32, 96
 POLITE, GREEDY = "polite", "greedy"
@@ -180,23 +178,14 @@ async def hard_grammar(port: int, seconds: float) -> Figures:
 
 
 @contextmanager
-def server(rows: int, waiting: int, *options: str) -> Iterator[int]:
+def server(rows: int, waiting: int, **settings: Any) -> Iterator[int]:
     """The port of one that runs until the end."""
-    with tempfile.TemporaryDirectory() as folder:
-        keys = Path(folder) / "keys"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        keys = folder / "keys"
         keys.write_text(f"{POLITE}\n{GREEDY}\n")
-        lattice = str(Path(sys.executable).with_name("lattice"))
-        command = [lattice, "serve", "--port", "0", "--api-key-file", str(keys)]
-        command += ["--max-rows", str(rows), "--max-waiting", str(waiting), "--log-level", "info", *options]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-        assert process.stderr is not None
-        try:
-            ready = next(line for line in process.stderr if '"event":"ready"' in line.replace(" ", ""))
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            yield int(json.loads(ready)["address"].rpartition(":")[2])
-        finally:
-            process.terminate()
-            process.wait(60)
+        with Served(folder, api_key_file=keys, max_rows=rows, max_waiting=waiting, **settings) as served:
+            yield int(served.url.rpartition(":")[2])
 
 
 async def attacks(port: int, options: argparse.Namespace) -> dict[str, Figures]:
@@ -235,7 +224,7 @@ def main() -> None:
     options = parser.parse_args()
     with server(ROWS, WAITING) as port:
         figures = asyncio.run(attacks(port, options))
-    with server(ROWS, WAITING, "--prefix-cache-memory", "64M") as port:
+    with server(ROWS, WAITING, prefix_cache_memory="64M") as port:
         figures["cache points"] = asyncio.run(cache_points(port))
     with server(256, 1024) as port:
         figures["hard grammar"] = asyncio.run(hard_grammar(port, options.seconds))
